@@ -1,0 +1,33 @@
+# make install | demo | test | lint. PYTHON is the interpreter that makes the virtual environment.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: install demo test lint
+
+install: $(VENV)/.installed
+
+# The CPU wheel of torch comes first: with it in place nothing asks for a CUDA build. On a GPU machine: make install GPU=1.
+$(VENV)/.installed: pyproject.toml constraints-cpu.txt
+	$(PYTHON) -m venv $(VENV)
+ifdef GPU
+	$(BIN)/pip install -e '.[dev,fast,gpu]'
+else
+	$(BIN)/pip install -q 'torch==2.13.0+cpu' || $(BIN)/pip install torch==2.13.0 --index-url $(TORCH_INDEX)
+	$(BIN)/pip install -q -c constraints-cpu.txt -e '.[dev,fast]'
+endif
+	touch $@
+
+demo: install
+	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no rl/grpo.py --config configs/recipes/demo.yaml
+
+test: install
+	$(BIN)/python -m pytest -q
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

@@ -1,0 +1,34 @@
+"""Errors that the user can mend, and how an entry script reports them."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable
+
+
+class InputError(ValueError):
+    """Bad input: the message names the file, row or key and the remedy. Entries print it and exit with status 2.
+
+    Args:
+        problems: one message, or several that were found together.
+    """
+
+    def __init__(self, problems: str | Iterable[str]):
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("\n".join(self.problems))
+
+
+def entry(main: Callable[[], None]) -> Callable[[], None]:
+    """Wrap the `main` of an entry script: an `InputError` becomes its message on stderr and exit status 2."""
+
+    @functools.wraps(main)
+    def run() -> None:
+        try:
+            main()
+        except InputError as error:
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr)
+            sys.exit(2)
+
+    return run
