@@ -1,0 +1,182 @@
+"""A case: one question over one or more fields of view or slides, with its gold answer."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from slides.errors import InputError
+
+TASKS = ("choice", "open", "detection", "synoptic")
+SPLITS = ("train", "val", "test")
+FRAME = 1000  # boxes are written in 0..FRAME on both axes, whatever the size the image is shown at
+
+
+@dataclass(frozen=True)
+class Case:
+    """One question with its inputs and its gold answer.
+
+    Args:
+        id: unique name of the case.
+        patient: the unit of splitting; all cases of one patient lie in one split.
+        task: `choice`, `open`, `detection` or `synoptic`. Always stated, never guessed from the answer.
+        prompt: the question as the model sees it.
+        answer: the gold answer; for `detection` the JSON text `[[x1, y1, x2, y2], ...]` in 0..1000.
+        images: absolute paths of fields of view (png, jpg, tif).
+        slides: absolute paths of what OpenSlide reads, or of feature files (`.h5`).
+        options: the possible answers of a `choice` case.
+        protocol: name of the synoptic protocol of a `synoptic` case.
+        split: `train`, `val` or `test`.
+        question: kind of question, for tables by question; the task when it is left empty.
+        extra: all other columns of the row, handed to reward functions by name.
+    """
+
+    id: str
+    patient: str
+    task: str
+    prompt: str
+    answer: str
+    images: tuple[str, ...] = ()
+    slides: tuple[str, ...] = ()
+    options: tuple[str, ...] | None = None
+    protocol: str | None = None
+    split: str = "train"
+    question: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", tuple(self.images))
+        object.__setattr__(self, "slides", tuple(self.slides))
+        if self.options is not None:
+            object.__setattr__(self, "options", tuple(self.options))
+        object.__setattr__(self, "question", self.question or self.task)
+        object.__setattr__(self, "extra", dict(self.extra))
+
+    def problems(self) -> list[str]:
+        """What is wrong with this case by itself; empty when nothing is. Files are not opened."""
+        found = []
+        for name in ("id", "patient", "prompt"):
+            if not getattr(self, name).strip():
+                found.append(f"`{name}` is empty; give every row one")
+        if self.task not in TASKS:
+            found.append(f"`task` is {self.task!r}; use one of {', '.join(TASKS)}")
+        if self.split not in SPLITS:
+            found.append(f"`split` is {self.split!r}; use one of {', '.join(SPLITS)}")
+        if self.task != "detection" and not self.answer.strip():
+            found.append("`answer` is empty; give the gold answer or leave the row out")
+        if not self.images and not self.slides:
+            found.append("no `images` and no `slides`; give at least one path")
+        if self.task == "detection":
+            try:
+                parse_boxes(self.answer)
+            except ValueError as error:
+                found.append(f"`answer` of a detection case {error}")
+        if self.options is not None:
+            found += self._option_problems(self.options)
+        clash = sorted(FIELDS & set(self.extra))
+        if clash:
+            found.append(f"`extra` holds {', '.join(clash)}, which are columns of their own; rename them")
+        return found
+
+    def _option_problems(self, options: tuple[str, ...]) -> list[str]:
+        if self.task != "choice":
+            return [f"`options` given for a {self.task!r} case; only `choice` has options"]
+        found = []
+        if len(options) < 2 or any(not option.strip() for option in options):
+            found.append("`options` needs at least two non-empty entries")
+        folded = [option.strip().casefold() for option in options]
+        if len(set(folded)) < len(folded):
+            found.append(f"`options` repeat an entry: {list(options)}; keep each once")
+        if self.answer.strip() and self.answer not in options:
+            found.append(f"`answer` {self.answer!r} is not one of the options {list(options)}; correct either")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """A flat row for JSONL: `extra` columns stand beside the others, empty optional columns are left out."""
+        row: dict[str, Any] = {name: getattr(self, name) for name in ("id", "patient", "task", "prompt", "answer")}
+        for name in ("images", "slides", "options"):
+            if getattr(self, name):
+                row[name] = list(getattr(self, name))
+        if self.protocol is not None:
+            row["protocol"] = self.protocol
+        return row | {"split": self.split, "question": self.question} | dict(self.extra)
+
+    @classmethod
+    def from_dict(cls, row: Mapping[str, Any]) -> Case:
+        """Build a case from a flat row; numbers become text, a detection or synoptic answer may be a JSON value.
+
+        Raises:
+            InputError: with everything that is wrong with the row.
+        """
+        values = {key: value for key, value in row.items() if not _is_missing(value)}
+        missing = [name for name in ("id", "patient", "task", "prompt", "answer") if name not in values]
+        found = [f"`{name}` is missing" for name in missing]
+        kwargs: dict[str, Any] = {}
+        for name in ("id", "patient", "task", "prompt", "protocol", "split", "question"):
+            if name in values:
+                if isinstance(values[name], (str, int, float)):
+                    kwargs[name] = _as_text(values[name])
+                else:
+                    found.append(f"`{name}` is a {type(values[name]).__name__}; it must be text")
+        if "answer" in values:
+            answer = values["answer"]
+            if isinstance(answer, (str, int, float)):
+                kwargs["answer"] = _as_text(answer)
+            elif kwargs.get("task") in ("detection", "synoptic"):
+                kwargs["answer"] = json.dumps(answer, ensure_ascii=False)
+            else:
+                found.append(f"`answer` is a {type(answer).__name__}; it must be text")
+        for name in ("images", "slides", "options"):
+            if name in values:
+                entries = [values[name]] if isinstance(values[name], str) and name != "options" else values[name]
+                if isinstance(entries, (list, tuple)) and all(isinstance(e, (str, int, float)) for e in entries):
+                    kwargs[name] = tuple(_as_text(entry) for entry in entries)
+                else:
+                    found.append(f"`{name}` must be a list of text")
+        if found:
+            raise InputError(found)
+        case = cls(**kwargs, extra={key: value for key, value in values.items() if key not in FIELDS})
+        if found := case.problems():
+            raise InputError(found)
+        return case
+
+
+FIELDS = frozenset(f.name for f in fields(Case))
+
+
+def parse_boxes(text: str) -> list[tuple[float, float, float, float]]:
+    """Boxes of a gold detection answer, `[[x1, y1, x2, y2], ...]` in 0..1000 with x1 < x2 and y1 < y2.
+
+    Raises:
+        ValueError: saying what is wrong; the sentence reads on from the name of the column.
+    """
+    try:
+        boxes = json.loads(text)
+    except json.JSONDecodeError:
+        boxes = None
+    if not isinstance(boxes, list):
+        raise ValueError(f"is not a JSON list of boxes: {text[:80]!r}; write [[x1, y1, x2, y2], ...], or [] for none")
+    for box in boxes:
+        if not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) for v in box)):
+            raise ValueError(f"has the box {box!r}; a box is four numbers [x1, y1, x2, y2]")
+        x1, y1, x2, y2 = box
+        if not (0 <= x1 < x2 <= FRAME and 0 <= y1 < y2 <= FRAME):
+            raise ValueError(
+                f"has the box {box!r}; boxes are in 0..{FRAME} of the image's width and height, with x1 < x2, y1 < y2"
+            )
+    return [tuple(box) for box in boxes]
+
+
+def _as_text(value: str | int | float) -> str:
+    """Text of a scalar; a whole number that a table reader turned into a float loses its `.0`."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return str(value)
+
+
+def _is_missing(value: Any) -> bool:
+    """Table readers write an empty cell as None or NaN."""
+    return value is None or (isinstance(value, float) and math.isnan(value))

@@ -1,0 +1,89 @@
+"""Environments by name: where the questions of a recipe come from."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from envs.case import Case
+from slides.errors import InputError
+
+# Imported when asked for, so that a recipe pays only for the environment it names.
+BUILT_IN = {
+    "manifest": "envs.manifest:build",
+    "mosaic": "envs.mosaic:build",
+    "simulator": "envs.simulator:build",
+}
+
+
+def make_env(name: str, params: Mapping[str, Any] | None = None) -> list[Case]:
+    """Cases of an environment.
+
+    Args:
+        name: `manifest`, `mosaic`, `simulator`, or a function of the user's own as `module:function` or
+            `path.py:function`; it takes keyword-only parameters and returns a list of `Case`.
+        params: its parameters, as written in the recipe.
+
+    Raises:
+        InputError: the name is unknown, or a parameter is unknown, missing, or the function returns anything else.
+    """
+    build = find_env(name)
+    params = dict(params or {})
+    signature = inspect.signature(build)
+    accepted = {
+        p.name: p for p in signature.parameters.values() if p.kind in (p.KEYWORD_ONLY, p.POSITIONAL_OR_KEYWORD)
+    }
+    problems = []
+    if not any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values()):
+        for key in params:
+            if key not in accepted:
+                close = difflib.get_close_matches(str(key), accepted, n=1)
+                hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(accepted)}"
+                problems.append(f"environment {name!r} has no parameter {key!r}; {hint}")
+    for key, parameter in accepted.items():
+        if parameter.default is parameter.empty and key not in params:
+            problems.append(f"environment {name!r} needs the parameter {key!r}")
+    if problems:
+        raise InputError(problems)
+    cases = build(**params)
+    if not isinstance(cases, list) or not all(isinstance(case, Case) for case in cases):
+        raise InputError(f"environment {name!r} must return a list of envs.case.Case, not {type(cases).__name__}")
+    return cases
+
+
+def find_env(name: str) -> Callable[..., list[Case]]:
+    """The `build` function behind a name; see `make_env`."""
+    target = BUILT_IN.get(name, name)
+    module_name, separator, function = target.rpartition(":")
+    if not separator:
+        raise InputError(
+            f"unknown environment {name!r}; use {', '.join(BUILT_IN)}, 'module:function' or 'path.py:function'"
+        )
+    if module_name.endswith(".py"):
+        module = _load_file(Path(module_name).expanduser(), name)
+    else:
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            # A missing package inside the user's module is that module's own error, not a wrong name.
+            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+                raise
+            raise InputError(f"environment {name!r}: no module {error.name!r}; check the name or PYTHONPATH") from None
+    build = getattr(module, function, None)
+    if not callable(build):
+        raise InputError(f"environment {name!r}: {module_name} has no function {function!r}")
+    return build
+
+
+def _load_file(path: Path, name: str) -> Any:
+    if not path.is_file():
+        raise InputError(f"environment {name!r}: no file {path}; paths are relative to the folder you start from")
+    spec = importlib.util.spec_from_file_location(f"frugalpath_user_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
