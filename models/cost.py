@@ -1,0 +1,51 @@
+"""What an answer costs, in floating-point operations (methods 9.2: a multiply-add counts 2)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """Shape of a decoder-only language model, as its transformers configuration gives it."""
+
+    layers: int
+    hidden: int
+    kv_width: int
+    ffn: int
+    vocab: int
+
+    @classmethod
+    def from_config(cls, config: Any) -> DecoderShape:
+        """Read the shape off a text configuration; grouped-query attention is taken into account."""
+        heads = config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+        kv = getattr(config, "num_key_value_heads", None) or heads
+        ffn = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        return cls(config.num_hidden_layers, config.hidden_size, kv * head_dim, ffn, config.vocab_size)
+
+    @property
+    def per_token(self) -> float:
+        """FLOPs of all matrices of all layers for one token: 2 l (2 d^2 + 2 d d_kv + 3 d m)."""
+        d = self.hidden
+        return 2.0 * self.layers * (2 * d * d + 2 * d * self.kv_width + 3 * d * self.ffn)
+
+    def prefill(self, n: float) -> float:
+        """FLOPs to read n tokens (causal attention, logits of the last position)."""
+        return n * self.per_token + 2.0 * self.layers * n * n * self.hidden + 2.0 * self.hidden * self.vocab
+
+    def decode(self, generated: float, n: float) -> float:
+        """FLOPs to write `generated` tokens after a prefill of n; the first comes with the prefill."""
+        steps = max(0.0, generated - 1)
+        context = steps * n + steps * (steps + 1) / 2
+        return steps * (self.per_token + 2.0 * self.hidden * self.vocab) + 4.0 * self.layers * self.hidden * context
+
+    def answer(self, visual: float, text: float, generated: float) -> float:
+        """FLOPs of one answer: prefill of visual and prompt tokens, then decoding."""
+        return self.prefill(visual + text) + self.decode(generated, visual + text)
+
+    def train(self, tokens: float, length: float) -> float:
+        """FLOPs of forward and backward (3 forwards) over `tokens` in rows of mean `length`, with all logits."""
+        forward = tokens * (self.per_token + 2.0 * self.hidden * self.vocab)
+        return 3 * (forward + 2.0 * self.layers * tokens * length * self.hidden)

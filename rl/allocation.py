@@ -1,0 +1,135 @@
+"""How the allocator learns: online from rollouts, or at once from a table of scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+from envs.case import Case
+from models.allocator import CheapLook, ValueAllocator
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Budgets drawn for a batch: look (B, tokens, d), question (B, T), rungs (B, M)."""
+
+    look: torch.Tensor
+    question: torch.Tensor
+    rungs: torch.Tensor
+
+
+class AllocatorLearner:
+    """Draws budgets and learns from what came of them.
+
+    Args:
+        allocator: predicts the score of every rung.
+        look: makes its inputs.
+        cost: (rungs,), the largest budget = 1.
+        price: lambda, the price of cost while exploring.
+        temperature: spread of the drawn budgets around the best one, in units of value.
+        explore: share of uniform draws, so that no rung starves.
+    """
+
+    def __init__(
+        self,
+        allocator: ValueAllocator,
+        look: CheapLook,
+        cost: torch.Tensor,
+        price: float = 0.1,
+        temperature: float = 0.03,
+        explore: float = 0.3,
+        learning_rate: float = 2e-3,
+    ):
+        self.allocator, self.look, self.cost = allocator, look, cost
+        self.price, self.temperature, self.explore = price, temperature, explore
+        self.ladder = list(allocator.config.ladder)
+        self.optimizer = torch.optim.AdamW(allocator.parameters(), learning_rate, weight_decay=1e-2)
+
+    @torch.no_grad()
+    def draw(self, cases: Sequence[Case], count: int) -> Drawn:
+        """Draw `count` budgets for each case from the exploring policy."""
+        look, question = self.look(cases)
+        self.allocator.eval()
+        value = self.allocator(look, question).sigmoid() - self.price * self.cost
+        policy = (value / self.temperature).softmax(-1) * (1 - self.explore) + self.explore / len(self.ladder)
+        return Drawn(look, question, torch.multinomial(policy, count, replacement=True))
+
+    def update(
+        self, look: torch.Tensor, question: torch.Tensor, rungs: torch.Tensor, score: torch.Tensor
+    ) -> dict[str, float]:
+        """One step of regression on the scores (B, M) of the drawn rungs (B, M); returns metrics."""
+        self.allocator.train()
+        predicted = self.allocator(look, question)
+        loss = F.binary_cross_entropy_with_logits(predicted.gather(1, rungs), score.clamp(0, 1))
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        best = (predicted.detach().sigmoid() - self.price * self.cost).argmax(-1)
+        share = torch.bincount(best, minlength=len(self.ladder)) / len(best)
+        tokens = torch.tensor(self.ladder, dtype=torch.float32)
+        return {
+            "loss": loss.item(),
+            "score": score.mean().item(),
+            "drawn_tokens": tokens[rungs].mean().item(),
+            "chosen_tokens": tokens[best].mean().item(),
+            "largest_share": share.max().item(),
+        }
+
+    def save(self, folder: str | Path) -> None:
+        """Write allocator and optimizer beside a trainer's checkpoint."""
+        self.allocator.save_pretrained(Path(folder) / "allocator")
+        state = self.optimizer.state_dict()["state"]
+        flat = {f"{k}.{name}": v for k, entry in state.items() for name, v in entry.items()}
+        save_file(flat, Path(folder) / "allocator" / "optimizer.safetensors")
+
+    def load(self, folder: str | Path) -> None:
+        """Read what `save` wrote."""
+        saved = ValueAllocator.from_pretrained(Path(folder) / "allocator")
+        self.allocator.load_state_dict(saved.state_dict())
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in load_file(Path(folder) / "allocator" / "optimizer.safetensors").items():
+            index, name = key.split(".", 1)
+            state.setdefault(int(index), {})[name] = value
+        whole = self.optimizer.state_dict()
+        self.optimizer.load_state_dict({**whole, "state": state})
+
+
+def fit_table(
+    allocator: ValueAllocator,
+    look: torch.Tensor,
+    question: torch.Tensor,
+    scores: torch.Tensor,
+    epochs: int = 60,
+    batch_size: int = 64,
+    learning_rate: float = 2e-3,
+    weight_decay: float = 1e-2,
+    seed: int = 0,
+) -> list[float]:
+    """Fit the allocator on score[case, rung] of a frozen performer; returns the mean loss of each epoch.
+
+    Args:
+        look: (N, tokens, d). question: (N, T). scores: (N, rungs) in 0..1.
+    """
+    allocator.standardise(look)
+    allocator.train()
+    optimizer = torch.optim.AdamW(allocator.parameters(), learning_rate, weight_decay=weight_decay)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    generator = torch.Generator().manual_seed(seed)
+    losses = []
+    for _ in range(epochs):
+        total = 0.0
+        for rows in torch.randperm(len(scores), generator=generator).split(batch_size):
+            loss = F.binary_cross_entropy_with_logits(allocator(look[rows], question[rows]), scores[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += loss.item() * len(rows)
+        schedule.step()
+        losses.append(total / len(scores))
+    allocator.eval()
+    return losses
