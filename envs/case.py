@@ -118,13 +118,13 @@ class Case:
         for name in ("id", "patient", "task", "prompt", "protocol", "split", "question"):
             if name in values:
                 if isinstance(values[name], (str, int, float)):
-                    kwargs[name] = _as_text(values[name])
+                    kwargs[name] = as_text(values[name])
                 else:
                     found.append(f"`{name}` is a {type(values[name]).__name__}; it must be text")
         if "answer" in values:
             answer = values["answer"]
             if isinstance(answer, (str, int, float)):
-                kwargs["answer"] = _as_text(answer)
+                kwargs["answer"] = as_text(answer)
             elif kwargs.get("task") in ("detection", "synoptic"):
                 kwargs["answer"] = json.dumps(answer, ensure_ascii=False)
             else:
@@ -133,7 +133,7 @@ class Case:
             if name in values:
                 entries = [values[name]] if isinstance(values[name], str) and name != "options" else values[name]
                 if isinstance(entries, (list, tuple)) and all(isinstance(e, (str, int, float)) for e in entries):
-                    kwargs[name] = tuple(_as_text(entry) for entry in entries)
+                    kwargs[name] = tuple(as_text(entry) for entry in entries)
                 else:
                     found.append(f"`{name}` must be a list of text")
         if found:
@@ -170,7 +170,7 @@ def parse_boxes(text: str) -> list[tuple[float, float, float, float]]:
     return [tuple(box) for box in boxes]
 
 
-def _as_text(value: str | int | float) -> str:
+def as_text(value: str | int | float) -> str:
     """Text of a scalar; a whole number that a table reader turned into a float loses its `.0`."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)

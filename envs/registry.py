@@ -84,6 +84,8 @@ def _load_file(path: Path, name: str) -> Any:
     if not path.is_file():
         raise InputError(f"environment {name!r}: no file {path}; paths are relative to the folder you start from")
     spec = importlib.util.spec_from_file_location(f"frugalpath_user_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"environment {name!r}: {path} cannot be imported")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

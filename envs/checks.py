@@ -1,0 +1,162 @@
+"""Checks over all cases together, before any training: leaks between splits, copies, empty splits."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Collection, Hashable, Mapping, Sequence
+
+from envs.case import SPLITS, Case
+from envs.files import MAX_PIXELS, FileFacts, inspect_files
+from slides.errors import InputError
+
+REPORT_WORDS = 4  # an open answer of fewer words ("no", "high grade") repeats by nature; a report does not
+_NAMED = 6  # rows that one message names before it only counts the rest
+
+
+def check_cases(
+    cases: Sequence[Case],
+    *,
+    where: Sequence[str] | None = None,
+    need: Collection[str] = (),
+    allow_shared_text: bool = False,
+    max_pixels: int = MAX_PIXELS,
+    facts: Mapping[str, FileFacts] | None = None,
+) -> None:
+    """Check every case and all of them together; patients and report texts are never quoted, rows are.
+
+    Args:
+        cases: of all splits.
+        where: for each case where it was written, as `file:line`; its id stands in when it is not given.
+        need: splits that must hold cases.
+        allow_shared_text: let an open or synoptic answer stand in two splits.
+        max_pixels: limit for images, see `envs.files.inspect_files`.
+        facts: what `inspect_files` found, to look at the files only once; without it they are inspected here.
+
+    Raises:
+        InputError: with all problems found.
+    """
+    at = list(where) if where is not None else [f"case {case.id!r}" for case in cases]
+    problems = [f"{place}: {problem}" for case, place in zip(cases, at, strict=True) for problem in case.problems()]
+    if not cases:
+        problems.append("there are no cases; check path, format and filters")
+    first: dict[str, str] = {}
+    for case, place in zip(cases, at, strict=True):
+        if case.id in first:
+            problems.append(f"{place}: the id {case.id!r} was already given at {first[case.id]}; ids must be unique")
+        first.setdefault(case.id, place)
+    if facts is None:
+        facts, broken = inspect_files(
+            (path for case in cases for path in case.images),
+            (path for case in cases for path in case.slides),
+            max_pixels=max_pixels,
+        )
+        problems += file_problems(cases, at, broken)
+    problems += _across(cases, at, lambda case: [case.patient], "one patient is in several splits", _SAME_SPLIT)
+    problems += _across(
+        cases,
+        at,
+        lambda case: file_keys(case, facts),
+        "one image or slide (or a copy of it) is in several splits",
+        _COPY,
+    )
+    if not allow_shared_text:
+        problems += _across(cases, at, report_keys, "one report text is in several splits", _TEXT)
+    problems += _contradictions(cases, at, facts)
+    counts = Counter(case.split for case in cases)
+    problems += [_empty(split, counts) for split in need if cases and not counts[split]]
+    if problems:
+        raise InputError(problems)
+
+
+def select(cases: Sequence[Case], split: str) -> list[Case]:
+    """The cases of one split.
+
+    Raises:
+        InputError: it is empty.
+    """
+    chosen = [case for case in cases if case.split == split]
+    if not chosen:
+        raise InputError(_empty(split, Counter(case.split for case in cases)))
+    return chosen
+
+
+def drop_copies(cases: Sequence[Case], facts: Mapping[str, FileFacts]) -> list[bool]:
+    """Which cases to keep so that no image or slide stands in two splits: test keeps its own, then val."""
+    owner: dict[str, int] = {}
+    for case in cases:
+        for key in file_keys(case, facts):
+            owner[key] = max(owner.get(key, 0), SPLITS.index(case.split))
+    return [all(owner[key] == SPLITS.index(case.split) for key in file_keys(case, facts)) for case in cases]
+
+
+def file_keys(case: Case, facts: Mapping[str, FileFacts]) -> list[str]:
+    """Content hashes of a case's files, of those that could be read."""
+    return [facts[path].digest for path in (*case.images, *case.slides) if path in facts]
+
+
+def report_keys(case: Case) -> list[str]:
+    """The answer as a text that must not stand in two splits: synoptic, or open and as long as a report."""
+    text = " ".join(case.answer.casefold().split())
+    if case.task == "synoptic" or (case.task == "open" and len(text.split()) >= REPORT_WORDS):
+        return [text]
+    return []
+
+
+def file_problems(cases: Sequence[Case], at: Sequence[str], broken: Mapping[str, str]) -> list[str]:
+    """One message for each row that uses a file `inspect_files` could not."""
+    return [
+        f"{place}: {path} {broken[path]}"
+        for case, place in zip(cases, at, strict=True)
+        for path in (*case.images, *case.slides)
+        if path in broken
+    ]
+
+
+_SAME_SPLIT = "put all its rows in one split"
+_COPY = "keep it in one split, or set duplicates: drop to leave the copies out of the earlier split"
+_TEXT = (
+    "keep all rows of a text in one split, or set allow_shared_text: true where equal answers are expected "
+    "(a short answer, few fields)"
+)
+
+
+def _across(cases, at, keys, what: str, remedy: str) -> list[str]:
+    """A message for each key that occurs in more than one split, naming the rows of each split."""
+    seen: dict[Hashable, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for case, place in zip(cases, at, strict=True):
+        for key in dict.fromkeys(keys(case)):
+            seen[key][case.split].append(place)
+    messages = []
+    for splits in seen.values():
+        if len(splits) > 1:
+            named = "; ".join(f"{split}: {_name(places)}" for split, places in sorted(splits.items()))
+            messages.append(f"{what}: {named}. Remedy: {remedy}")
+    return messages
+
+
+def _contradictions(cases: Sequence[Case], at: Sequence[str], facts: Mapping[str, FileFacts]) -> list[str]:
+    """The same question about the same pixels with two right options."""
+    seen: dict[tuple, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for case, place in zip(cases, at, strict=True):
+        if case.task == "choice" and (files := file_keys(case, facts)):
+            seen[case.prompt, tuple(sorted(files))][case.answer].append(place)
+    return [
+        "the same question about the same image has different answers: "
+        + "; ".join(f"{answer!r}: {_name(places)}" for answer, places in answers.items())
+        + ". Remedy: keep the right one"
+        for answers in seen.values()
+        if len(answers) > 1
+    ]
+
+
+def _name(places: Sequence[str]) -> str:
+    more = f" and {len(places) - _NAMED} more" if len(places) > _NAMED else ""
+    return ", ".join(places[:_NAMED]) + more
+
+
+def _empty(split: str, counts: Mapping[str, int]) -> str:
+    present = ", ".join(f"{name} {n}" for name, n in sorted(counts.items()) if n) or "nothing"
+    return (
+        f"no cases in the split {split!r} (present: {present}); name the splits in the data, "
+        "or set val_fraction and test_fraction to take them out of train"
+    )

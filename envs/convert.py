@@ -1,0 +1,242 @@
+"""Rows of a manifest become cases: label tables, ms-swift rows, and rows that are cases already."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from envs.boxes import boxes_from_mask, boxes_text, to_frame
+from envs.case import Case, as_text
+from envs.files import resolve_path
+from envs.rows import SPLIT_NAMES, Row
+from envs.swift import swift_row
+from slides.errors import InputError
+
+_MASK = "\0mask"  # a column name no file can have
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How a row becomes a case; the parameters are explained at `envs.manifest.build`."""
+
+    path: str
+    format: str
+    root: Path
+    task: str | None
+    prompt: str | None
+    options: Sequence[str] | None
+    labels: Mapping[str, str] | None
+    question: str | None
+    image_column: str
+    slide_column: str | None
+    answer_column: str
+    mask_column: str | None
+    patient_column: str | None
+    patient_pattern: re.Pattern[str] | None
+    split_column: str
+    box_frame: str
+    allow_outside: bool
+
+
+def to_cases(rows: Sequence[Row], reading: Reading) -> tuple[list[Case], list[str], list[str]]:
+    """Cases, the place of each, and the problems of the rows that did not become one."""
+    format = _format(rows, reading)
+    options = reading.options
+    if format == "labels":
+        _check_label_parameters(rows, reading)
+        if options is None and (reading.task or "choice") == "choice" and not reading.mask_column:
+            options = _known_labels(rows, reading)
+    split_given = any(reading.split_column in row.values for row in rows)
+    cases, places, problems = [], [], []
+    for row in tqdm(rows, desc="read manifest", unit="row", disable=len(rows) < 2000, leave=False):
+        try:
+            if split_given and reading.split_column not in row.values:
+                raise InputError(f"`{reading.split_column}` is empty here but not in other rows; give every row one")
+            cases.append(_to_case(row, reading, format, options))
+            places.append(row.at)
+        except InputError as error:
+            problems += [f"{row.at}: {problem}" for problem in error.problems]
+    return cases, places, problems
+
+
+def _format(rows: Sequence[Row], reading: Reading) -> str:
+    if reading.format != "auto":
+        return reading.format
+    columns = {name for row in rows for name in row.values}
+    if "messages" in columns:
+        return "swift"
+    source = Path(reading.path).expanduser()
+    table = source.is_dir() or source.suffix.lower() in (".csv", ".tsv")
+    return "labels" if table and not {"prompt", "answer"} <= columns else "cases"
+
+
+def _check_label_parameters(rows: Sequence[Row], reading: Reading) -> None:
+    columns = sorted({name for row in rows for name in row.values})
+    problems = []
+    wanted = {
+        "answer_column": None if reading.mask_column else reading.answer_column,
+        "mask_column": reading.mask_column,
+        "patient_column": reading.patient_column,
+        "slide_column": reading.slide_column,
+        "image_column": None if reading.slide_column else reading.image_column,
+    }
+    for name, column in wanted.items():
+        if rows and column is not None and column not in columns:
+            problems.append(f"{reading.path}: no column {column!r} ({name}); the columns are {', '.join(columns)}")
+    if reading.prompt is None and "prompt" not in columns:
+        problems.append(f"{reading.path}: rows of labels hold no question; set `prompt`")
+    if problems:
+        raise InputError(problems)
+
+
+def _to_case(row: Row, reading: Reading, format: str, options: Sequence[str] | None) -> Case:
+    """One case; raises InputError with the problems of the row, without its place."""
+    values = {key: value for key, value in row.values.items() if value is not None}
+    task = values.get("task", reading.task)
+    if format == "swift":
+        values = swift_row(values, task=task, options=options)
+        values.setdefault("id", row.at.replace(f"{reading.path}", Path(reading.path).stem, 1))
+    elif format == "labels":
+        task = values.get("task", reading.task or ("detection" if reading.mask_column else "choice"))
+        values = _label_values(row, reading)
+    else:
+        values = {key: _cell(key, value) for key, value in values.items()}
+    if task is None:
+        raise InputError("`task` is missing; add the column, or set the parameter task for all rows")
+    defaults: dict[str, Any] = {"task": task, "prompt": reading.prompt, "question": reading.question}
+    if task == "choice":
+        defaults["options"] = options
+    values = {**{key: value for key, value in defaults.items() if value is not None}, **values}
+
+    problems = []
+    for name in ("images", "slides"):
+        entries = [values[name]] if isinstance(values.get(name), str) else values.get(name, [])
+        if name in values and isinstance(entries, list) and all(isinstance(entry, str) for entry in entries):
+            resolved = []
+            for entry in entries:
+                try:
+                    resolved.append(str(resolve_path(entry, reading.root, allow_outside=reading.allow_outside)))
+                except ValueError as error:
+                    problems.append(str(error))
+            values[name] = resolved
+    if problems:
+        raise InputError(problems)
+    patient = _patient(values, reading, fallback=format != "cases")
+    if patient is not None:
+        values["patient"] = patient
+    if reading.split_column in values:
+        split = str(values.pop(reading.split_column))
+        values["split"] = SPLIT_NAMES.get(split.strip().lower(), split)
+    if task == "detection":
+        _set_boxes(values, reading)
+    if "mpp" in values:
+        values["mpp"] = _number(values["mpp"], "mpp")
+    return Case.from_dict(values)
+
+
+def _known_labels(rows: Sequence[Row], reading: Reading) -> list[str]:
+    """Options of a labels manifest: in the order of `labels` where the user names them, else sorted."""
+    if reading.labels is not None:
+        return list(dict.fromkeys(reading.labels.values()))
+    values = (row.values.get(reading.answer_column) for row in rows)
+    return sorted({as_text(value) for value in values if isinstance(value, (str, int, float))})
+
+
+def _label(row: Row, reading: Reading) -> str:
+    """The answer of a labels row, renamed where `labels` says so."""
+    label = as_text(row.values[reading.answer_column])
+    if reading.labels is None:
+        return label
+    if label not in reading.labels:
+        raise InputError(f"the label {label!r} is not in `labels`, which names {', '.join(map(str, reading.labels))}")
+    return reading.labels[label]
+
+
+def _label_values(row: Row, reading: Reading) -> dict[str, Any]:
+    """Columns of a case out of a row with a file and a label (or a mask); other columns are kept."""
+    column, target = (reading.image_column, "images")
+    if reading.slide_column is not None:
+        column, target = reading.slide_column, "slides"
+    used = {column, reading.mask_column} if reading.mask_column else {column, reading.answer_column}
+    values = {key: value for key, value in row.values.items() if key not in used}
+    missing = [name for name in used if name is not None and name not in row.values]
+    if missing:
+        raise InputError([f"`{name}` is empty" for name in sorted(missing)])
+    file = str(row.values[column])
+    values[target] = [file]
+    values.setdefault("id", f"{reading.question}/{file}" if reading.question else file)
+    if reading.mask_column:
+        values[_MASK] = str(row.values[reading.mask_column])
+    else:
+        values["answer"] = _label(row, reading)
+    return values
+
+
+def _patient(values: Mapping[str, Any], reading: Reading, *, fallback: bool) -> str | None:
+    """What may not be divided by a split; None leaves the row without one, which is then reported."""
+    files = [*values.get("images", []), *values.get("slides", [])]
+    if reading.patient_pattern is not None and files:
+        match = reading.patient_pattern.search(Path(files[0]).name)
+        if not match or not match.groups() or not match.group(1):
+            raise InputError(f"patient_pattern finds no patient in the file name {Path(files[0]).name!r}")
+        return match.group(1)
+    names = [reading.patient_column] if reading.patient_column else ["patient", "group"]
+    for name in names:
+        if values.get(name) not in (None, ""):
+            return as_text(values[name])
+    if reading.patient_column:
+        raise InputError(f"`{reading.patient_column}` (patient_column) is empty")
+    return Path(files[0]).stem if fallback and files else None
+
+
+def _set_boxes(values: dict[str, Any], reading: Reading) -> None:
+    """Turn a mask or pixel boxes into the gold answer in 0..1000."""
+    mask = values.pop(_MASK, None)
+    pixels = reading.box_frame == "pixels" and mask is None
+    if not (mask or pixels) or not values.get("images"):
+        return
+    try:
+        with Image.open(values["images"][0]) as image:
+            size = image.size
+        if mask:
+            path = resolve_path(mask, reading.root, allow_outside=reading.allow_outside)
+            values["answer"] = boxes_text(boxes_from_mask(str(path), size))
+        else:
+            answer = values.get("answer")
+            boxes = json.loads(answer) if isinstance(answer, str) else answer
+            if not isinstance(boxes, list):
+                raise TypeError
+            values["answer"] = boxes_text(to_frame(boxes, *size))
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    except TypeError:
+        raise InputError("`answer` of a detection case is not a list of [x1, y1, x2, y2] in pixels") from None
+    except (OSError, Image.DecompressionBombError) as error:
+        raise InputError(f"the image or its mask cannot be read ({error}); replace it or leave the row out") from None
+
+
+def _cell(name: str, value: Any) -> Any:
+    """A table cell can hold a list only as JSON."""
+    if name in ("images", "slides", "options") and isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise InputError(f"`{name}` looks like a JSON list but is none ({error.msg})") from None
+    return value
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = -1.0
+    if not 0 < number < float("inf"):
+        raise InputError(f"`{name}` is {value!r}; it must be a positive number")
+    return number

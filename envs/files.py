@@ -1,0 +1,195 @@
+"""Facts about the files behind cases: do they open, how large are they, which are copies of one another."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import sqlite3
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+MAX_PIXELS = 100_000_000  # 10,000 x 10,000: more than any field of view, less than what exhausts a machine
+_WHOLE = 64 * 2**20  # files up to this size are hashed whole, larger ones (slides) at three places
+_PIECE = 2**20
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """What was found out about one file: content hash, and width and height in pixels (0 for slides)."""
+
+    digest: str
+    width: int = 0
+    height: int = 0
+
+
+def resolve_path(text: str, root: Path, *, allow_outside: bool = False) -> Path:
+    """Absolute path of a manifest's entry, links followed; relative entries start from `root`.
+
+    Raises:
+        ValueError: it leaves `root` and `allow_outside` is off, or there is no such file; says so in one sentence.
+    """
+    if "\0" in text or not text.strip():
+        raise ValueError(f"{text!r} is not a path")
+    root = root.resolve()
+    path = (root / text).resolve()
+    if not allow_outside and not path.is_relative_to(root):
+        raise ValueError(f"{text!r} leads outside {root}; move the file, or set allow_outside: true if you trust it")
+    if not path.is_file():
+        raise ValueError(f"no file {text!r} under {root}; correct the path, or set root to the folder it starts from")
+    return path
+
+
+def inspect_files(
+    images: Iterable[str],
+    slides: Iterable[str] = (),
+    *,
+    max_pixels: int = MAX_PIXELS,
+    workers: int = 8,
+    use_cache: bool = True,
+) -> tuple[dict[str, FileFacts], dict[str, str]]:
+    """Decode every image once (a truncated file shows only then) and hash every file.
+
+    Results are remembered in the user's cache folder by path, size and time of change, so that the next start only
+    looks at new files. Slides are hashed, not opened: a broken slide must not stop a run over thousands of them.
+
+    Args:
+        images: paths of fields of view.
+        slides: paths of slides and feature files.
+        max_pixels: larger images are refused before they are decoded (decompression bombs).
+        workers: threads.
+        use_cache: read and write the cache.
+
+    Returns:
+        facts by path, and by path what is wrong with the files that cannot be used.
+    """
+    kinds = dict.fromkeys(slides, False) | dict.fromkeys(images, True)
+    facts: dict[str, FileFacts] = {}
+    problems: dict[str, str] = {}
+    keys: dict[str, str] = {}
+    for path, is_image in kinds.items():
+        try:
+            keys[path] = _cache_key(path, is_image)
+        except OSError as error:
+            problems[path] = f"cannot be read ({error.strerror})"
+    known = _cache_read(keys.values()) if use_cache else {}
+    todo = []
+    for path, key in keys.items():
+        if key in known:
+            facts[path] = known[key]
+        else:
+            todo.append(path)
+
+    def look(path: str) -> FileFacts | str:
+        try:
+            return _look(path, kinds[path], max_pixels)
+        except Exception as error:  # decoders raise almost anything on broken bytes; each becomes a named problem
+            return f"cannot be decoded ({error}); replace the file or leave the row out"
+
+    fresh: dict[str, FileFacts] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        found = tqdm(
+            pool.map(look, todo),
+            total=len(todo),
+            desc="check files",
+            unit="file",
+            disable=len(todo) < 200,
+            leave=False,
+        )
+        for path, result in zip(todo, found, strict=True):
+            if isinstance(result, FileFacts):
+                facts[path] = fresh[keys[path]] = result
+            else:
+                problems[path] = result
+    if use_cache and fresh:
+        _cache_write(fresh)
+    for path, fact in list(facts.items()):
+        if fact.width * fact.height > max_pixels:
+            problems[path] = _too_large(fact.width, fact.height, max_pixels)
+            del facts[path]
+    return facts, problems
+
+
+def _look(path: str, is_image: bool, max_pixels: int) -> FileFacts | str:
+    digest = _digest(path)
+    if not is_image:
+        return FileFacts(digest)
+    with Image.open(path) as image:
+        width, height = image.size
+        if width * height > max_pixels:
+            return _too_large(width, height, max_pixels)
+        # An eighth of the size still reads the whole JPEG stream, at a fraction of the time.
+        image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
+        image.load()
+    return FileFacts(digest, width, height)
+
+
+def _too_large(width: int, height: int, max_pixels: int) -> str:
+    return (
+        f"has {width} x {height} pixels, more than max_pixels = {max_pixels:,}; "
+        "give a whole slide under `slides`, or raise max_pixels"
+    )
+
+
+def _digest(path: str) -> str:
+    """SHA-256 of the content; of size, head, middle and tail for files over 64 MB."""
+    size = os.path.getsize(path)
+    if size == 0:
+        raise OSError("the file is empty")
+    with open(path, "rb") as file:
+        if size <= _WHOLE:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        state = hashlib.sha256(str(size).encode())
+        for start in (0, size // 2, size - _PIECE):
+            file.seek(start)
+            state.update(file.read(_PIECE))
+        return state.hexdigest()
+
+
+def _cache_key(path: str, is_image: bool) -> str:
+    """Hashed, since a path may hold a patient's number and the cache is a file of its own."""
+    stat = os.stat(path)
+    text = f"{os.path.realpath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0{is_image}"
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _open_cache() -> sqlite3.Connection:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frugalpath"
+    folder.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(folder / "files.sqlite", timeout=60)
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS files (key TEXT PRIMARY KEY, digest TEXT, width INTEGER, height INTEGER)"
+    )
+    return connection
+
+
+def _cache_read(keys: Iterable[str]) -> dict[str, FileFacts]:
+    found: dict[str, FileFacts] = {}
+    try:
+        with closing(_open_cache()) as cache:
+            for key in keys:
+                row = cache.execute("SELECT digest, width, height FROM files WHERE key = ?", (key,)).fetchone()
+                if row:
+                    found[key] = FileFacts(*row)
+    except (OSError, sqlite3.Error) as error:
+        logger.warning("no cache of checked files (%s); every file is checked again", error)
+    return found
+
+
+def _cache_write(facts: Mapping[str, FileFacts]) -> None:
+    try:
+        with closing(_open_cache()) as cache, cache:
+            cache.executemany(
+                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)",
+                [(key, fact.digest, fact.width, fact.height) for key, fact in facts.items()],
+            )
+    except (OSError, sqlite3.Error) as error:
+        logger.warning("the cache of checked files could not be written (%s)", error)
