@@ -52,6 +52,8 @@ class FrugalTrainer(GRPOTrainer):
         **kwargs: Any,
     ):
         self.performer, self.cases, self.learner = performer, cases, learner
+        self._parameters = performer.model.num_parameters(exclude_embeddings=True)
+        self._flops = 0
         super().__init__(*args, **kwargs)
         self.score_weights = torch.tensor(score_weights, dtype=torch.float32)
         block = self.args.budgets_per_image * self.num_generations
@@ -84,11 +86,23 @@ class FrugalTrainer(GRPOTrainer):
             rungs = [len(self.learner.ladder) - 1] * len(inputs)
         rows = []
         for row, rung in zip(inputs, rungs, strict=True):
-            budget = self.learner.ladder[rung]
-            seen = self.performer.see(self.cases[row["index"]], budget)
+            case, budget = self.cases[row["index"]], self.learner.ladder[rung]
+            seen = self.performer.see(case, budget)
             extra = {"budget": budget, "tokens": sum(map(len, seen)), "max_budget": self.learner.ladder[-1]}
-            rows.append({**row, **extra, "images": seen})
-        return super()._generate_and_score_completions(rows)
+            rows.append({**row, **extra, "prompt": self.performer.messages(case, seen)})
+        output = super()._generate_and_score_completions(rows)
+        self._flops += 2 * self._parameters * _tokens(output)
+        return output
+
+    def _prepare_inputs(self, generation_batch: Any) -> Any:
+        inputs = super()._prepare_inputs(generation_batch)
+        self._flops += 6 * self._parameters * _tokens(inputs)
+        return inputs
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """FLOPs since the last call: 2 a parameter and token in generation, 6 in the update, padding not counted."""
+        flops, self._flops = self._flops, 0
+        return flops
 
     def _calculate_rewards(self, inputs: list[dict], *rest: Any) -> torch.Tensor:
         rewards = super()._calculate_rewards(inputs, *rest)
@@ -114,3 +128,7 @@ class FrugalTrainer(GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.learner.load(resume_from_checkpoint)
+
+
+def _tokens(batch: dict[str, torch.Tensor]) -> int:
+    return int(batch["prompt_mask"].sum() + batch["completion_mask"].sum())

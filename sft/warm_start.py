@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from envs.case import Case
@@ -63,18 +64,20 @@ def train_sft(
     ladder: Sequence[int],
     args: SFTConfig,
     text_only: float = 0.05,
-    resume: str | bool | None = None,
-) -> list[dict]:
-    """Fine-tune the performer in place on the gold answers of `cases`; returns the log history."""
+    callbacks: Sequence[TrainerCallback] = (),
+    resume: str | None = None,
+) -> SFTTrainer:
+    """Fine-tune the performer in place on the gold answers of `cases`; returns the trainer with its log."""
     trainer = SFTTrainer(
         model=performer.model,
         args=args,
         data_collator=BudgetCollator(performer, cases, ladder, text_only, args.seed),
         train_dataset=Dataset.from_dict({"index": list(range(len(cases)))}),
         processing_class=performer.processor,
+        callbacks=list(callbacks),
     )
     trainer.train(resume_from_checkpoint=resume)
-    return trainer.state.log_history
+    return trainer
 
 
 def sft_config(output_dir: str | Path, options: dict[str, Any], seed: int) -> SFTConfig:
@@ -90,7 +93,8 @@ def sft_config(output_dir: str | Path, options: dict[str, Any], seed: int) -> SF
         "report_to": [],
         "bf16": False,
         "gradient_checkpointing": False,
-        "save_strategy": "no",
+        "save_steps": 200,
+        "save_total_limit": 2,
     }
     fixed = {
         "output_dir": str(output_dir),

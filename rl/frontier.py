@@ -1,0 +1,136 @@
+"""Accuracy against cost, from score tables: points, controls, paired bootstrap intervals and the headline figures.
+
+Pure functions of arrays; a point's cost is in FLOPs of the language model with the allocator's own look counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Point:
+    """One operating point on n cases.
+
+    Args:
+        accuracy, ci95: mean score and its 95 % bootstrap interval (resampling patients).
+        tokens: mean realised visual tokens.
+        flops: mean FLOPs of an answer, the allocator's look included; flops_stage1: of that look alone.
+        latency_ms: mean wall time of an answer at batch size 1, on this machine.
+        budget, price: what it was run at.
+    """
+
+    accuracy: float
+    ci95: tuple[float, float]
+    tokens: float
+    flops: float
+    flops_stage1: float
+    latency_ms: float | None
+    n: int
+    budget: int | None = None
+    price: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it; what does not apply is left out."""
+        return {k: v for k, v in asdict(self).items() if v is not None or k == "latency_ms"}
+
+
+class Bootstrap:
+    """Resamples of patients, drawn once, so that every difference is paired.
+
+    Args:
+        patients: patient of every case; cases of one patient are drawn together.
+        resamples: number of resamples. seed: of the draws.
+    """
+
+    def __init__(self, patients: Sequence[str], resamples: int = 2000, seed: int = 0):
+        _, self.group = np.unique(np.asarray(patients), return_inverse=True)
+        groups = int(self.group.max()) + 1
+        draws = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=resamples)
+        self.weight = draws.astype(np.float32)
+        self.size = np.bincount(self.group, minlength=groups).astype(np.float32)
+
+    def interval(self, values: np.ndarray) -> tuple[float, float]:
+        """95 % percentile interval of the mean of per-case values (N,)."""
+        sums = np.bincount(self.group, weights=values, minlength=len(self.size))
+        means = (self.weight @ sums) / (self.weight @ self.size)
+        low, high = np.quantile(means, [0.025, 0.975])
+        return float(low), float(high)
+
+    def difference(self, values: np.ndarray) -> dict[str, Any]:
+        """Mean of paired per-case differences (N,) with its interval."""
+        return {"value": float(values.mean()), "ci95": list(self.interval(values))}
+
+
+def point(
+    score: np.ndarray,
+    tokens: np.ndarray,
+    flops: np.ndarray,
+    bootstrap: Bootstrap,
+    stage1: float = 0.0,
+    latency_ms: float | None = None,
+    **where: Any,
+) -> Point:
+    """A point from per-case scores, tokens and FLOPs (all (N,))."""
+    return Point(
+        accuracy=float(score.mean()),
+        ci95=bootstrap.interval(score),
+        tokens=float(tokens.mean()),
+        flops=float(flops.mean()) + stage1,
+        flops_stage1=stage1,
+        latency_ms=latency_ms,
+        n=len(score),
+        **where,
+    )
+
+
+def chosen(values: np.ndarray, rungs: np.ndarray) -> np.ndarray:
+    """Per-case values (N,) of a table (N, K) at the chosen rungs (N,)."""
+    return np.take_along_axis(values, rungs[:, None], 1)[:, 0]
+
+
+def mixed(values: np.ndarray, rungs: np.ndarray) -> np.ndarray:
+    """Expected per-case values (N,) when the chosen rungs are dealt out to the cases at random.
+
+    This is the random allocator of equal mean budget, exactly: no draw is made.
+    """
+    share = np.bincount(rungs, minlength=values.shape[1]) / len(rungs)
+    return values @ share
+
+
+def oracle_rungs(score: np.ndarray, flops: np.ndarray) -> np.ndarray:
+    """The cheapest rung of the highest score of every case: (N, K) -> (N,)."""
+    best = score >= score.max(1, keepdims=True) - 1e-9
+    return np.where(best, flops, np.inf).argmin(1)
+
+
+def pick_price(accuracies: Sequence[float], costs: Sequence[float], best_static: float, tolerance: float) -> int:
+    """Index of the cheapest price whose accuracy is within the tolerance of the best static budget.
+
+    The most accurate price, if none is within it. Meant for validation cases.
+    """
+    within = [i for i, a in enumerate(accuracies) if a >= best_static - tolerance]
+    if not within:
+        return int(np.argmax(accuracies))
+    return min(within, key=lambda i: costs[i])
+
+
+def cost_at_accuracy(points: Sequence[Point], accuracy: float) -> float | None:
+    """Cost of the cheapest point that is at least that accurate; None if there is none."""
+    reached = [p.flops for p in points if p.accuracy >= accuracy - 1e-12]
+    return min(reached) if reached else None
+
+
+def hypervolume(points: Sequence[Point], largest: float) -> float:
+    """Area under the best accuracy that a cost buys, cost from 0 to `largest` scaled to 0..1."""
+    area, best, at = 0.0, 0.0, 0.0
+    for p in sorted(points, key=lambda p: (p.flops, -p.accuracy)):
+        x = min(1.0, p.flops / largest)
+        if p.accuracy > best:
+            area += best * (x - at)
+            at, best = x, p.accuracy
+    return area + best * (1.0 - at)

@@ -1,0 +1,269 @@
+"""Accuracy against cost of a finished run, with every control.
+
+    python rl/pareto.py --config configs/recipes/<x>.yaml
+
+Reads the run's score tables (and makes those that are missing) and writes `report/`: summary.json, cases.jsonl and
+pareto.png. All choices (best static budget, operating price) are made on validation cases; every figure is of test
+cases.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from models.allocator import CheapLook, ValueAllocator
+from models.build import build_performer, completion_text
+from models.performer import Performer
+from rl.allocate import Fitted, fit_allocator, predict
+from rl.frontier import (
+    Bootstrap,
+    Point,
+    chosen,
+    cost_at_accuracy,
+    hypervolume,
+    mixed,
+    oracle_rungs,
+    pick_price,
+    point,
+)
+from rl.probe import linear_probe
+from rl.recipe import parse_recipe
+from rl.report import write_report
+from rl.stages import Stages
+from rl.table import ScoreTable
+from slides.errors import entry
+
+
+class Evaluation:
+    """Points and headline figures of a run on its test cases.
+
+    Args:
+        stages: the run. performer: the trained performer. fitted: the allocator.
+    """
+
+    def __init__(self, stages: Stages, performer: Performer, fitted: Fitted):
+        self.stages, self.performer, self.fitted = stages, performer, fitted
+        run = stages.run
+        self.ladder = run.ladder
+        self.test = stages.table("grpo", performer, "test")
+        self.val = stages.table("grpo", performer, "val")
+        self.bootstrap = Bootstrap(self.test.patients, run.evaluation.bootstrap, run.grpo.seed)
+        self.shape = performer.shape
+        self.aligner_flops = _aligner_flops(performer)
+        self.stage1 = fitted.allocator.flops
+        self.rung_cost = np.array(stages.rung_cost(performer))
+        self.latency, self.look_ms = self._latency()
+        look = CheapLook(performer, fitted.allocator.config)
+        self.values = predict(fitted.allocator, *look(stages.splits["test"]))
+
+    def flops(self, table: ScoreTable) -> np.ndarray:
+        """FLOPs (N, K) of every answer, aligner included."""
+        return table.flops(self.shape) + self.aligner_flops * table.visual
+
+    def static(self, table: ScoreTable) -> list[Point]:
+        """A point for each budget of the ladder."""
+        table = table.at(self.ladder)
+        flops = self.flops(table)
+        return [
+            point(
+                table.score[:, k], table.visual[:, k], flops[:, k], self.bootstrap, latency_ms=self.latency[b], budget=b
+            )
+            for k, b in enumerate(self.ladder)
+        ]
+
+    def best_static(self, table: ScoreTable) -> int:
+        """Rung of the most accurate static budget of a validation table; the cheaper one of equals."""
+        return int(np.argmax(table.at(self.ladder).score.mean(0)))
+
+    def rungs(self, values: np.ndarray, price: float) -> np.ndarray:
+        """Choices (N,) at a price."""
+        return (values - price * self.rung_cost).argmax(1)
+
+    def adaptive(self, price: float) -> tuple[Point, Point]:
+        """The allocator's point at a price, and that of the random allocator of equal mean budget."""
+        table = self.test.at(self.ladder)
+        flops, rungs = self.flops(table), self.rungs(self.values, price)
+        milliseconds = np.array([self.latency[b] for b in self.ladder])
+        own = point(
+            chosen(table.score, rungs),
+            chosen(table.visual, rungs),
+            chosen(flops, rungs),
+            self.bootstrap,
+            self.stage1,
+            float(milliseconds[rungs].mean()) + self.look_ms,
+            price=price,
+        )
+        random = point(
+            mixed(table.score, rungs),
+            mixed(table.visual, rungs),
+            mixed(flops, rungs),
+            self.bootstrap,
+            latency_ms=float(milliseconds[rungs].mean()),
+            price=price,
+        )
+        return own, random
+
+    def operating_price(self) -> float:
+        """The cheapest price that keeps the best static accuracy on validation cases, by out-of-fold choices."""
+        table = self.val.at(self.ladder)
+        flops = self.flops(table)
+        prices = self.stages.run.evaluation.prices
+        rungs = [self.rungs(self.fitted.values, p) for p in prices]
+        best = float(table.score.mean(0).max())
+        accuracy = [float(chosen(table.score, r).mean()) for r in rungs]
+        cost = [float(chosen(flops, r).mean()) for r in rungs]
+        return prices[pick_price(accuracy, cost, best, self.stages.run.evaluation.tolerance)]
+
+    def summary(self) -> dict[str, Any]:
+        """All of `summary.json` but what is known of the environment."""
+        test = self.test.at(self.ladder)
+        flops = self.flops(test)
+        prices = self.stages.run.evaluation.prices
+        price = self.operating_price()
+        static = self.static(self.test)
+        pairs = [self.adaptive(p) for p in prices]
+        own, random = self.adaptive(price)
+        rungs = self.rungs(self.values, price)
+        best = oracle_rungs(test.score, flops)
+        oracle = point(
+            chosen(test.score, best), chosen(test.visual, best), chosen(flops, best), self.bootstrap
+        )
+        k = self.best_static(self.val)
+        largest = static[-1].flops
+        equal = cost_at_accuracy(static, own.accuracy)
+        gained = chosen(test.score, rungs)
+        random_gain = gained - mixed(test.score, rungs)
+        attribution, scores = self._attribution(own)
+        headline = {
+            "price": price,
+            "best_static_budget": self.ladder[k],
+            "cost_saved": 1 - own.flops / largest,
+            "cost_saved_vs_static": None if equal is None else 1 - own.flops / equal,
+            "accuracy_lost": self.bootstrap.difference(test.score[:, k] - gained),
+            "gain_over_random": self.bootstrap.difference(random_gain),
+            "gain_over_sft": self.bootstrap.difference(scores["grpo"] - scores["sft"]),
+            "hypervolume": hypervolume([p for p, _ in pairs], largest),
+            "hypervolume_static": hypervolume(static, largest),
+            "tokens_share": own.tokens / static[-1].tokens,
+        }
+        if "sft_continued" in scores:
+            headline["gain_over_sft_continued"] = self.bootstrap.difference(scores["grpo"] - scores["sft_continued"])
+        return {
+            "n": len(test.ids),
+            "n_patients": len(set(test.patients)),
+            "static": [p.to_dict() for p in static],
+            "allocator": [p.to_dict() for p, _ in pairs],
+            "random": [p.to_dict() for _, p in pairs],
+            "oracle": oracle.to_dict(),
+            "text_only": self._text_only().to_dict(),
+            "majority": self._majority().to_dict(),
+            "operating_point": own.to_dict(),
+            "operating_random": random.to_dict(),
+            "attribution": attribution,
+            "headline": headline,
+            "by_question": self._by_question(rungs, test),
+            "linear_probe": linear_probe(self.stages, self.test, rungs, k, self.bootstrap),
+            "chosen": {str(b): int((rungs == j).sum()) for j, b in enumerate(self.ladder)},
+        }
+
+    def _attribution(self, own: Point) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Points of the stages, each at the static budget that its own validation table prefers."""
+        stages, names = self.stages, ["sft"]
+        if stages.run.evaluation.sft_continued:
+            names.append("sft_continued")
+        points: dict[str, Any] = {"base": self._base().to_dict()}
+        scores = {}
+        for name in [*names, "grpo"]:
+            if name == "grpo":
+                tables = {"val": self.val, "test": self.test}
+            else:
+                performer = stages.warm_start() if name == "sft" else stages.sft_continued()
+                tables = {s: stages.table(name, performer, s, self.ladder) for s in ("val", "test")}
+            k = self.best_static(tables["val"])
+            table = tables["test"].at([self.ladder[k]])
+            scores[name] = table.score[:, 0]
+            points[name] = point(
+                table.score[:, 0], table.visual[:, 0], self.flops(table)[:, 0], self.bootstrap, budget=self.ladder[k]
+            ).to_dict()
+        points["grpo_allocator"] = own.to_dict()
+        return points, scores
+
+    def _base(self) -> Point:
+        """The performer before any training here, at the largest budget."""
+        run = self.stages.run
+        base = build_performer(run.performer, self.stages.splits["train"], self.stages.bank, run.grpo.seed)
+        table = self.stages.table("base", base, "test", [self.ladder[-1]])
+        return point(
+            table.score[:, 0], table.visual[:, 0], self.flops(table)[:, 0], self.bootstrap, budget=self.ladder[-1]
+        )
+
+    def _text_only(self) -> Point:
+        table = self.test.at([0])
+        return point(table.score[:, 0], table.visual[:, 0], self.flops(table)[:, 0], self.bootstrap, budget=0)
+
+    def _majority(self) -> Point:
+        """The commonest training answer of each kind of question; costs nothing."""
+        counts: dict[str, dict[str, int]] = {}
+        for case in self.stages.splits["train"]:
+            answers = counts.setdefault(case.question, {})
+            answers[case.answer] = answers.get(case.answer, 0) + 1
+        usual = {q: max(sorted(a), key=a.__getitem__) for q, a in counts.items()}
+        cases = self.stages.splits["test"]
+        texts = [completion_text(usual.get(c.question, "")) for c in cases]
+        score = self.stages.scorer(texts, cases, [0] * len(cases), [0] * len(cases))
+        nothing = np.zeros(len(cases))
+        return point(score, nothing, nothing, self.bootstrap, budget=0)
+
+    def _by_question(self, rungs: np.ndarray, test: ScoreTable) -> dict[str, Any]:
+        out = {}
+        for name in sorted(set(test.questions)):
+            rows = np.array([q == name for q in test.questions])
+            out[name] = {
+                "n": int(rows.sum()),
+                "static": {str(b): float(test.score[rows, k].mean()) for k, b in enumerate(self.ladder)},
+                "allocator": float(chosen(test.score, rungs)[rows].mean()),
+                "tokens": float(chosen(test.visual, rungs)[rows].mean()),
+            }
+        return out
+
+    def _latency(self, sample: int = 16) -> tuple[dict[int, float], float]:
+        """Milliseconds of an answer at batch size 1 for every budget, and of the allocator's look: medians."""
+        cases = self.stages.splits["test"][:sample]
+        milliseconds = {}
+        for budget in self.ladder:
+            self.performer.answer(cases[:2], [budget] * len(cases[:2]), self.stages.max_new_tokens, 1)
+            answers = self.performer.answer(cases, [budget] * len(cases), self.stages.max_new_tokens, 1)
+            milliseconds[budget] = 1000 * float(np.median([a.seconds for a in answers]))
+        look = CheapLook(self.performer, self.fitted.allocator.config)
+        times = []
+        for case in cases:
+            start = time.perf_counter()
+            predict(self.fitted.allocator, *look([case]))
+            times.append(1000 * (time.perf_counter() - start))
+        return milliseconds, float(np.median(times))
+
+
+def _aligner_flops(performer: Performer) -> float:
+    """FLOPs of the aligner for one visual token."""
+    return 2.0 * sum(p.numel() for p in performer.model.model.aligner.parameters() if p.ndim == 2)
+
+
+def evaluate(stages: Stages, performer: Performer, start: ValueAllocator) -> dict[str, Any]:
+    """Fit the allocator, evaluate on the test cases and write the report; returns the summary."""
+    fitted = fit_allocator(stages, performer, start, stages.table("grpo", performer, "val"))
+    evaluation = Evaluation(stages, performer, fitted)
+    return write_report(stages, evaluation)
+
+
+@entry
+def main() -> None:
+    """Report on the recipe's run."""
+    stages = Stages(parse_recipe())
+    evaluate(stages, *stages.joint())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""From a recipe to cases whose features are stored and rewards that can score them: all checks come before training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import PartialState
+
+from envs.case import Case
+from envs.registry import make_env
+from models.visual import FeatureBank
+from rewards.registry import RewardFunction, gold_completion, get_reward
+from rl.recipe import EncoderConfig, Run
+from rl.scoring import Scorer
+from slides.encoder import load_encoder
+from slides.errors import InputError
+from slides.fields import encode_fields
+
+
+def load_cases(run: Run) -> dict[str, list[Case]]:
+    """Cases of the recipe's environment by split; the first process makes generated ones, the others read them.
+
+    Raises:
+        InputError: a split is empty.
+    """
+    params = {k: v for k, v in run.cases.items() if k != "name"}
+    with PartialState().main_process_first():
+        cases = make_env(run.cases["name"], params)
+    splits = {s: [c for c in cases if c.split == s] for s in ("train", "val", "test")}
+    empty = [s for s, members in splits.items() if not members]
+    if empty:
+        raise InputError(
+            f"cases: no case in split {' and '.join(empty)} ({len(cases)} cases in all); every run needs train, val "
+            "(allocator, choices) and test (report): state the splits in the manifest or let the environment make them"
+        )
+    return splits
+
+
+def load_rewards(run: Run, cases: Sequence[Case]) -> list[RewardFunction]:
+    """The recipe's rewards, checked: the gold answer of the first cases of every question must score 1."""
+    rewards = [get_reward(spec, base=run.base) for spec in run.rewards]
+    scorer = Scorer(rewards, run.ladder[-1])
+    by_question: dict[str, Case] = {}
+    for case in cases:
+        by_question.setdefault(case.question, case)
+    probes = list(by_question.values())
+    gold = [gold_completion({"answer": c.answer}) for c in probes]
+    scores = scorer(gold, probes, [1] * len(probes), [1] * len(probes))
+    problems = [
+        f"case {c.id}: its gold answer {c.answer!r} scores {s:.3f} under `rewards`, not 1; mend the answer or the reward"
+        for c, s in zip(probes, scores, strict=True)
+        if abs(s - 1) > 1e-6
+    ]
+    if problems:
+        raise InputError(problems)
+    return rewards
+
+
+def load_features(cases: Sequence[Case], encoder: EncoderConfig, folder: Path) -> FeatureBank:
+    """Encode what is not stored yet and return the bank of all images and slides of the cases."""
+    fields = list(dict.fromkeys(p for c in cases for p in c.images))
+    slides = list(dict.fromkeys(p for c in cases for p in c.slides))
+    files = {p: p for p in slides if p.endswith(".h5")}
+    whole = [p for p in slides if p not in files]
+    with PartialState().main_process_first():
+        if fields:
+            model = load_encoder(
+                encoder.name, revision=encoder.revision, trust_remote_code=encoder.trust_remote_code
+            )
+            files.update(encode_fields(fields, folder / "fields", model, encoder.field_side))
+    if whole:
+        files.update(_extract(whole, encoder, folder / "slides"))
+    return FeatureBank(files)

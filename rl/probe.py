@@ -1,0 +1,84 @@
+"""The honest rival of a trained performer on choice cases: a logistic regression on the same frozen features."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.metrics import balanced_accuracy_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+
+from envs.case import Case
+from models.visual import PLACE, FeatureBank
+from rl.frontier import Bootstrap, chosen
+from rl.stages import Stages
+from rl.table import ScoreTable
+
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+def linear_probe(
+    stages: Stages, test: ScoreTable, rungs: np.ndarray, best: int, bootstrap: Bootstrap
+) -> dict[str, Any] | None:
+    """Balanced accuracy by question: probe, performer at its best static budget, performer with allocator.
+
+    The probe reads mean features (one token), is trained on the training cases, and its regularisation is chosen on
+    validation cases. None when the recipe does not want it or has no choice cases.
+
+    Args:
+        test: the performer's table. rungs: the allocator's choices (N,). best: rung of the best static budget.
+    """
+    if not stages.run.evaluation.linear_probe:
+        return None
+    table = test.at(stages.run.ladder)
+    out = {}
+    cases = stages.splits["test"]
+    for question in sorted({c.question for c in cases if c.task == "choice"}):
+        rows = np.array([c.question == question for c in cases])
+        splits = {s: [c for c in members if c.question == question] for s, members in stages.splits.items()}
+        inputs = {s: _inputs(members, stages.bank) for s, members in splits.items()}
+        gold = {s: np.array([c.answer for c in members]) for s, members in splits.items()}
+        fitted = [_fit(inputs["train"], gold["train"], c) for c in STRENGTHS]
+        value = [balanced_accuracy_score(gold["val"], f.predict(inputs["val"])) for f in fitted]
+        right = fitted[int(np.argmax(value))].predict(inputs["test"]) == gold["test"]
+        own = chosen(table.score, rungs)[rows]
+        within = Bootstrap([c.patient for c in splits["test"]], len(bootstrap.weight))
+        out[question] = {
+            "n": int(rows.sum()),
+            "C": STRENGTHS[int(np.argmax(value))],
+            "linear_probe": _balanced(right, gold["test"], within),
+            "best_static": _balanced(table.score[rows, best] == 1, gold["test"], within),
+            "allocator": _balanced(own == 1, gold["test"], within),
+            "difference": _balanced((own == 1).astype(float) - right, gold["test"], within),
+        }
+    return out or None
+
+
+def _inputs(cases: list[Case], bank: FeatureBank) -> np.ndarray:
+    """Mean features (N, d): of all images of a case."""
+    return np.stack(
+        [np.mean([bank.see(s, 1).rows[0, :-PLACE].numpy() for s in (*c.images, *c.slides)], axis=0) for c in cases]
+    )
+
+
+def _fit(x: np.ndarray, y: np.ndarray, strength: float) -> Any:
+    model = LogisticRegression(C=strength, max_iter=2000, class_weight="balanced")
+    return make_pipeline(StandardScaler(), model).fit(x, y)
+
+
+def _balanced(right: np.ndarray, gold: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:
+    """Mean over classes of the mean of `right` in the class, with an interval over patients."""
+    right = right.astype(float)
+    classes = np.unique(gold)
+    sums, sizes = [], []
+    for label in classes:
+        of = (gold == label).astype(float)
+        groups = len(bootstrap.size)
+        sums.append(bootstrap.weight @ np.bincount(bootstrap.group, weights=right * of, minlength=groups))
+        sizes.append(bootstrap.weight @ np.bincount(bootstrap.group, weights=of, minlength=groups))
+    drawn = np.nanmean(np.stack(sums) / np.where(np.stack(sizes) > 0, np.stack(sizes), np.nan), axis=0)
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    value = float(np.mean([right[gold == label].mean() for label in classes]))
+    return {"value": value, "ci95": [float(low), float(high)]}

@@ -1,0 +1,211 @@
+"""A recipe: one YAML file (and its command line) as checked dataclasses; an unknown key is an error."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from trl import TrlParser
+
+from models.build import PerformerConfig
+from rl.trainer import FrugalConfig
+from slides.errors import InputError
+
+T = TypeVar("T")
+
+
+@dataclass
+class EncoderConfig:
+    """The `encoder` part: how images and slides become stored features.
+
+    Args:
+        name: see `slides.encoder.load_encoder`. revision, trust_remote_code: for a model of a hub.
+        field_side: px of the longer side at which a field of view is encoded; null keeps its size.
+        mpp, tile_px, cells: tiling of slides, see `slides.extract`.
+        slide: further options of `slides.extract.ExtractOptions`.
+        folder: where features are kept; null puts them into the run's folder.
+    """
+
+    name: str = "efficientnet-lite0"
+    revision: str | None = None
+    trust_remote_code: bool = False
+    field_side: int | None = None
+    mpp: float = 2.0
+    tile_px: int = 224
+    cells: int = 7
+    slide: dict[str, Any] = field(default_factory=dict)
+    folder: str | None = None
+
+
+@dataclass
+class AllocatorOptions:
+    """The `allocator` part.
+
+    Args:
+        look: budgets whose pooled tokens are the cheapest look.
+        width, dropout: of the value head.
+        price: lambda while exploring in the joint step.
+        temperature, explore: spread of drawn budgets around the best, and share of uniform draws.
+        learning_rate: of the online updates; fit_learning_rate, fit_epochs, weight_decay: of the fit on a score table.
+    """
+
+    look: list[int] = field(default_factory=lambda: [1, 4])
+    width: int = 64
+    dropout: float = 0.1
+    price: float = 0.1
+    temperature: float = 0.03
+    explore: float = 0.3
+    learning_rate: float = 2e-3
+    fit_learning_rate: float = 2e-3
+    fit_epochs: int = 60
+    weight_decay: float = 1e-2
+
+
+@dataclass
+class EvaluationOptions:
+    """The `evaluation` part.
+
+    Args:
+        prices: lambdas of the allocator's curve.
+        tolerance: accuracy below the best static budget that the operating point may give up, on validation cases.
+        max_new_tokens: null takes `max_completion_length`.
+        bootstrap: resamples of the intervals; by patient.
+        batch_size: rows of one generation batch.
+        sft_continued: also train SFT on for the compute that GRPO took, as a control.
+        linear_probe: also fit a logistic regression on the same frozen features (choice cases).
+    """
+
+    prices: list[float] = field(
+        default_factory=lambda: [0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.27, 0.4, 0.6, 1.0]
+    )
+    tolerance: float = 0.005
+    max_new_tokens: int | None = None
+    bootstrap: int = 2000
+    batch_size: int = 128
+    sft_continued: bool = True
+    linear_probe: bool = True
+
+
+@dataclass
+class Recipe:
+    """What a run does, beside TRL's own GRPO arguments."""
+
+    cases: dict[str, Any] = field(
+        default_factory=dict, metadata={"help": "environment: `name` (manifest, mosaic, simulator or your own) and its parameters"}
+    )
+    encoder: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of EncoderConfig"})
+    performer: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of PerformerConfig"})
+    ladder: list[int] = field(default_factory=lambda: [1, 4, 16, 49, 196], metadata={"help": "budgets in visual tokens"})
+    sft: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of TRL's SFTConfig, and text_only"})
+    rewards: list[Any] = field(default_factory=lambda: ["choice", {"name": "format", "weight": 0.2}])
+    allocator: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of AllocatorOptions"})
+    evaluation: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of EvaluationOptions"})
+    set: list[str] = field(
+        default_factory=list, metadata={"help": "overrides of nested keys, such as cases.slides=40 sft.max_steps=10"}
+    )
+
+
+@dataclass
+class Run:
+    """A parsed recipe."""
+
+    cases: dict[str, Any]
+    encoder: EncoderConfig
+    performer: PerformerConfig
+    ladder: list[int]
+    sft: dict[str, Any]
+    rewards: list[Any]
+    allocator: AllocatorOptions
+    evaluation: EvaluationOptions
+    grpo: FrugalConfig
+    path: Path | None
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.grpo.output_dir)
+
+    @property
+    def base(self) -> Path:
+        """Folder that file names in the recipe are relative to when the working folder has no such file."""
+        return self.path.parent if self.path else Path.cwd()
+
+
+def parse_recipe(argv: list[str] | None = None) -> Run:
+    """Read `--config recipe.yaml` and the command line.
+
+    Raises:
+        InputError: no such file, not a mapping, an unknown key (with the nearest known one) or a bad value.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    path = Path(argv[argv.index("--config") + 1]) if "--config" in argv[:-1] else None
+    known = {f.name for cls in (Recipe, FrugalConfig) for f in dataclasses.fields(cls)}
+    if path is not None:
+        if not path.is_file():
+            raise InputError(f"{path}: no such recipe; see configs/recipes")
+        try:
+            content = yaml.safe_load(path.read_text())
+        except yaml.YAMLError as error:
+            raise InputError(f"{path}: not valid YAML: {error}") from error
+        if not isinstance(content, dict):
+            raise InputError(f"{path}: a recipe is a mapping of keys to values")
+        problems = [f"{path}: unknown key {k!r}{_near(k, known)}" for k in content if k not in known | {"env"}]
+        if problems:
+            raise InputError(problems)
+    try:
+        recipe, grpo = TrlParser([Recipe, FrugalConfig]).parse_args_and_config(argv)
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{path or 'command line'}: {error}") from error
+    nested = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name != "set"}
+    for item in recipe.set:
+        _override(nested, item)
+    ladder = nested["ladder"]
+    if not ladder or sorted(set(ladder)) != ladder or ladder[0] < 1:
+        raise InputError(f"ladder: {ladder} must be ascending token counts, each at least 1")
+    if "name" not in nested["cases"]:
+        raise InputError("cases: `name` is missing; name an environment: manifest, mosaic, simulator or module:function")
+    run = Run(
+        cases=nested["cases"],
+        encoder=checked(EncoderConfig, nested["encoder"], "encoder"),
+        performer=checked(PerformerConfig, nested["performer"], "performer"),
+        ladder=ladder,
+        sft=nested["sft"],
+        rewards=nested["rewards"],
+        allocator=checked(AllocatorOptions, nested["allocator"], "allocator"),
+        evaluation=checked(EvaluationOptions, nested["evaluation"], "evaluation"),
+        grpo=grpo,
+        path=path,
+    )
+    if not set(run.allocator.look) <= set(ladder):
+        raise InputError(f"allocator.look: {run.allocator.look} must be budgets of the ladder {ladder}")
+    return run
+
+
+def checked(cls: type[T], values: dict[str, Any], where: str) -> T:
+    """Make a dataclass from a mapping; unknown keys are errors that name the nearest known one."""
+    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    problems = [f"{where}: unknown key {k!r}{_near(k, known)}" for k in values if k not in known]
+    if problems:
+        raise InputError(problems)
+    return cls(**values)
+
+
+def _near(key: str, known: set[str]) -> str:
+    near = difflib.get_close_matches(str(key), sorted(known), 1)
+    return f"; did you mean {near[0]!r}?" if near else "; remove it"
+
+
+def _override(nested: dict[str, Any], item: str) -> None:
+    key, equals, value = item.partition("=")
+    *path, last = key.split(".")
+    if not equals or not path or path[0] not in nested:
+        raise InputError(f"--set {item}: write section.key=value with a section among {', '.join(nested)}")
+    place = nested
+    for name in path:
+        place = place.setdefault(name, {})
+    place[last] = yaml.safe_load(value)

@@ -1,0 +1,73 @@
+"""The score of an answer: the weighted mean of the rewards that say whether it is right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from envs.case import Case
+from rewards.registry import RewardFunction
+from slides.errors import InputError
+
+SHAPING = {"format", "soft_format"}
+"""Rewards that shape the answer but do not say whether it is right."""
+
+
+def case_columns(case: Case, extra: Sequence[str] = ()) -> dict[str, Any]:
+    """Columns of a case as reward functions get them; `extra` are the further columns of the whole set."""
+    return {
+        "id": case.id,
+        "patient": case.patient,
+        "task": case.task,
+        "question": case.question,
+        "answer": case.answer,
+        "options": list(case.options) if case.options else None,
+        "protocol": case.protocol,
+        **{k: case.extra.get(k) for k in extra},
+    }
+
+
+def extra_columns(cases: Sequence[Case]) -> list[str]:
+    """Names of all further columns that any of the cases has."""
+    return sorted({k for c in cases for k in c.extra})
+
+
+class Scorer:
+    """Scores answers by the recipe's rewards, shaping rewards left out.
+
+    Args:
+        rewards: the recipe's rewards.
+        max_budget: the largest budget of the ladder, for the column of that name.
+    """
+
+    def __init__(self, rewards: Sequence[RewardFunction], max_budget: int):
+        self.rewards = [r for r in rewards if r.__name__ not in SHAPING and r.weight > 0]
+        if not self.rewards:
+            raise InputError("rewards: none of them says whether an answer is right; add choice, ap50 or your own")
+        self.max_budget = max_budget
+
+    def __call__(
+        self, texts: Sequence[str], cases: Sequence[Case], budgets: Sequence[int], tokens: Sequence[int]
+    ) -> np.ndarray:
+        """Scores (N,) of completions.
+
+        Raises:
+            InputError: no reward applies to a case (all returned None); the message names it.
+        """
+        extra = extra_columns(cases)
+        rows = [case_columns(c, extra) for c in cases]
+        columns = {key: [row[key] for row in rows] for key in rows[0]}
+        columns.update(budget=list(budgets), tokens=list(tokens), max_budget=[self.max_budget] * len(cases))
+        values = np.array(
+            [[np.nan if v is None else float(v) for v in r(completions=list(texts), **columns)] for r in self.rewards]
+        )
+        weights = np.array([r.weight for r in self.rewards])[:, None] * ~np.isnan(values)
+        if (weights.sum(0) == 0).any():
+            case = cases[int(np.argmax(weights.sum(0) == 0))]
+            names = ", ".join(r.__name__ for r in self.rewards)
+            raise InputError(
+                f"case {case.id}: no reward scores its task {case.task!r} (asked: {names}); add one that does to `rewards`"
+            )
+        return (np.nan_to_num(values) * weights).sum(0) / weights.sum(0)

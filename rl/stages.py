@@ -1,0 +1,204 @@
+"""The stages of a run. Each writes a folder, is skipped when that folder is finished, and resumes when it is not."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+
+from envs.case import Case
+from models.allocator import AllocatorConfig, CheapLook, ValueAllocator
+from models.build import build_performer
+from models.performer import Performer
+from models.visual import FeatureBank
+from rl.allocation import AllocatorLearner
+from rl.checkpoints import MarkWhole, is_done, last_whole, mark_done
+from rl.guards import CollapseGuard
+from rl.prepare import load_cases, load_features, load_rewards
+from rl.recipe import Run
+from rl.scoring import SHAPING, Scorer, case_columns, extra_columns
+from rl.table import ScoreTable, score_table
+from rl.trainer import FrugalTrainer
+from sft.warm_start import sft_config, train_sft
+
+logger = logging.getLogger(__name__)
+
+# Keys of the GRPO arguments that do not change the result of a run.
+NEUTRAL = {
+    "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "logging_steps", "save_steps",
+    "save_strategy", "save_total_limit", "resume_from_checkpoint", "log_level", "logging_strategy",
+}  # fmt: skip
+
+
+class Stages:
+    """A run's cases, rewards and features, and the stages that use them.
+
+    Args:
+        run: the parsed recipe.
+    """
+
+    def __init__(self, run: Run):
+        self.run = run
+        self.splits = load_cases(run)
+        self.cases = [c for members in self.splits.values() for c in members]
+        self.rewards = load_rewards(run, self.cases)
+        self.scorer = Scorer(self.rewards, run.ladder[-1])
+        self.max_new_tokens = run.evaluation.max_new_tokens or run.grpo.max_completion_length
+
+    @cached_property
+    def bank(self) -> FeatureBank:
+        """Stored features of all cases."""
+        folder = Path(self.run.encoder.folder) if self.run.encoder.folder else self.run.folder / "features"
+        return load_features(self.cases, self.run.encoder, folder)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes."""
+        return PartialState().is_main_process
+
+    def warm_start(self) -> Performer:
+        """SFT from the recipe's performer; with a checkpoint and no `sft` keys the checkpoint is taken as it is."""
+        performer = build_performer(self.run.performer, self.splits["train"], self.bank, self.run.grpo.seed)
+        if self.run.performer.checkpoint and not self.run.sft:
+            return performer
+        return self._sft("sft", performer, {})
+
+    def sft_continued(self) -> Performer:
+        """The warm start trained on for the FLOPs that the joint stage took: the control of equal compute."""
+        spent = is_done(self.run.folder / "grpo", self.grpo_parts())
+        before = is_done(self.run.folder / "sft", self._sft_parts({}))
+        assert spent is not None and before is not None
+        steps = max(1, round(spent["flops"] / (before["flops"] / before["steps"])))
+        return self._sft("sft_continued", self._load("sft"), {"max_steps": steps})
+
+    def joint(self) -> tuple[Performer, ValueAllocator]:
+        """GRPO of performer and allocator from one set of rollouts."""
+        folder, parts = self.run.folder / "grpo", self.grpo_parts()
+        performer = self.warm_start()
+        allocator = self._new_allocator(performer)
+        if is_done(folder, parts):
+            return self._load("grpo"), ValueAllocator.from_pretrained(folder / "allocator")
+        look = CheapLook(performer, allocator.config)
+        options = self.run.allocator
+        cost = torch.tensor(self.rung_cost(performer))
+        learner = AllocatorLearner(
+            allocator, look, cost, options.price, options.temperature, options.explore, options.learning_rate
+        )
+        train = self.splits["train"]
+        extra = extra_columns(self.cases)
+        rows = [{"index": i, "prompt": performer.messages(c), **case_columns(c, extra)} for i, c in enumerate(train)]
+        guard = CollapseGuard()
+        args = copy.copy(self.run.grpo)
+        args.output_dir = str(folder)
+        args.reward_weights = [r.weight for r in self.rewards]
+        trainer = FrugalTrainer(
+            model=performer.model,
+            reward_funcs=list(self.rewards),
+            args=args,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=performer.processor,
+            callbacks=[guard, MarkWhole()],
+            performer=performer,
+            cases=train,
+            learner=learner,
+            score_weights=[0.0 if r.__name__ in SHAPING else r.weight for r in self.rewards],
+        )
+        trainer.train(resume_from_checkpoint=last_whole(folder))
+        self._finish(folder, parts, performer, trainer, allocator=allocator, warnings=guard.warnings)
+        return self._load("grpo"), allocator
+
+    def table(self, name: str, performer: Performer, split: str, budgets: Sequence[int] | None = None) -> ScoreTable:
+        """Score table of a stage's performer on a split, kept under `tables/`; budget 0 (no image) comes first."""
+        budgets = list(budgets) if budgets is not None else [0, *self.run.ladder]
+        return score_table(
+            performer,
+            self.splits[split],
+            budgets,
+            self.scorer,
+            self.max_new_tokens,
+            self.run.evaluation.batch_size,
+            self.run.folder / "tables" / f"{name}.{split}.jsonl",
+            label=f"{name} on {split}",
+        )
+
+    def rung_cost(self, performer: Performer) -> list[float]:
+        """FLOPs of an answer at every rung, the largest = 1, for the mean question and answer of the training cases."""
+        sample = self.splits["train"][:: max(1, len(self.splits["train"]) // 100)]
+        tokenizer = performer.processor.tokenizer
+        prompt = [
+            len(tokenizer(performer.processor.apply_chat_template(performer.messages(c), add_generation_prompt=True))["input_ids"])
+            for c in sample
+        ]
+        answer = [len(tokenizer(c.answer)["input_ids"]) + 5 for c in sample]
+        text, written = sum(prompt) / len(prompt), sum(answer) / len(answer)
+        flops = [performer.shape.answer(b, text, written) for b in self.run.ladder]
+        return [f / flops[-1] for f in flops]
+
+    def _new_allocator(self, performer: Performer) -> ValueAllocator:
+        options = self.run.allocator
+        torch.manual_seed(self.run.grpo.seed)
+        config = AllocatorConfig(
+            ladder=self.run.ladder,
+            look=options.look,
+            feature_dim=self.bank.dim,
+            width=options.width,
+            dropout=options.dropout,
+        )
+        allocator = ValueAllocator(config)
+        train = self.splits["train"]
+        allocator.standardise(CheapLook(performer, config)(train[:: max(1, len(train) // 512)])[0])
+        return allocator
+
+    def _sft(self, name: str, performer: Performer, changed: dict[str, Any]) -> Performer:
+        folder, parts = self.run.folder / name, self._sft_parts(changed)
+        if is_done(folder, parts):
+            return self._load(name)
+        options = {**self.run.sft, **changed}
+        text_only = options.pop("text_only", 0.05)
+        args = sft_config(folder, options, self.run.grpo.seed)
+        trainer = train_sft(
+            performer, self.splits["train"], self.run.ladder, args, text_only, [MarkWhole()], last_whole(folder)
+        )
+        self._finish(folder, parts, performer, trainer)
+        return self._load(name)
+
+    def _finish(
+        self, folder: Path, parts: dict, performer: Performer, trainer: Any, allocator: Any = None, **record: Any
+    ) -> None:
+        state = PartialState()
+        if state.is_main_process:
+            performer.save(folder)
+            if allocator is not None:
+                allocator.save_pretrained(folder / "allocator")
+            record |= {"steps": trainer.state.global_step, "flops": trainer.state.total_flos}
+            mark_done(folder, parts, log=trainer.state.log_history, **record)
+        state.wait_for_everyone()
+
+    def _load(self, name: str) -> Performer:
+        options = {"show_options": self.run.performer.show_options, "system": self.run.performer.system}
+        return Performer.load(self.run.folder / name, self.bank, **options)
+
+    def _sft_parts(self, changed: dict[str, Any]) -> dict[str, Any]:
+        run = self.run
+        return {
+            "cases": run.cases,
+            "encoder": dataclasses.asdict(run.encoder),
+            "performer": dataclasses.asdict(run.performer),
+            "ladder": run.ladder,
+            "sft": {**run.sft, **changed},
+            "seed": run.grpo.seed,
+        }
+
+    def grpo_parts(self) -> dict[str, Any]:
+        grpo = {k: v for k, v in self.run.grpo.to_dict().items() if k not in NEUTRAL}
+        online = dataclasses.asdict(self.run.allocator)
+        online = {k: v for k, v in online.items() if not k.startswith("fit_") and k != "weight_decay"}
+        return {**self._sft_parts({}), "rewards": self.run.rewards, "grpo": grpo, "allocator": online}

@@ -1,0 +1,123 @@
+"""Score tables: what a frozen performer scores on every case at every budget, and what that costs."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import PartialState
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from envs.case import Case
+from models.cost import DecoderShape
+from models.performer import Answer, Performer
+from rl.scoring import Scorer
+
+
+@dataclass
+class ScoreTable:
+    """Greedy answers of a performer to N cases at K budgets.
+
+    Args:
+        ids, patients, questions: of the cases, length N.
+        budgets: K budgets in tokens; 0 shows no image.
+        score: (N, K) in 0..1.
+        visual, prompt, generated: (N, K) token counts.
+        text: completions, N lists of K.
+    """
+
+    ids: list[str]
+    patients: list[str]
+    questions: list[str]
+    budgets: list[int]
+    score: np.ndarray
+    visual: np.ndarray
+    prompt: np.ndarray
+    generated: np.ndarray
+    text: list[list[str]]
+
+    def at(self, budgets: Sequence[int]) -> ScoreTable:
+        """The columns of some budgets."""
+        keep = [self.budgets.index(b) for b in budgets]
+        arrays = {k: getattr(self, k)[:, keep] for k in ("score", "visual", "prompt", "generated")}
+        text = [[row[k] for k in keep] for row in self.text]
+        return ScoreTable(self.ids, self.patients, self.questions, list(budgets), text=text, **arrays)
+
+    def flops(self, shape: DecoderShape) -> np.ndarray:
+        """FLOPs (N, K) of every answer of the language model."""
+        return np.vectorize(shape.answer, otypes=[float])(self.visual, self.prompt, self.generated)
+
+    def save(self, path: str | Path) -> None:
+        """Write as JSON lines, one case a line, atomically."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(f".{os.getpid()}.tmp")
+        with partial.open("w") as file:
+            file.write(json.dumps({"budgets": self.budgets}) + "\n")
+            for i, name in enumerate(self.ids):
+                row: dict[str, Any] = {"id": name, "patient": self.patients[i], "question": self.questions[i]}
+                for key in ("score", "visual", "prompt", "generated"):
+                    row[key] = getattr(self, key)[i].tolist()
+                file.write(json.dumps({**row, "text": self.text[i]}) + "\n")
+        os.replace(partial, path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> ScoreTable:
+        """Read what `save` wrote."""
+        head, *rows = (json.loads(line) for line in Path(path).read_text().splitlines())
+        arrays = {k: np.array([r[k] for r in rows]) for k in ("score", "visual", "prompt", "generated")}
+        names = {f"{k}s": [r[k] for r in rows] for k in ("id", "patient", "question")}
+        return cls(budgets=head["budgets"], text=[r["text"] for r in rows], **arrays, **names)
+
+
+def score_table(
+    performer: Performer,
+    cases: Sequence[Case],
+    budgets: Sequence[int],
+    scorer: Scorer,
+    max_new_tokens: int,
+    batch_size: int = 128,
+    path: str | Path | None = None,
+    label: str = "scoring",
+) -> ScoreTable:
+    """Answer every case at every budget, the cases shared out over the processes; every process gets the whole table.
+
+    With a `path` that exists, the table is read from it instead.
+    """
+    if path is not None and Path(path).is_file():
+        return ScoreTable.load(path)
+    state = PartialState()
+    mine = list(range(len(cases)))[state.process_index :: state.num_processes]
+    columns: list[list[Answer]] = []
+    for budget in tqdm(budgets, desc=label, disable=not state.is_main_process, unit="budget"):
+        columns.append(performer.answer([cases[i] for i in mine], [budget] * len(mine), max_new_tokens, batch_size))
+    local = [(i, [column[k] for column in columns]) for k, i in enumerate(mine)]
+    rows = sorted(gather_object(local) if state.num_processes > 1 else local, key=lambda item: item[0])
+    answers = [row for _, row in rows]
+    score = np.stack(
+        [
+            scorer([row[k].text for row in answers], cases, [b] * len(cases), [row[k].visual for row in answers])
+            for k, b in enumerate(budgets)
+        ],
+        axis=1,
+    )
+    counts = {k: np.array([[getattr(a, k) for a in row] for row in answers]) for k in ("visual", "prompt", "generated")}
+    table = ScoreTable(
+        [c.id for c in cases],
+        [c.patient for c in cases],
+        [c.question for c in cases],
+        list(budgets),
+        score,
+        text=[[a.text for a in row] for row in answers],
+        **counts,
+    )
+    if path is not None and state.is_main_process:
+        table.save(path)
+    state.wait_for_everyone()
+    return table
