@@ -49,6 +49,52 @@ class Features:
         return len(self.features)
 
 
+class FeatureWriter:
+    """Writes a feature file in parts, so that the features of a slide need not fit in memory.
+
+    Use it in a `with` block: at its end the file takes its name; after an error nothing is left behind and an older
+    file of that name is untouched.
+    """
+
+    def __init__(self, path: str | os.PathLike, rows: int, dim: int, *, dtype: str = "float32"):
+        """Open a temporary file next to `path` for `rows` features of `dim` values; `dtype` float32 or float16."""
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        self._file = h5py.File(self._temporary, "w")
+        self._features = self._file.create_dataset("features", (rows, dim), dtype=dtype)
+        self._coords = self._file.create_dataset("coords", (rows, 2), dtype="int64")
+        self._attrs: dict[str, Any] = {}
+        self._row = 0
+
+    def append(self, features: np.ndarray, coords: np.ndarray) -> None:
+        """Add features (n, d) and coords (n, 2)."""
+        end = self._row + len(features)
+        self._features[self._row : end] = features
+        self._coords[self._row : end] = coords
+        self._row = end
+
+    def set_attrs(self, attrs: dict[str, Any]) -> None:
+        """Set the attributes; those that are None are left out."""
+        self._attrs = {key: value for key, value in attrs.items() if value is not None}
+
+    def __enter__(self) -> FeatureWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            with self._file:
+                if kind is None:
+                    if self._row != len(self._coords):
+                        raise ValueError(f"{self.path}: {self._row} of {len(self._coords)} rows were written")
+                    self._file.attrs.update(self._attrs)
+                    self._coords.attrs.update(_trident_attrs(self.path.stem, self._attrs))
+            if kind is None:
+                os.replace(self._temporary, self.path)
+        finally:
+            self._temporary.unlink(missing_ok=True)
+
+
 def write_features(path: str | os.PathLike, features: Features, *, dtype: str = "float32") -> None:
     """Write a feature file atomically: a reader sees the old file or the whole new one.
 
@@ -57,19 +103,9 @@ def write_features(path: str | os.PathLike, features: Features, *, dtype: str = 
         features: what to write.
         dtype: `float32`, or `float16` for half the size (read back as float32).
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    attrs = {key: value for key, value in features.attrs.items() if value is not None}
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with h5py.File(temporary, "w") as file:
-            file.create_dataset("features", data=features.features.astype(dtype))
-            coords = file.create_dataset("coords", data=features.coords)
-            file.attrs.update(attrs)
-            coords.attrs.update(_trident_attrs(path.stem, attrs))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with FeatureWriter(path, *features.features.shape, dtype=dtype) as writer:
+        writer.append(features.features, features.coords)
+        writer.set_attrs(features.attrs)
 
 
 def read_features(path: str | os.PathLike) -> Features:

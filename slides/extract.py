@@ -1,0 +1,113 @@
+"""Extract the patch features of slides.
+
+    python -m slides.extract --slides slides/ --out features/
+    accelerate launch --num_processes 2 slides/extract.py --slides slides.csv --out features/ --slide_mpp 0.25
+    python -m slides.extract --config extract.yaml
+
+`--slides` is a folder, a manifest (csv, tsv, jsonl, parquet: file, and optionally id, case, stain, mpp) or one slide.
+`--out` gets `features/`, `status/`, `qc/`, `geojson/` and `extract.jsonl`. The exit status is 0 when the run finished,
+also with slides that could not be read (they are listed with their reasons), and 2 for bad arguments or when not one
+slide could be extracted. How-to: docs/slides.md.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+
+if not __package__:  # launched as a file: Python put slides/ first on the path, where its modules would shadow others
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+# Reading threads share the cores with the encoder's. Waiting OpenMP threads that spin would take them from both: the
+# encoder was eight times slower beside other work. It must be set before torch is loaded.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+from slides.errors import InputError, entry
+from slides.extraction import Outputs, extract_slides
+from slides.jobs import SlideJob, find_jobs
+from slides.options import ExtractOptions
+from slides.status import DONE, FAILED, SlideStatus, read_status, table, totals, write_summary
+
+__all__ = ["ExtractOptions", "SlideJob", "SlideStatus", "extract_slides", "find_jobs"]
+
+
+@dataclass
+class ExtractArguments(ExtractOptions):
+    """The command line: what to extract, where to, and how."""
+
+    slides: str | None = field(default=None, metadata={"help": "folder, manifest or one slide"})
+    out: str | None = field(default=None, metadata={"help": "output folder"})
+    device: str = field(default="auto", metadata={"help": "where the encoder runs: auto, cpu, cuda, cuda:1"})
+
+
+def parse(arguments: list[str] | None = None) -> ExtractArguments:
+    """Arguments from the command line and the YAML file that `--config` names; InputError for unknown YAML keys."""
+    from trl import TrlParser
+
+    parser = TrlParser(dataclass_types=[ExtractArguments])
+    try:
+        (found,) = parser.parse_args_and_config(arguments)
+    except (ValueError, OSError) as error:
+        raise InputError(f"--config: {error}") from error
+    missing = [f"--{name}: missing" for name in ("slides", "out") if getattr(found, name) is None]
+    if missing:
+        raise InputError(missing)
+    return found
+
+
+@entry
+def main() -> None:
+    """Run the command line."""
+    arguments = parse()
+    arguments.check()
+    jobs = find_jobs(arguments.slides)
+    out = Path(arguments.out)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"--out {out}: is a file, not a folder")
+
+    from accelerate import PartialState
+
+    # The others wait for the process with the longest share, which may take days.
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    state = PartialState(cpu=arguments.device == "cpu", **({"timeout": timedelta(days=30)} if distributed else {}))
+    statuses = extract_slides(
+        jobs,
+        out,
+        arguments,
+        device=str(state.device) if arguments.device == "auto" else arguments.device,
+        rank=state.process_index,
+        world=state.num_processes,
+        progress=state.is_main_process,
+    )
+    state.wait_for_everyone()
+    if state.is_main_process:
+        report(jobs, out, statuses)
+    if distributed:
+        state.destroy_process_group()
+
+
+def report(jobs: list[SlideJob], out: Path, own: list[SlideStatus]) -> None:
+    """Write `extract.jsonl` and print the table; InputError when there is not one slide with features."""
+    found = {status.id: status for status in own}
+    outputs = Outputs(out)
+    for job in jobs:
+        if job.id not in found:  # another process's share
+            status = read_status(outputs.status(job.id))
+            if status is None:
+                raise RuntimeError(f"{job.file}: the process that had this slide left no status")
+            found[job.id] = status
+    statuses = [found[job.id] for job in jobs]
+    write_summary(out / "extract.jsonl", statuses)
+    print(table(statuses))
+    print(f"{totals(statuses)}; {out / 'extract.jsonl'}")
+    if not any(status.status == DONE for status in statuses):
+        failed = [status for status in statuses if status.status == FAILED]
+        why = f"{failed[0].id}: {failed[0].reason}" if failed else statuses[0].reason
+        raise InputError(f"no slide could be extracted; the table tells each one's reason and remedy, e.g. {why}")
+
+
+if __name__ == "__main__":
+    main()

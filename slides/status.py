@@ -1,0 +1,140 @@
+"""What became of each slide: one JSON file a slide, written when it is finished, and the table at the end of a run."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+DONE, FAILED, SKIPPED = "done", "failed", "skipped"
+
+
+@dataclass
+class SlideStatus:
+    """The outcome for one slide.
+
+    Attributes:
+        id, file, case, stain: of the job.
+        status: `done`; `failed`: asked for and not possible; `skipped`: not asked for.
+        reason: why it is not done.
+        tiles: how many tiles were encoded; `tissue_tiles` how many hold tissue (more, when capped).
+        level0_mpp, mpp_source: the slide's scale and where it is known from.
+        level, level_mpp: the level that was read.
+        backend: what read it.
+        notes: what the user should know about a slide that is done.
+        seconds: for this slide, all in all.
+        options: what decides the features' values.
+        inputs: what else the outcome hangs on: the file and the settings for this slide.
+        again: taken over from an earlier run (not stored).
+    """
+
+    id: str
+    file: str
+    case: str = ""
+    stain: str = ""
+    status: str = FAILED
+    reason: str = ""
+    tiles: int = 0
+    tissue_tiles: int = 0
+    level0_mpp: float | None = None
+    mpp_source: str | None = None
+    level: int | None = None
+    level_mpp: float | None = None
+    backend: str | None = None
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    options: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, Any] = field(default_factory=dict)
+    again: bool = False
+
+    def stored(self) -> dict[str, Any]:
+        """All fields that go to disk."""
+        return {key: value for key, value in asdict(self).items() if key != "again"}
+
+
+def write_status(path: Path, status: SlideStatus) -> None:
+    """Write a status file atomically."""
+    write_text(path, json.dumps(status.stored(), indent=1, ensure_ascii=False) + "\n")
+
+
+def read_status(path: Path) -> SlideStatus | None:
+    """A status file, or None where there is none, or one of another version of this package."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return None  # half a file of a copy that broke off: the slide is done again
+    known = {item.name for item in fields(SlideStatus)}
+    if not isinstance(values, dict) or not {"id", "file", "status"} <= values.keys() <= known:
+        return None
+    return SlideStatus(**values)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically; its folder is made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_identity(path: Path) -> str:
+    """Size and a hash of both ends of a file: it survives copying, where a modification time does not."""
+    edge = 64 * 1024
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.sha256(file.read(edge))
+            file.seek(max(edge, size - edge))
+            digest.update(file.read(edge))
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    return f"{size}-{digest.hexdigest()[:16]}"
+
+
+def write_summary(path: Path, statuses: Iterable[SlideStatus]) -> None:
+    """One line of JSON a slide."""
+    lines = [json.dumps(status.stored(), ensure_ascii=False) for status in statuses]
+    write_text(path, "\n".join(lines) + "\n")
+
+
+def table(statuses: Sequence[SlideStatus], limit: int = 60) -> str:
+    """The summary as text: every slide, or with more than `limit` slides all that are not done or have a note."""
+    shown = [s for s in statuses if len(statuses) <= limit or s.status != DONE or s.notes]
+    rows = [("slide", "status", "tiles", "mpp", "s", "")]
+    for status in shown:
+        source = (status.mpp_source or "").removeprefix("openslide.")
+        mpp = f"{status.level0_mpp:.4g} {source}" if status.level0_mpp else ""
+        rows.append(
+            (
+                status.id,
+                status.status + (" before" if status.again else ""),
+                str(status.tiles) if status.status == DONE else "",
+                mpp,
+                f"{status.seconds:.1f}",
+                status.reason or "; ".join(status.notes),
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(5)]
+    lines = [
+        "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[5]]) for row in rows
+    ]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def totals(statuses: Sequence[SlideStatus]) -> str:
+    """One line: how many slides are done, failed and skipped, and how many tiles there are."""
+    counts = {kind: sum(s.status == kind for s in statuses) for kind in (DONE, FAILED, SKIPPED)}
+    tiles = sum(s.tiles for s in statuses if s.status == DONE)
+    text = ", ".join(f"{count} {kind}" for kind, count in counts.items())
+    if statuses and all(s.again for s in statuses):
+        return f"nothing to do: {text}, {tiles} tiles, all from earlier runs (--retry tries failed slides again)"
+    return f"{text}, {tiles} tiles"
