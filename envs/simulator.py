@@ -1,0 +1,193 @@
+"""Simulated slides: procedural H&E written as pyramidal TIFF, with questions whose answers are known from the drawing.
+
+The embedded default where there is no data. Some questions are answered by one visual token (diagnosis, grade), some
+need a few (necrosis, quadrant) and some a fine grid (size, margin, mitoses), so that an allocator has something to
+learn. `python -m envs.simulator --folder slides --slides 20` writes a folder with a manifest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from envs.case import Case
+from envs.simulator_folder import SlideSpec, fill_folder, write_whole
+from envs.simulator_questions import QUESTIONS, ask, synoptic
+from envs.splits import assign_splits
+from slides.errors import InputError, entry
+
+# Shares of diagnoses and grades among patients, in 60 parts.
+MIX: list[tuple[str, int | None]] = [("normal", None)] * 12 + [("adenoma", None)] * 15
+MIX += [("carcinoma", grade) for grade in (1, 2, 3)] * 11
+
+MIN_MM, MAX_MM = 0.4, 20.0
+MIN_MPP, MAX_MPP = 0.2, 4.0
+
+
+def build(
+    *,
+    folder: str,
+    slides: int = 900,
+    seed: int = 0,
+    size_mm: float = 0.896,
+    mpp: float = 1.0,
+    questions: Sequence[str] | None = None,
+    questions_per_slide: int | None = None,
+    val_fraction: float = 0.1,
+    test_fraction: float = 0.25,
+    workers: int = 2,
+) -> list[Case]:
+    """Draw a folder of slides, or re-use it, and ask about each slide.
+
+    Every slide follows from `seed` and its number alone, so that more slides can be asked for later and the first ones
+    stay as they are. An interrupted run is continued. Processes that build one folder at the same time wait for the
+    first of them.
+
+    Args:
+        folder: where the slides lie or will lie: `slides/*.tif`, `truth.jsonl`, `params.json`.
+        slides: how many; one or two belong to a patient.
+        seed: another seed, other slides.
+        size_mm: side of the square slide, 0.4 to 20. The shapes scale with it, cells keep their real size.
+        mpp: micrometres per pixel of the base level, 0.2 to 4; further levels halve it.
+        questions: kinds to ask (default all): diagnosis, grade, necrosis, size, margin, quadrant, mitoses.
+        questions_per_slide: at most so many a slide, drawn at random (default all that apply).
+        val_fraction, test_fraction: shares of the slides, split by patient and spread over the diagnoses.
+        workers: processes that draw.
+
+    Returns:
+        Choice cases, one a question; `question` is its kind, `extra["truth"]` all known about the slide as JSON text.
+
+    Raises:
+        InputError: a parameter is out of range, or the folder holds slides of other parameters or other files.
+    """
+    _check(slides, seed, size_mm, mpp, questions, questions_per_slide, val_fraction, test_fraction, workers)
+    root = Path(os.path.abspath(os.path.expanduser(folder)))
+    specs = cohort(slides, seed)
+    strata = [f"{spec.diagnosis} {spec.grade}" for spec in specs]
+    fractions = {"train": 1 - val_fraction - test_fraction, "val": val_fraction, "test": test_fraction}
+    splits = assign_splits([spec.patient for spec in specs], strata, fractions, seed=seed)
+    empty = [name for name, share in fractions.items() if share > 0 and name not in splits]
+    if empty:
+        raise InputError(
+            f"{slides} slides leave the split {empty[0]!r} empty; ask for more slides or set its fraction to 0"
+        )
+    rows = fill_folder(root, specs, seed=seed, size_mm=size_mm, mpp=mpp, workers=workers)
+    kinds = list(QUESTIONS) if questions is None else list(questions)
+    cases = []
+    for spec, row, split in zip(specs, rows, splits, strict=True):
+        asked = [(kind, found) for kind in kinds if (found := ask(kind, row["truth"], size_mm)) is not None]
+        if questions_per_slide is not None and len(asked) > questions_per_slide:
+            chosen = np.random.default_rng([seed, spec.index, 2]).permutation(len(asked))[:questions_per_slide]
+            asked = [asked[i] for i in sorted(chosen)]
+        truth = json.dumps(synoptic(row["truth"], size_mm))
+        cases += [
+            Case(
+                id=f"{spec.name}-{kind}",
+                patient=spec.patient,
+                task="choice",
+                prompt=found.prompt,
+                answer=found.answer,
+                options=found.options,
+                slides=(str(root / row["slide"]),),
+                split=split,
+                question=kind,
+                extra={"truth": truth},
+            )
+            for kind, found in asked
+        ]
+    return cases
+
+
+def cohort(slides: int, seed: int) -> list[SlideSpec]:
+    """The slides of a seed: one or two a patient, diagnoses in the shares of `MIX`. A longer cohort begins alike."""
+    rng = np.random.default_rng([seed, 0, 3])
+    specs: list[SlideSpec] = []
+    deck: list[tuple[str, int | None]] = []
+    patient = 0
+    while len(specs) < slides:
+        if not deck:
+            deck = [MIX[i] for i in rng.permutation(len(MIX))]
+        diagnosis, grade = deck.pop()
+        for _ in range(int(rng.integers(1, 3))):
+            specs.append(SlideSpec(len(specs), f"p{patient:05d}", diagnosis, grade))
+        patient += 1
+    return specs[:slides]
+
+
+def _check(
+    slides: int,
+    seed: int,
+    size_mm: float,
+    mpp: float,
+    questions: Sequence[str] | None,
+    questions_per_slide: int | None,
+    val_fraction: float,
+    test_fraction: float,
+    workers: int,
+) -> None:
+    problems = []
+    whole = {"slides": (slides, 1), "seed": (seed, 0), "workers": (workers, 1)}
+    if questions_per_slide is not None:
+        whole["questions_per_slide"] = (questions_per_slide, 1)
+    for name, (value, least) in whole.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            problems.append(f"simulator: {name} is {value!r}; give a whole number of at least {least}")
+    for name, value, least, most in (("size_mm", size_mm, MIN_MM, MAX_MM), ("mpp", mpp, MIN_MPP, MAX_MPP)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+            problems.append(f"simulator: {name} is {value!r}; give a number from {least} to {most}")
+    for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
+            problems.append(f"simulator: {name} is {value!r}; give a share from 0 to below 1")
+    if not problems and val_fraction + test_fraction >= 1:
+        problems.append("simulator: val_fraction and test_fraction leave nothing to train on; lower either")
+    if questions is not None:
+        if isinstance(questions, str) or not questions:
+            problems.append(f"simulator: questions is {questions!r}; give a list of {', '.join(QUESTIONS)}")
+        else:
+            unknown = [kind for kind in questions if kind not in QUESTIONS]
+            problems += [f"simulator: unknown question {kind!r}; use {', '.join(QUESTIONS)}" for kind in unknown]
+            if len(set(questions)) < len(questions):
+                problems.append(f"simulator: questions repeat an entry: {list(questions)}; name each once")
+    if problems:
+        raise InputError(problems)
+
+
+@dataclass
+class SimulatorArguments:
+    """Options of `python -m envs.simulator`; see `build`."""
+
+    folder: str = field(metadata={"help": "where slides and manifest.jsonl are written"})
+    slides: int = field(default=20, metadata={"help": "how many slides"})
+    seed: int = field(default=0, metadata={"help": "another seed, other slides"})
+    size_mm: float = field(default=0.896, metadata={"help": "side of a slide in millimetres"})
+    mpp: float = field(default=1.0, metadata={"help": "micrometres per pixel of the base level"})
+    questions: list[str] = field(default_factory=lambda: list(QUESTIONS), metadata={"help": "kinds of question"})
+    questions_per_slide: int | None = field(default=None, metadata={"help": "at most so many a slide"})
+    val_fraction: float = field(default=0.1, metadata={"help": "share of the slides for validation"})
+    test_fraction: float = field(default=0.25, metadata={"help": "share of the slides for testing"})
+    workers: int = field(default=2, metadata={"help": "processes that draw"})
+
+
+@entry
+def main() -> None:
+    """Write slides and a manifest of their questions, with paths relative to it."""
+    from transformers import HfArgumentParser  # slow to import, and needed here only
+
+    (arguments,) = HfArgumentParser(SimulatorArguments).parse_args_into_dataclasses()
+    cases = build(**vars(arguments))
+    root = Path(os.path.abspath(os.path.expanduser(arguments.folder)))
+    lines = []
+    for case in cases:
+        row = case.to_dict() | {"slides": [Path(path).relative_to(root).as_posix() for path in case.slides]}
+        lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+    write_whole(root / "manifest.jsonl", "".join(lines))
+    print(f"{len(cases)} questions about {arguments.slides} slides: {root / 'manifest.jsonl'}")
+
+
+if __name__ == "__main__":
+    main()
