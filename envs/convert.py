@@ -56,9 +56,11 @@ def to_cases(rows: Sequence[Row], reading: Reading) -> tuple[list[Case], list[st
     split_given = any(reading.split_column in row.values for row in rows)
     cases, places, problems = [], [], []
     for row in tqdm(rows, desc="read manifest", unit="row", disable=len(rows) < 2000, leave=False):
+        if split_given and reading.split_column not in row.values:
+            problems.append(
+                f"{row.at}: `{reading.split_column}` is empty here but not in other rows; give every row one"
+            )
         try:
-            if split_given and reading.split_column not in row.values:
-                raise InputError(f"`{reading.split_column}` is empty here but not in other rows; give every row one")
             cases.append(_to_case(row, reading, format, options))
             places.append(row.at)
         except InputError as error:
@@ -99,46 +101,68 @@ def _check_label_parameters(rows: Sequence[Row], reading: Reading) -> None:
 def _to_case(row: Row, reading: Reading, format: str, options: Sequence[str] | None) -> Case:
     """One case; raises InputError with the problems of the row, without its place."""
     values = {key: value for key, value in row.values.items() if value is not None}
-    task = values.get("task", reading.task)
-    if format == "swift":
-        values = swift_row(values, task=task, options=options)
-        values.setdefault("id", row.at.replace(f"{reading.path}", Path(reading.path).stem, 1))
-    elif format == "labels":
-        task = values.get("task", reading.task or ("detection" if reading.mask_column else "choice"))
-        values = _label_values(row, reading)
-    else:
-        values = {key: _cell(key, value) for key, value in values.items()}
+    default = "detection" if reading.mask_column else "choice"
+    task = values.get("task", reading.task or (default if format == "labels" else None))
+    problems = []
     if task is None:
-        raise InputError("`task` is missing; add the column, or set the parameter task for all rows")
+        problems.append("`task` is missing; add the column, or set the parameter task for all rows")
+    try:
+        if format == "swift":
+            values = swift_row(values, task=task, options=options)
+            values.setdefault("id", f"{Path(reading.path).stem}:{row.number}")
+        elif format == "labels":
+            values = _label_values(row, reading)
+        else:
+            values = {key: _cell(key, value) for key, value in values.items()}
+    except InputError as error:
+        problems += error.problems
+    if problems:
+        raise InputError(problems)
     defaults: dict[str, Any] = {"task": task, "prompt": reading.prompt, "question": reading.question}
     if task == "choice":
         defaults["options"] = options
     values = {**{key: value for key, value in defaults.items() if value is not None}, **values}
-
-    problems = []
-    for name in ("images", "slides"):
-        entries = [values[name]] if isinstance(values.get(name), str) else values.get(name, [])
-        if name in values and isinstance(entries, list) and all(isinstance(entry, str) for entry in entries):
-            resolved = []
-            for entry in entries:
-                try:
-                    resolved.append(str(resolve_path(entry, reading.root, allow_outside=reading.allow_outside)))
-                except ValueError as error:
-                    problems.append(str(error))
-            values[name] = resolved
+    problems = _resolve(values, reading)
+    try:
+        _finish(values, reading, task, fallback=format != "cases", readable=not problems)
+        case = Case.from_dict(values)
+    except InputError as error:
+        problems += error.problems
     if problems:
         raise InputError(problems)
-    patient = _patient(values, reading, fallback=format != "cases")
+    return case
+
+
+def _resolve(values: dict[str, Any], reading: Reading) -> list[str]:
+    """Make paths absolute in place; what is wrong with those that are left as they are."""
+    problems = []
+    for name in ("images", "slides"):
+        entries = [values[name]] if isinstance(values.get(name), str) else values.get(name)
+        if not isinstance(entries, list):
+            continue
+        values[name] = []
+        for entry in entries:
+            try:
+                if isinstance(entry, str):
+                    entry = str(resolve_path(entry, reading.root, allow_outside=reading.allow_outside))
+            except ValueError as error:
+                problems.append(str(error))
+            values[name].append(entry)
+    return problems
+
+
+def _finish(values: dict[str, Any], reading: Reading, task: str | None, *, fallback: bool, readable: bool) -> None:
+    """Set patient, split, boxes and resolution in place; files are opened only when they are `readable`."""
+    patient = _patient(values, reading, fallback=fallback)
     if patient is not None:
         values["patient"] = patient
     if reading.split_column in values:
         split = str(values.pop(reading.split_column))
         values["split"] = SPLIT_NAMES.get(split.strip().lower(), split)
-    if task == "detection":
+    if task == "detection" and readable:
         _set_boxes(values, reading)
     if "mpp" in values:
         values["mpp"] = _number(values["mpp"], "mpp")
-    return Case.from_dict(values)
 
 
 def _known_labels(rows: Sequence[Row], reading: Reading) -> list[str]:

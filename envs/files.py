@@ -91,6 +91,8 @@ def inspect_files(
     def look(path: str) -> FileFacts | str:
         try:
             return _look(path, kinds[path], max_pixels)
+        except Image.DecompressionBombError as error:  # Pillow's own limit, twice Image.MAX_IMAGE_PIXELS
+            return f"is too large to open ({error}); give a whole slide under `slides`"
         except Exception as error:  # decoders raise almost anything on broken bytes; each becomes a named problem
             return f"cannot be decoded ({error}); replace the file or leave the row out"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Row:
 
     at: str
     values: dict[str, Any]
+    number: int = 0  # counts the rows from 1
 
 
 def read_rows(path: Path) -> tuple[list[Row], list[str]]:
@@ -45,7 +47,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         InputError: there is no such file, or it cannot be read at all.
     """
     if path.is_dir():
-        return list(_folder(path)), []
+        return [dataclasses.replace(row, number=i) for i, row in enumerate(_folder(path), start=1)], []
     if not path.is_file():
         raise InputError(f"no manifest {path}; paths in a recipe are relative to the folder you start from")
     reader = _READERS.get(path.suffix.lower())
@@ -57,7 +59,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
         if isinstance(found, str):
             problems.append(found)
         elif isinstance(found.values, dict):
-            rows.append(found)
+            rows.append(dataclasses.replace(found, number=len(rows) + 1))
         else:
             problems.append(f"{found.at}: a {type(found.values).__name__} stands where a row with columns should")
     return rows, problems
@@ -108,7 +110,7 @@ def _json(path: Path) -> Iterator[Row | str]:
             position += 1
         return position
 
-    position, line, counted = skip(0), 1, 0
+    position, line, counted, number, last = skip(0), 1, 0, 0, 0
     if text[position : position + 1] != "[":
         raise InputError(f"{path}: not a JSON array of rows; write [{{...}}, ...], or one object a line as .jsonl")
     position = skip(position + 1)
@@ -120,7 +122,9 @@ def _json(path: Path) -> Iterator[Row | str]:
             # What follows a broken entry cannot be told apart from it.
             yield f"{path}:{error.lineno}: not JSON ({error.msg}); the entries after it were not read"
             return
-        yield Row(f"{path}:{line}", value)
+        number += 1
+        yield Row(f"{path}:{line}" + (f" (row {number})" if line == last else ""), value)
+        last = line
         position = skip(position)
         if text[position : position + 1] == ",":
             position = skip(position + 1)
