@@ -178,7 +178,8 @@ def test_framed_boxes_stay_in_the_frame_and_have_an_area(width, height, corners)
     y1, y2 = sorted((round(corners[2] * (height - 1)), round(corners[3] * (height - 1))))
     ((left, top, right, bottom),) = to_frame([(x1, y1, x2 + 1, y2 + 1)], width, height)
     assert 0 <= left < right <= 1000 and 0 <= top < bottom <= 1000
-    assert abs(left - x1 * 1000 / width) <= 1 and abs(bottom - (y2 + 1) * 1000 / height) <= 1
+    # half a thousandth by rounding, one more where a thin box is widened
+    assert abs(left - x1 * 1000 / width) <= 1.5 and abs(bottom - (y2 + 1) * 1000 / height) <= 1.5
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4, unique=True))
@@ -289,9 +290,11 @@ def test_bad_rows_of_a_table(home):
     path = home / "m.csv"
     path.write_text('file,label,split\n0.png,a,train\n0.png,a\n"x\ny.png",a,train\n,b,train\n0.png,,\n')
     problems = problems_of(path=str(path), prompt="?", labels={"a": "A", "c": "C"})
-    assert [p.split(": ")[0].rsplit(":", 1)[1] for p in problems] == ["3", "4", "6", "7"]
+    assert [p.split(": ")[0].rsplit(":", 1)[1] for p in problems] == ["3", "4", "6", "7", "7"]
     for words, problem in zip(
-        ["2 cells for 3", "no file 'x\\ny.png'", "`file` is empty", "empty here"], problems, strict=True
+        ["2 cells for 3", "no file 'x\\ny.png'", "`file` is empty", "`split` is empty", "`label` is empty"],
+        problems,
+        strict=True,
     ):
         assert words in problem
 
