@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import gather_object
 
 from envs.case import Case
 from envs.registry import make_env
 from models.visual import FeatureBank
-from rewards.registry import RewardFunction, gold_completion, get_reward
-from rl.recipe import EncoderConfig, Run
+from rewards.registry import RewardFunction, get_rewards, gold_completion
+from rl.recipe import EncoderConfig, Run, checked
 from rl.scoring import Scorer
 from slides.encoder import load_encoder
 from slides.errors import InputError
+from slides.extraction import Outputs, extract_slides
 from slides.fields import encode_fields
+from slides.jobs import SlideJob
+from slides.options import ExtractOptions
+from slides.status import DONE
 
 
 def load_cases(run: Run) -> dict[str, list[Case]]:
@@ -39,7 +45,7 @@ def load_cases(run: Run) -> dict[str, list[Case]]:
 
 def load_rewards(run: Run, cases: Sequence[Case]) -> list[RewardFunction]:
     """The recipe's rewards, checked: the gold answer of the first cases of every question must score 1."""
-    rewards = [get_reward(spec, base=run.base) for spec in run.rewards]
+    rewards = get_rewards(run.rewards, base=run.base)
     scorer = Scorer(rewards, run.ladder[-1])
     by_question: dict[str, Case] = {}
     for case in cases:
@@ -72,3 +78,35 @@ def load_features(cases: Sequence[Case], encoder: EncoderConfig, folder: Path) -
     if whole:
         files.update(_extract(whole, encoder, folder / "slides"))
     return FeatureBank(files)
+
+
+def _extract(slides: list[str], encoder: EncoderConfig, out: Path) -> dict[str, str]:
+    """Feature file of each slide; the slides are shared out over the processes.
+
+    Raises:
+        InputError: all slides that gave no features, each with its reason.
+    """
+    state = PartialState()
+    options = checked(
+        ExtractOptions,
+        {
+            "mpp": encoder.mpp,
+            "tile_px": encoder.tile_px,
+            "cells": encoder.cells,
+            "encoder": encoder.name,
+            "encoder_revision": encoder.revision,
+            "trust_remote_code": encoder.trust_remote_code,
+            "dtype": "float16",
+            **encoder.slide,
+        },
+        "encoder.slide",
+    )
+    # Names alone may repeat in different folders.
+    names = {s: f"{Path(s).stem}-{hashlib.sha256(s.encode()).hexdigest()[:8]}" for s in slides}
+    jobs = [SlideJob(Path(s), id=names[s]) for s in slides]
+    statuses = extract_slides(jobs, out, options, rank=state.process_index, world=state.num_processes)
+    failed = [f"{s.file}: {s.reason}; mend or replace the slide, or drop its cases" for s in statuses if s.status != DONE]
+    failed = gather_object(failed) if state.num_processes > 1 else failed
+    if failed:
+        raise InputError(failed)
+    return {s: str(Outputs(out).features(names[s])) for s in slides}

@@ -13,11 +13,19 @@ from typing import Any
 import torch
 from accelerate.utils import gather
 from trl import GRPOConfig, GRPOTrainer
-from trl.trainer.utils import RepeatSampler
+from trl.models import unwrap_model_for_generation
+from trl.trainer.utils import (
+    RepeatSampler,
+    pad,
+    split_pixel_values_by_grid,
+    split_tensor_dict,
+    unsplit_pixel_values_by_grid,
+)
 
 from envs.case import Case
 from models.performer import Performer
 from rl.allocation import AllocatorLearner
+from rl.packing import by_length, pack
 from slides.errors import InputError
 
 
@@ -27,9 +35,15 @@ class FrugalConfig(GRPOConfig):
 
     Args:
         budgets_per_image: M, budgets drawn for each image in a joint step; each gets `num_generations` completions.
+        shared_prefix: log-probabilities from one packed row for a prompt and its G completions.
+        prefill_once: generation reads each prompt once and expands its cache to the G completions.
+        disable_dropout: as in TRL, but on: with it the rollouts come from the policy that is updated.
     """
 
     budgets_per_image: int = field(default=4, metadata={"help": "budgets (M) drawn for each image in a joint step"})
+    shared_prefix: bool = field(default=True, metadata={"help": "one packed row for a prompt and its G completions"})
+    prefill_once: bool = field(default=True, metadata={"help": "generation reads each prompt once, not G times"})
+    disable_dropout: bool = field(default=True, metadata={"help": "no dropout in rollouts and updates"})
 
 
 class FrugalTrainer(GRPOTrainer):
@@ -91,13 +105,117 @@ class FrugalTrainer(GRPOTrainer):
             extra = {"budget": budget, "tokens": sum(map(len, seen)), "max_budget": self.learner.ladder[-1]}
             rows.append({**row, **extra, "prompt": self.performer.messages(case, seen)})
         output = super()._generate_and_score_completions(rows)
-        self._flops += 2 * self._parameters * _tokens(output)
+        self._flops += 2 * self._parameters * self._tokens(output, self.args.prefill_once)
         return output
 
+    def _tokens(self, batch: dict[str, torch.Tensor], shared: bool | None = None) -> int:
+        """Tokens of a pass over the batch: prompts counted once a group where they are shared."""
+        shared = self.args.shared_prefix if shared is None else shared
+        prompts = int(batch["prompt_mask"].sum())
+        return int(batch["completion_mask"].sum()) + (prompts // self.num_generations if shared else prompts)
+
     def _prepare_inputs(self, generation_batch: Any) -> Any:
-        inputs = super()._prepare_inputs(generation_batch)
-        self._flops += 6 * self._parameters * _tokens(inputs)
+        # TRL shuffles rows here before it splits them into micro-batches; whole groups keep a prompt together.
+        if not self.model.training:
+            return super()._prepare_inputs(generation_batch)
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
+            batch = shuffle_groups(batch, self.num_generations)
+            parts = split_tensor_dict(batch, self.args.steps_per_generation)
+            self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in parts]
+        inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
+        self._flops += 6 * self._parameters * self._tokens(inputs)
         return inputs
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: Any,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **visual: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        group, count = self.num_generations, len(input_ids)
+        if not self.args.shared_prefix or not self.model.training or count % group:
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, **visual
+            )
+        start = input_ids.shape[1] - logits_to_keep
+        prompts = [input_ids[g, :start][attention_mask[g, :start].bool()] for g in range(0, count, group)]
+        completions, valid = input_ids[:, start:], attention_mask[:, start:].bool()
+        images = _by_sample(visual.get("pixel_values"), visual.get("image_grid_thw"), visual.get("num_images"), count)
+        logps = torch.zeros(completions.shape, device=input_ids.device)
+        entropies = torch.zeros_like(logps)
+        lengths = [len(p) + int(valid[g * group : (g + 1) * group].sum()) + group for g, p in enumerate(prompts)]
+        cap = max(1, (batch_size or count) // group)
+        for chunk in by_length(lengths, cap=cap):
+            rows = torch.cat([torch.arange(g * group, (g + 1) * group) for g in chunk]).to(input_ids.device)
+            packed = pack([prompts[g] for g in chunk], completions[rows], valid[rows], self._tokenizer.pad_token_id)
+            seen = [images[g * group] for g in chunk if images[g * group] is not None]
+            with self.accelerator.autocast():
+                out = model(
+                    input_ids=packed.input_ids,
+                    attention_mask=packed.mask,
+                    position_ids=packed.position_ids,
+                    pixel_values=torch.cat(seen) if seen else None,
+                    labels=packed.labels,
+                    fused_lm_head=True,
+                )
+            shape = (len(rows), logits_to_keep)
+            logps = logps.index_copy(0, rows, packed.scatter(out.log_probs, *shape).to(logps.dtype))
+            if compute_entropy:
+                entropies = entropies.index_copy(0, rows, packed.scatter(out.entropy, *shape).to(logps.dtype))
+        return logps, entropies if compute_entropy else None, None
+
+    def _generate_single_turn(
+        self, prompt_ids: list, images: Any, multimodal_fields: dict, num_generations: int, has_tool_images: bool = False
+    ) -> tuple[list, Any]:
+        group = num_generations
+        if self.use_vllm or not self.args.prefill_once or not self.model.training or len(prompt_ids) % group:
+            return super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        first = list(range(0, len(prompt_ids), group))
+        counts = [len(i) if i else 0 for i in images] if images is not None else None
+        patches = _by_sample(
+            multimodal_fields.get("pixel_values"), multimodal_fields.get("image_grid_thw"), counts, len(prompt_ids)
+        )
+        completions: list[list[int]] = [[]] * len(prompt_ids)
+        device = self.accelerator.device
+        with unwrap_model_for_generation(
+            self.model_wrapped, self.accelerator, generation_kwargs=self.generation_kwargs
+        ) as model, torch.no_grad():
+            for chunk in by_length([len(prompt_ids[i]) for i in first]):
+                rows = [first[c] for c in chunk]
+                text = [torch.tensor(prompt_ids[i]) for i in rows]
+                ids = pad(text, padding_value=self._tokenizer.pad_token_id, padding_side="left").to(device)
+                mask = pad([torch.ones_like(t) for t in text], padding_value=0, padding_side="left").to(device)
+                seen = [patches[i] for i in rows if patches[i] is not None]
+                prefill = model(
+                    input_ids=ids[:, :-1],
+                    attention_mask=mask[:, :-1],
+                    position_ids=(mask[:, :-1].cumsum(1) - 1).clamp_min(0),
+                    pixel_values=torch.cat(seen).to(device) if seen else None,
+                    use_cache=True,
+                    logits_to_keep=1,
+                )
+                cache = prefill.past_key_values
+                cache.batch_repeat_interleave(group)
+                out = model.generate(
+                    input_ids=ids.repeat_interleave(group, 0),
+                    attention_mask=mask.repeat_interleave(group, 0),
+                    past_key_values=cache,
+                    generation_config=self.generation_config,
+                )[:, ids.shape[1] :].tolist()
+                for at, row in enumerate(rows):
+                    for k in range(group):
+                        tokens = out[at * group + k]
+                        ends = [j + 1 for j, t in enumerate(tokens) if t in self.eos_token_ids]
+                        completions[row + k] = tokens[: ends[0]] if ends else tokens
+        return completions, None
 
     def floating_point_ops(self, inputs: Any) -> int:
         """FLOPs since the last call: 2 a parameter and token in generation, 6 in the update, padding not counted."""
@@ -130,5 +248,28 @@ class FrugalTrainer(GRPOTrainer):
         self.learner.load(resume_from_checkpoint)
 
 
-def _tokens(batch: dict[str, torch.Tensor]) -> int:
-    return int(batch["prompt_mask"].sum() + batch["completion_mask"].sum())
+
+def shuffle_groups(batch: dict[str, Any], group: int) -> dict[str, Any]:
+    """Permute whole groups of `group` rows in every per-row entry of a batch."""
+    count = len(batch["completion_ids"])
+    order = torch.randperm(count // group)[:, None] * group + torch.arange(group)
+    index = order.flatten().tolist()
+
+    def permute(value: Any) -> Any:
+        if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
+            return value[index]
+        if isinstance(value, list) and len(value) == count:
+            return [value[i] for i in index]
+        return value
+
+    return {key: permute(value) for key, value in batch.items()}
+
+
+def _by_sample(
+    pixel_values: torch.Tensor | None, grid: torch.Tensor | None, counts: Sequence[int] | None, rows: int
+) -> list[torch.Tensor | None]:
+    """Visual rows of each of the samples, None for a sample without images."""
+    if pixel_values is None or grid is None or counts is None:
+        return [None] * rows
+    images = iter(pixel_values.split(grid.prod(-1).tolist()))
+    return [torch.cat([next(images) for _ in range(n)]) if n else None for n in counts]
