@@ -127,11 +127,12 @@ def build(
         "seed": seed,
     }
     home = Path(folder).expanduser().absolute()
-    _claim(home, record)
     plan = plan_mosaics(record, pools)
+    asked = _choose(plan, record, questions)
+    _claim(home, record)
     files = write_mosaics(plan, home, record, workers)
     names = _Names(lesion_name or (lesions[0] if len(lesions) == 1 else "lesion"), (*backgrounds, *lesions))
-    cases = [case for split in counts for case in _ask(plan, files, split, record, questions, names)]
+    cases = _cases(plan, files, asked, record, names)
     root = Path(tiles).expanduser()
     root = (root if root.is_dir() else root.parent).resolve()
     write_lines(home / _CASES, [_portable(case, home) for case in cases])
@@ -261,50 +262,58 @@ def _claim(home: Path, record: Mapping[str, Any]) -> None:
     write_lines(path, [record])
 
 
-def _ask(
+def _choose(plan: Sequence[Mosaic], record: Mapping[str, Any], questions: Sequence[str]) -> dict[str, set[int]]:
+    """By question the mosaics of the plan that it is asked of, balanced within each split."""
+    asked: dict[str, set[int]] = {question: set() for question in questions}
+    problems = []
+    for split in record["mosaics"]:
+        rows = [i for i, mosaic in enumerate(plan) if mosaic.split == split]
+        for question in questions:
+            chosen = ask(question, [plan[i].layout for i in rows], (ASKED, record["seed"], SPLITS.index(split)))
+            asked[question] |= {rows[at] for at in chosen}
+            if not chosen:
+                problems.append(
+                    f"mosaic: {len(rows)} {split} mosaics are too few to ask {question!r} with more than one answer; "
+                    f"raise mosaics.{split}, 20 are enough"
+                )
+    if problems:
+        raise InputError(problems)
+    return asked
+
+
+def _cases(
     plan: Sequence[Mosaic],
     files: Sequence[Path],
-    split: str,
+    asked: Mapping[str, set[int]],
     record: Mapping[str, Any],
-    questions: Sequence[str],
     names: _Names,
 ) -> list[Case]:
-    """Cases of one split, mosaic by mosaic."""
+    """Cases of all splits, mosaic by mosaic."""
     # Part of the ids, so that cases of two mosaic folders can stand in one run.
     mark = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]
-    rows = [i for i, mosaic in enumerate(plan) if mosaic.split == split]
-    layouts = [plan[i].layout for i in rows]
-    stream = ASKED, record["seed"], SPLITS.index(split)
-    asked = {question: set(ask(question, layouts, stream)) for question in questions}
-    if unasked := [question for question in questions if not asked[question]]:
-        raise InputError(
-            f"mosaic: {len(rows)} {split} mosaics are too few to ask {', '.join(unasked)} with more than one answer; "
-            f"raise mosaics.{split}, 20 are enough for any question"
-        )
     cases = []
-    for at, i in enumerate(rows):
-        mosaic, layout = plan[i], plan[i].layout
-        name = f"{mark}-{split}-{mosaic.number:05d}"
+    for i, mosaic in enumerate(plan):
+        layout = mosaic.layout
+        name = f"{mark}-{mosaic.split}-{mosaic.number:05d}"
         extra = {"mosaic": layout.kind, "regions": len(layout.regions), "area": round(layout.area, 4)}
         if record["mpp"] is not None:
             extra["mpp"] = record["mpp"]
-        for question in questions:
-            if at in asked[question]:
-                cases.append(
-                    Case(
-                        id=f"{name}-{question}",
-                        patient=name,
-                        task="detection" if question == "boxes" else "choice",
-                        prompt=prompt_of(question, record["kind"], names.lesion),
-                        answer=answer_of(question, layout, record["margin"]),
-                        options=options_of(question, names.tissues),
-                        split=split,
-                        question=question,
-                        extra=extra,
-                        images=(str(files[i]),) if record["kind"] == "field" else (),
-                        slides=(str(files[i]),) if record["kind"] == "slide" else (),
-                    )
+        for question in (question for question, rows in asked.items() if i in rows):
+            cases.append(
+                Case(
+                    id=f"{name}-{question}",
+                    patient=name,
+                    task="detection" if question == "boxes" else "choice",
+                    prompt=prompt_of(question, record["kind"], names.lesion),
+                    answer=answer_of(question, layout, record["margin"]),
+                    images=(str(files[i]),) if record["kind"] == "field" else (),
+                    slides=(str(files[i]),) if record["kind"] == "slide" else (),
+                    options=options_of(question, names.tissues),
+                    split=mosaic.split,
+                    question=question,
+                    extra=extra,
                 )
+            )
     return cases
 
 

@@ -75,7 +75,8 @@ def assign_splits(
     """A split for each row such that a unit (a patient) is never divided and each stratum is spread as asked.
 
     Units go, the largest first and otherwise in the order of a hash of seed and unit, to the split that they bring
-    closest (chi-square) to its share of every stratum. Strata too small to give each split a row count as one.
+    closest (chi-square) to its share of every stratum, of those with room for them. Strata too small to give each
+    split a row count as one.
 
     Args:
         units: for each row what must stay together.
@@ -102,7 +103,9 @@ def assign_splits(
         return growth
 
     for unit in sorted(profile, key=lambda unit: (-profile[unit].total(), _hash(seed, unit))):
-        split = min(positive, key=lambda split: strain(split, profile[unit]))
+        n = profile[unit].total()
+        roomy = [split for split in positive if held[split].total() + n < positive[split] * len(units) + 1]
+        split = min(roomy or positive, key=lambda split: strain(split, profile[unit]))
         held[split] += profile[unit]
         chosen[unit] = split
     return [chosen[unit] for unit in units]
