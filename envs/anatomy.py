@@ -44,7 +44,7 @@ GLANDS = {
         92, (42, 54), 0.16, 0.10, (0.0, 0.0), (0.93,), 7.0, "atypical", (0.28, 0.40), lumina=6, fill=8.8
     ),
 }
-GRADE_GLANDS = {1: "well", 2: "moderate"}
+GRADE_GLANDS: dict[int | None, str] = {1: "well", 2: "moderate"}  # grade 3 grows in sheets
 
 
 @dataclass

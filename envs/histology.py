@@ -91,7 +91,8 @@ def draw(specimen: Specimen, mpp: float, box: tuple[int, int, int, int]) -> np.n
     pad = _pad(mpp)
     amounts, noise = _amounts(specimen, mpp, (box[0] - pad, box[1] - pad, box[2] + 2 * pad, box[3] + 2 * pad))
     inner = np.s_[pad : pad + box[3], pad : pad + box[2]]
-    return to_rgb(specimen.stain, tuple(a[inner] for a in amounts), noise[inner])
+    h, e, ink = (amount[inner] for amount in amounts)
+    return to_rgb(specimen.stain, (h, e, ink), noise[inner])
 
 
 def draw_strip(specimen: Specimen, mpp: float, top: int, rows: int, width: int) -> np.ndarray:

@@ -7,6 +7,7 @@ tiles are held. Tiles are JPEG, the resolution is stored in pixels per centimetr
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def write_pyramid(
     if problems:
         raise InputError(problems)
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     levels = [_Level(width, height, tile, quality)]
     while max(levels[-1].width, levels[-1].height) > tile:
         levels.append(_Level((levels[-1].width + 1) // 2, (levels[-1].height + 1) // 2, tile, quality))
@@ -121,12 +122,14 @@ class _Level:
                 missing = self.tile - block.shape[0], self.tile - block.shape[1]
                 if any(missing):
                     block = np.pad(block, ((0, missing[0]), (0, missing[1]), (0, 0)), mode="edge")
-                yield imagecodecs.jpeg8_encode(
-                    np.ascontiguousarray(block),
-                    level=self.quality,
-                    colorspace="RGB",
-                    outcolorspace="YCBCR",
-                    subsampling="420",
+                yield bytes(
+                    imagecodecs.jpeg8_encode(
+                        np.ascontiguousarray(block),
+                        level=self.quality,
+                        colorspace="RGB",
+                        outcolorspace="YCBCR",
+                        subsampling="420",
+                    )
                 )
 
 

@@ -22,8 +22,11 @@ from envs.splits import assign_splits
 from slides.errors import InputError, entry
 
 # Shares of diagnoses and grades among patients, in 60 parts.
-MIX: list[tuple[str, int | None]] = [("normal", None)] * 12 + [("adenoma", None)] * 15
-MIX += [("carcinoma", grade) for grade in (1, 2, 3)] * 11
+MIX: tuple[tuple[str, int | None], ...] = (
+    *[("normal", None)] * 12,
+    *[("adenoma", None)] * 15,
+    *[("carcinoma", grade) for grade in (1, 2, 3)] * 11,
+)
 
 MIN_MM, MAX_MM = 0.4, 20.0
 MIN_MPP, MAX_MPP = 0.2, 4.0
@@ -134,15 +137,15 @@ def _check(
     whole = {"slides": (slides, 1), "seed": (seed, 0), "workers": (workers, 1)}
     if questions_per_slide is not None:
         whole["questions_per_slide"] = (questions_per_slide, 1)
-    for name, (value, least) in whole.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            problems.append(f"simulator: {name} is {value!r}; give a whole number of at least {least}")
-    for name, value, least, most in (("size_mm", size_mm, MIN_MM, MAX_MM), ("mpp", mpp, MIN_MPP, MAX_MPP)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
-            problems.append(f"simulator: {name} is {value!r}; give a number from {least} to {most}")
-    for name, value in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1:
-            problems.append(f"simulator: {name} is {value!r}; give a share from 0 to below 1")
+    for name, (count, least) in whole.items():
+        if isinstance(count, bool) or not isinstance(count, int) or count < least:
+            problems.append(f"simulator: {name} is {count!r}; give a whole number of at least {least}")
+    for name, length, low, high in (("size_mm", size_mm, MIN_MM, MAX_MM), ("mpp", mpp, MIN_MPP, MAX_MPP)):
+        if isinstance(length, bool) or not isinstance(length, int | float) or not low <= length <= high:
+            problems.append(f"simulator: {name} is {length!r}; give a number from {low:g} to {high:g}")
+    for name, share in (("val_fraction", val_fraction), ("test_fraction", test_fraction)):
+        if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+            problems.append(f"simulator: {name} is {share!r}; give a share from 0 to below 1")
     if not problems and val_fraction + test_fraction >= 1:
         problems.append("simulator: val_fraction and test_fraction leave nothing to train on; lower either")
     if questions is not None:
@@ -178,7 +181,7 @@ def main() -> None:
     """Write slides and a manifest of their questions, with paths relative to it."""
     from transformers import HfArgumentParser  # slow to import, and needed here only
 
-    (arguments,) = HfArgumentParser(SimulatorArguments).parse_args_into_dataclasses()
+    (arguments,) = HfArgumentParser([SimulatorArguments]).parse_args_into_dataclasses()
     cases = build(**vars(arguments))
     root = Path(os.path.abspath(os.path.expanduser(arguments.folder)))
     lines = []

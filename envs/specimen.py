@@ -23,11 +23,11 @@ MAX_RASTER = 256  # cells along one side of the raster
 CELL_UM = 4.0  # raster cell where the field is small enough
 SIZE_CUTS = (0.23, 0.38)  # mm at FIELD_MM: small below the first, large from the second on
 CLOSE_MM = 0.12  # mm at FIELD_MM: a clear margin is at least this wide
-MITOSES_CUT = 80.0  # per mm2 of tumour: high from here on
+MITOSES_CUT = 100.0  # per mm2 of tumour: high from here on
 # Drawn truth keeps this share of the field away from a cut-off, so that no answer hangs on one raster cell.
 GUARD = 0.022
 QUADRANT_SHARE = 0.42  # a quadrant is named only where it holds at least this share of the lesion ...
-QUADRANT_LEAD = 0.12  # ... and leads the second by this much
+QUADRANT_LEAD = 0.2  # ... and leads the second by this much
 AREA = (0.075, 0.105)  # mm2 of lesion at FIELD_MM
 # What septa and rims (where no whole gland fits) take from the glands is made good, so that their mean is alike.
 RIM = {"small": 1.0, "medium": 1.05, "large": 1.2}
@@ -87,7 +87,8 @@ class Plan:
 
 def size_cuts(size_mm: float) -> tuple[float, float]:
     """The two cut-offs of the size classes in mm for a field of `size_mm`, rounded to 0.01 mm."""
-    return tuple(round(cut * size_mm / FIELD_MM, 2) for cut in SIZE_CUTS)
+    low, high = (round(cut * size_mm / FIELD_MM, 2) for cut in SIZE_CUTS)
+    return low, high
 
 
 def close_cut(size_mm: float) -> float:
@@ -121,7 +122,7 @@ def make_plan(rng: np.random.Generator, *, size_mm: float, diagnosis: str, grade
     mitoses = 0
     if diagnosis == "carcinoma":
         viable = area - float((necrosis > 0).sum()) * (canvas.cell / 1000) ** 2
-        drawn = rng.uniform(140, 200) if high else rng.uniform(0, 30)
+        drawn = rng.uniform(180, 260) if high else rng.uniform(0, 30)
         mitoses = round(drawn * viable)
         rate = mitoses / area
     truth = Truth(
@@ -248,8 +249,8 @@ class _Canvas:
         return shape, np.minimum(nests, shape)
 
     def necrosis(self, rng: np.random.Generator, lesion: np.ndarray) -> np.ndarray:
-        """Signed depth of one necrotic area inside the lesion, 0.09 to 0.13 mm across (at 0.9 mm field)."""
-        radius = rng.uniform(46, 66) * self.scale
+        """Signed depth of one necrotic area inside the lesion, 0.10 to 0.14 mm across (at 0.9 mm field)."""
+        radius = rng.uniform(50, 68) * self.scale
         room = lesion >= min(radius * 1.15, float(lesion.max()) * 0.9)
         pick = rng.choice(np.flatnonzero(room))
         focus = (self.x.flat[pick], self.y.flat[pick], radius * 1.1, radius * 0.9, rng.uniform(0, np.pi))
