@@ -75,9 +75,7 @@ def build_performer(config: PerformerConfig, cases: list[Case], bank: FeatureBan
         tokenizer = AutoTokenizer.from_pretrained(config.language_model, padding_side="left")
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
         image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        model = SlideVLM.from_language_model(
-            config.language_model, tokenizer, image_token_id=image_token_id, **shared
-        )
+        model = SlideVLM.from_language_model(config.language_model, tokenizer, image_token_id=image_token_id, **shared)
     else:
         texts = [t for c in cases for t in (question_text(c, config.show_options), c.answer, *(c.options or ()))]
         tokenizer = train_tokenizer(texts, config.vocab_size)

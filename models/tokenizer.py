@@ -25,7 +25,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedT
     bpe.train_from_iterator(
         sorted(set(texts)),
         trainers.BpeTrainer(
-            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False, min_frequency=1
+            vocab_size=vocab_size,
+            special_tokens=special,
+            initial_alphabet=alphabet,
+            show_progress=False,
+            min_frequency=1,
         ),
     )
     bpe.add_tokens([AddedToken(t, special=False, normalized=False) for t in (*TAGS, "user\n", "assistant\n")])

@@ -90,7 +90,7 @@ class FeatureBank:
 
 
 def cells(stored: Features) -> np.ndarray:
-    """Squares of the stored features as (N, 3): centre x and y as shares of width and height, side as share of the longer."""
+    """Squares of the stored features as (N, 3): centre x and y by width and height, side by the longer of them."""
     size = float(stored.attrs["patch_size"])
     # Files of other toolkits may not state the slide's size; the patches' own extent stands in for it.
     extent = stored.coords.max(0) + size

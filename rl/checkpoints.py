@@ -56,7 +56,8 @@ def is_done(folder: Path, parts: dict[str, Any]) -> dict[str, Any] | None:
         now = json.loads(json.dumps(parts, default=str))
         changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
         raise InputError(
-            f"{folder}: was made with other settings ({', '.join(changed)}); choose another output_dir or delete the folder"
+            f"{folder}: was made with other settings ({', '.join(changed)}); "
+            "choose another output_dir or delete the folder"
         )
     return record
 

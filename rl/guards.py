@@ -54,7 +54,8 @@ class CollapseGuard(TrainerCallback):
             float(logs.get("allocator/largest_share", 0.0)) > self.share,
             state.global_step,
             f"the allocator gives {float(logs.get('allocator/largest_share', 0.0)):.0%} of the cases one budget; "
-            "change allocator.price (lower if it is the smallest budget, higher if the largest) or raise allocator.explore",
+            "change allocator.price (lower if it is the smallest budget, "
+            "higher if the largest) or raise allocator.explore",
         )
         self._check(
             "silent",

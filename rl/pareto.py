@@ -69,7 +69,12 @@ class Evaluation:
         flops = self.flops(table)
         return [
             point(
-                table.score[:, k], table.visual[:, k], flops[:, k], self.bootstrap, latency_ms=self.latency[b], budget=b
+                table.score[:, k],
+                table.visual[:, k],
+                flops[:, k],
+                self.bootstrap,
+                latency_ms=self.latency[b],
+                budget=b,
             )
             for k, b in enumerate(self.ladder)
         ]
@@ -128,9 +133,7 @@ class Evaluation:
         own, random = self.adaptive(price)
         rungs = self.rungs(self.values, price)
         best = oracle_rungs(test.score, flops)
-        oracle = point(
-            chosen(test.score, best), chosen(test.visual, best), chosen(flops, best), self.bootstrap
-        )
+        oracle = point(chosen(test.score, best), chosen(test.visual, best), chosen(flops, best), self.bootstrap)
         k = self.best_static(self.val)
         largest = static[-1].flops
         equal = cost_at_accuracy(static, own.accuracy)
@@ -207,7 +210,7 @@ class Evaluation:
     def _majority(self) -> Point:
         """The commonest training answer of each kind of question; costs nothing."""
         counts: dict[str, dict[str, int]] = {}
-        for case in self.stages.splits["train"]:
+        for case in {c.id: c for c in self.stages.splits["train"]}.values():
             answers = counts.setdefault(case.question, {})
             answers[case.answer] = answers.get(case.answer, 0) + 1
         usual = {q: max(sorted(a), key=a.__getitem__) for q, a in counts.items()}

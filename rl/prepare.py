@@ -1,4 +1,4 @@
-"""From a recipe to cases whose features are stored and rewards that can score them: all checks come before training."""
+"""From a recipe to cases with stored features and rewards that can score them: all checks come before training."""
 
 from __future__ import annotations
 
@@ -40,7 +40,22 @@ def load_cases(run: Run) -> dict[str, list[Case]]:
             f"cases: no case in split {' and '.join(empty)} ({len(cases)} cases in all); every run needs train, val "
             "(allocator, choices) and test (report): state the splits in the manifest or let the environment make them"
         )
+    if run.balance:
+        splits["train"] = balanced(splits["train"])
     return splits
+
+
+def balanced(cases: Sequence[Case]) -> list[Case]:
+    """Repeat the cases of rare answers, within each choice question, up to the number of the commonest answer."""
+    groups: dict[str, dict[str, list[Case]]] = {}
+    for case in cases:
+        key = case.answer if case.task == "choice" else ""
+        groups.setdefault(case.question, {}).setdefault(key, []).append(case)
+    out = []
+    for answers in groups.values():
+        most = max(map(len, answers.values()))
+        out += [members[i % len(members)] for members in answers.values() for i in range(most)]
+    return out
 
 
 def load_rewards(run: Run, cases: Sequence[Case]) -> list[RewardFunction]:
@@ -54,7 +69,8 @@ def load_rewards(run: Run, cases: Sequence[Case]) -> list[RewardFunction]:
     gold = [gold_completion({"answer": c.answer}) for c in probes]
     scores = scorer(gold, probes, [1] * len(probes), [1] * len(probes))
     problems = [
-        f"case {c.id}: its gold answer {c.answer!r} scores {s:.3f} under `rewards`, not 1; mend the answer or the reward"
+        f"case {c.id}: its gold answer {c.answer!r} scores {s:.3f} under `rewards`, not 1; "
+        f"mend the answer or the reward"
         for c, s in zip(probes, scores, strict=True)
         if abs(s - 1) > 1e-6
     ]
@@ -71,9 +87,7 @@ def load_features(cases: Sequence[Case], encoder: EncoderConfig, folder: Path) -
     whole = [p for p in slides if p not in files]
     with PartialState().main_process_first():
         if fields:
-            model = load_encoder(
-                encoder.name, revision=encoder.revision, trust_remote_code=encoder.trust_remote_code
-            )
+            model = load_encoder(encoder.name, revision=encoder.revision, trust_remote_code=encoder.trust_remote_code)
             files.update(encode_fields(fields, folder / "fields", model, encoder.field_side))
     if whole:
         files.update(_extract(whole, encoder, folder / "slides"))
@@ -105,7 +119,9 @@ def _extract(slides: list[str], encoder: EncoderConfig, out: Path) -> dict[str, 
     names = {s: f"{Path(s).stem}-{hashlib.sha256(s.encode()).hexdigest()[:8]}" for s in slides}
     jobs = [SlideJob(Path(s), id=names[s]) for s in slides]
     statuses = extract_slides(jobs, out, options, rank=state.process_index, world=state.num_processes)
-    failed = [f"{s.file}: {s.reason}; mend or replace the slide, or drop its cases" for s in statuses if s.status != DONE]
+    failed = [
+        f"{s.file}: {s.reason}; mend or replace the slide, or drop its cases" for s in statuses if s.status != DONE
+    ]
     failed = gather_object(failed) if state.num_processes > 1 else failed
     if failed:
         raise InputError(failed)

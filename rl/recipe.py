@@ -96,12 +96,18 @@ class Recipe:
     """What a run does, beside TRL's own GRPO arguments."""
 
     cases: dict[str, Any] = field(
-        default_factory=dict, metadata={"help": "environment: `name` (manifest, mosaic, simulator or your own) and its parameters"}
+        default_factory=dict,
+        metadata={"help": "environment: `name` (manifest, mosaic, simulator or your own) and its parameters"},
     )
     encoder: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of EncoderConfig"})
     performer: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of PerformerConfig"})
-    ladder: list[int] = field(default_factory=lambda: [1, 4, 16, 49, 196], metadata={"help": "budgets in visual tokens"})
+    ladder: list[int] = field(
+        default_factory=lambda: [1, 4, 16, 49, 196], metadata={"help": "budgets in visual tokens"}
+    )
     sft: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of TRL's SFTConfig, and text_only"})
+    balance: bool = field(
+        default=False, metadata={"help": "repeat training cases so that the answers of each choice question are even"}
+    )
     rewards: list[Any] = field(default_factory=lambda: ["choice", {"name": "format", "weight": 0.2}])
     allocator: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of AllocatorOptions"})
     evaluation: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of EvaluationOptions"})
@@ -119,6 +125,7 @@ class Run:
     performer: PerformerConfig
     ladder: list[int]
     sft: dict[str, Any]
+    balance: bool
     rewards: list[Any]
     allocator: AllocatorOptions
     evaluation: EvaluationOptions
@@ -168,13 +175,16 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
     if not ladder or sorted(set(ladder)) != ladder or ladder[0] < 1:
         raise InputError(f"ladder: {ladder} must be ascending token counts, each at least 1")
     if "name" not in nested["cases"]:
-        raise InputError("cases: `name` is missing; name an environment: manifest, mosaic, simulator or module:function")
+        raise InputError(
+            "cases: `name` is missing; name an environment: manifest, mosaic, simulator or module:function"
+        )
     run = Run(
         cases=nested["cases"],
         encoder=checked(EncoderConfig, nested["encoder"], "encoder"),
         performer=checked(PerformerConfig, nested["performer"], "performer"),
         ladder=ladder,
         sft=nested["sft"],
+        balance=recipe.balance,
         rewards=nested["rewards"],
         allocator=checked(AllocatorOptions, nested["allocator"], "allocator"),
         evaluation=checked(EvaluationOptions, nested["evaluation"], "evaluation"),

@@ -69,7 +69,11 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
             print(f"{name}: {head[name]['value']:+.3f} [{low:+.3f}, {high:+.3f}]")
     print(f"cost saved against the largest budget: {head['cost_saved']:.1%}; ", end="")
     equal = head["cost_saved_vs_static"]
-    print("no static budget is as accurate" if equal is None else f"against the cheapest equal static budget: {equal:.1%}")
+    print(
+        "no static budget is as accurate"
+        if equal is None
+        else f"against the cheapest equal static budget: {equal:.1%}"
+    )
     for question, row in (summary["linear_probe"] or {}).items():
         values = ", ".join(f"{k} {row[k]['value']:.3f}" for k in ("linear_probe", "best_static", "allocator"))
         print(f"balanced accuracy, {question} (n={row['n']}): {values}")
@@ -95,7 +99,13 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     draw(summary["allocator"], "allocator over λ", color="tab:red", marker="o")
     draw([summary["oracle"]], "oracle", color="tab:green", marker="*", linestyle="none", markersize=11)
     for p in summary["static"]:
-        axes.annotate(str(p["budget"]), (p["flops"] / largest, p["accuracy"]), xytext=(4, -11), textcoords="offset points", fontsize=8)
+        axes.annotate(
+            str(p["budget"]),
+            (p["flops"] / largest, p["accuracy"]),
+            xytext=(4, -11),
+            textcoords="offset points",
+            fontsize=8,
+        )
     own = summary["operating_point"]
     axes.scatter([own["flops"] / largest], [own["accuracy"]], s=150, facecolors="none", edgecolors="tab:red", zorder=5)
     axes.axhline(summary["text_only"]["accuracy"], color="0.4", linewidth=0.8, linestyle="-.", label="text only")
@@ -132,7 +142,8 @@ def _cases(evaluation: Evaluation, price: float) -> str:
                     "flops": float(flops[i, k]) + evaluation.stage1,
                     "score_by_budget": {str(b): float(test.score[i, j]) for j, b in enumerate(test.budgets)},
                     "predicted": {
-                        str(b): round(float(v), 4) for b, v in zip(evaluation.ladder, evaluation.values[i], strict=True)
+                        str(b): round(float(v), 4)
+                        for b, v in zip(evaluation.ladder, evaluation.values[i], strict=True)
                     },
                 }
             )
@@ -151,7 +162,11 @@ def _revision() -> str | None:
     root = Path(__file__).parent.parent
     try:
         done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"], cwd=root, capture_output=True, text=True, check=True
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None

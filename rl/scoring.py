@@ -68,6 +68,7 @@ class Scorer:
             case = cases[int(np.argmax(weights.sum(0) == 0))]
             names = ", ".join(r.__name__ for r in self.rewards)
             raise InputError(
-                f"case {case.id}: no reward scores its task {case.task!r} (asked: {names}); add one that does to `rewards`"
+                f"case {case.id}: no reward scores its task {case.task!r} (asked: {names}); "
+                "add one that does to `rewards`"
             )
         return (np.nan_to_num(values) * weights).sum(0) / weights.sum(0)

@@ -14,7 +14,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
-from envs.case import Case
 from models.allocator import AllocatorConfig, CheapLook, ValueAllocator
 from models.build import build_performer
 from models.performer import Performer
@@ -130,11 +129,15 @@ class Stages:
         )
 
     def rung_cost(self, performer: Performer) -> list[float]:
-        """FLOPs of an answer at every rung, the largest = 1, for the mean question and answer of the training cases."""
+        """FLOPs of an answer at every rung, the largest = 1, for the mean training question."""
         sample = self.splits["train"][:: max(1, len(self.splits["train"]) // 100)]
         tokenizer = performer.processor.tokenizer
         prompt = [
-            len(tokenizer(performer.processor.apply_chat_template(performer.messages(c), add_generation_prompt=True))["input_ids"])
+            len(
+                tokenizer(performer.processor.apply_chat_template(performer.messages(c), add_generation_prompt=True))[
+                    "input_ids"
+                ]
+            )
             for c in sample
         ]
         answer = [len(tokenizer(c.answer)["input_ids"]) + 5 for c in sample]
@@ -194,6 +197,7 @@ class Stages:
             "performer": dataclasses.asdict(run.performer),
             "ladder": run.ladder,
             "sft": {**run.sft, **changed},
+            "balance": run.balance,
             "seed": run.grpo.seed,
         }
 

@@ -107,7 +107,9 @@ def score_table(
         ],
         axis=1,
     )
-    counts = {k: np.array([[getattr(a, k) for a in row] for row in answers]) for k in ("visual", "prompt", "generated")}
+    counts = {
+        k: np.array([[getattr(a, k) for a in row] for row in answers]) for k in ("visual", "prompt", "generated")
+    }
     table = ScoreTable(
         [c.id for c in cases],
         [c.patient for c in cases],

@@ -26,7 +26,6 @@ from envs.case import Case
 from models.performer import Performer
 from rl.allocation import AllocatorLearner
 from rl.packing import by_length, pack
-from slides.errors import InputError
 
 
 @dataclass
@@ -44,6 +43,17 @@ class FrugalConfig(GRPOConfig):
     shared_prefix: bool = field(default=True, metadata={"help": "one packed row for a prompt and its G completions"})
     prefill_once: bool = field(default=True, metadata={"help": "generation reads each prompt once, not G times"})
     disable_dropout: bool = field(default=True, metadata={"help": "no dropout in rollouts and updates"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        block = self.budgets_per_image * self.num_generations
+        local = self.per_device_train_batch_size * self.steps_per_generation
+        if local % block:
+            raise ValueError(
+                f"per_device_train_batch_size x steps_per_generation = {local} completions a process, but an image "
+                f"takes budgets_per_image x num_generations = {self.budgets_per_image} x {self.num_generations} = "
+                f"{block}; make the first a multiple of {block}"
+            )
 
 
 class FrugalTrainer(GRPOTrainer):
@@ -70,14 +80,6 @@ class FrugalTrainer(GRPOTrainer):
         self._flops = 0
         super().__init__(*args, **kwargs)
         self.score_weights = torch.tensor(score_weights, dtype=torch.float32)
-        block = self.args.budgets_per_image * self.num_generations
-        local = self.args.per_device_train_batch_size * self.args.steps_per_generation
-        if local % block:
-            raise InputError(
-                f"per_device_train_batch_size x steps_per_generation = {local} completions a process, but an image takes "
-                f"budgets_per_image x num_generations = {self.args.budgets_per_image} x {self.num_generations} = {block}; "
-                f"make the first a multiple of {block}"
-            )
 
     def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
         block = self.args.budgets_per_image * self.num_generations
@@ -141,7 +143,14 @@ class FrugalTrainer(GRPOTrainer):
         group, count = self.num_generations, len(input_ids)
         if not self.args.shared_prefix or not self.model.training or count % group:
             return super()._get_per_token_logps_and_entropies(
-                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, compute_aux_loss, **visual
+                model,
+                input_ids,
+                attention_mask,
+                logits_to_keep,
+                batch_size,
+                compute_entropy,
+                compute_aux_loss,
+                **visual,
             )
         start = input_ids.shape[1] - logits_to_keep
         prompts = [input_ids[g, :start][attention_mask[g, :start].bool()] for g in range(0, count, group)]
@@ -171,7 +180,12 @@ class FrugalTrainer(GRPOTrainer):
         return logps, entropies if compute_entropy else None, None
 
     def _generate_single_turn(
-        self, prompt_ids: list, images: Any, multimodal_fields: dict, num_generations: int, has_tool_images: bool = False
+        self,
+        prompt_ids: list,
+        images: Any,
+        multimodal_fields: dict,
+        num_generations: int,
+        has_tool_images: bool = False,
     ) -> tuple[list, Any]:
         group = num_generations
         if self.use_vllm or not self.args.prefill_once or not self.model.training or len(prompt_ids) % group:
@@ -185,9 +199,12 @@ class FrugalTrainer(GRPOTrainer):
         )
         completions: list[list[int]] = [[]] * len(prompt_ids)
         device = self.accelerator.device
-        with unwrap_model_for_generation(
-            self.model_wrapped, self.accelerator, generation_kwargs=self.generation_kwargs
-        ) as model, torch.no_grad():
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, generation_kwargs=self.generation_kwargs
+            ) as model,
+            torch.no_grad(),
+        ):
             for chunk in by_length([len(prompt_ids[i]) for i in first]):
                 rows = [first[c] for c in chunk]
                 text = [torch.tensor(prompt_ids[i]) for i in rows]
@@ -230,7 +247,9 @@ class FrugalTrainer(GRPOTrainer):
             score = (local.nan_to_num() * weights).sum(1) / weights.sum(1).clamp_min(1e-9)
             score = score.view(*self._drawn.rungs.shape, self.num_generations).mean(-1)
             # Every process updates on the rollouts of all, so that the allocators stay equal without DDP.
-            drawn = [gather(t.to(local.device)) for t in (self._drawn.look, self._question(), self._drawn.rungs, score)]
+            drawn = [
+                gather(t.to(local.device)) for t in (self._drawn.look, self._question(), self._drawn.rungs, score)
+            ]
             for name, value in self.learner.update(*(t.cpu() for t in drawn)).items():
                 self._metrics["train"][f"allocator/{name}"].append(value)
         return rewards
@@ -246,7 +265,6 @@ class FrugalTrainer(GRPOTrainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
         self.learner.load(resume_from_checkpoint)
-
 
 
 def shuffle_groups(batch: dict[str, Any], group: int) -> dict[str, Any]:

@@ -29,7 +29,9 @@ class BudgetCollator:
         text_only: share of batches without visual tokens.
     """
 
-    def __init__(self, performer: Performer, cases: Sequence[Case], ladder: Sequence[int], text_only: float, seed: int):
+    def __init__(
+        self, performer: Performer, cases: Sequence[Case], ladder: Sequence[int], text_only: float, seed: int
+    ):
         self.performer, self.cases, self.ladder, self.text_only = performer, cases, list(ladder), text_only
         self.seed = seed
 
@@ -104,4 +106,3 @@ def sft_config(output_dir: str | Path, options: dict[str, Any], seed: int) -> SF
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
     return SFTConfig(**{**defaults, **options, **fixed})
-

@@ -1,0 +1,142 @@
+"""The main command as a user calls it: to the report, killed and resumed, on two processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.conftest import ENVIRONMENT, ROOT, call, command, write_recipe
+
+POINT = {"accuracy", "ci95", "tokens", "flops", "flops_stage1", "latency_ms", "n"}
+MEASURED = ("static", "allocator", "random")
+
+
+def read_summary(recipe: Path) -> dict:
+    return json.loads((recipe.parent / "run" / "report" / "summary.json").read_text())
+
+
+def results(summary: dict) -> dict:
+    """What must be equal between runs: all but times and provenance."""
+    kept = {k: v for k, v in summary.items() if k not in ("versions", "git", "command")}
+    return json.loads(json.dumps(kept), object_hook=lambda d: {k: v for k, v in d.items() if k != "latency_ms"})
+
+
+def test_report_is_complete(finished):
+    recipe, done = finished
+    summary = read_summary(recipe)
+    assert summary["n"] == len((recipe.parent / "run" / "report" / "cases.jsonl").read_text().splitlines())
+    for name in MEASURED:
+        assert all(set(p) >= POINT for p in summary[name])
+    assert [p["budget"] for p in summary["static"]] == [1, 4, 16]
+    assert set(summary["attribution"]) == {"base", "sft", "sft_continued", "grpo", "grpo_allocator"}
+    wanted = {
+        "cost_saved",
+        "cost_saved_vs_static",
+        "accuracy_lost",
+        "gain_over_random",
+        "gain_over_sft",
+        "hypervolume",
+    }
+    assert set(summary["headline"]) >= wanted
+    for name in ("oracle", "text_only", "majority", "operating_point"):
+        low, high = summary[name]["ci95"]
+        assert low <= summary[name]["accuracy"] <= high
+    assert summary["oracle"]["accuracy"] >= max(p["accuracy"] for p in summary["static"])
+    assert summary["text_only"]["tokens"] == 0
+    costs = [p["flops"] for p in summary["static"]]
+    assert costs == sorted(costs) and costs[0] < costs[-1]
+    assert (recipe.parent / "run" / "report" / "pareto.png").stat().st_size > 5000
+    assert "gain_over_sft" in done.stdout and "report:" in done.stdout
+
+
+def test_second_call_trains_nothing(finished):
+    recipe, _ = finished
+    before = (recipe.parent / "run" / "grpo" / "model.safetensors").stat().st_mtime_ns
+    summary = results(read_summary(recipe))
+    again = call("rl/pareto.py", recipe)
+    assert again.returncode == 0, again.stderr[-2000:]
+    assert (recipe.parent / "run" / "grpo" / "model.safetensors").stat().st_mtime_ns == before
+    assert results(read_summary(recipe)) == summary
+
+
+def test_other_settings_are_refused(finished):
+    recipe, _ = finished
+    done = call("rl/grpo.py", recipe, "--set", "sft.max_steps=7")
+    assert done.returncode == 2
+    assert "other settings (sft)" in done.stderr and "output_dir" in done.stderr
+
+
+def test_killed_run_resumes_to_the_same_result(finished, slides, tmp_path):
+    recipe = write_recipe(tmp_path, slides)
+    folder = tmp_path / "run" / "grpo"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            command("rl/grpo.py", recipe), cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
+        )
+        deadline = time.time() + 200
+        while not (folder / "checkpoint-4" / "complete").is_file() and time.time() < deadline:
+            assert process.poll() is None, (tmp_path / "log").read_text()[-2000:]
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert not (folder / "done.json").exists(), "the run ended before it was killed"
+    done = call("rl/grpo.py", recipe)
+    assert done.returncode == 0, done.stderr[-3000:]
+    steps = json.loads((folder / "done.json").read_text())["log"]
+    assert [row["step"] for row in steps if "loss" in row] == list(range(1, 9))
+    assert results(read_summary(recipe)) == results(read_summary(finished[0]))
+
+
+def test_two_processes_give_the_same_evaluation(finished, slides, tmp_path):
+    """Two processes train, and they evaluate what one process trained to the same figures."""
+    recipe = write_recipe(tmp_path, slides, per_device_train_batch_size=4)
+    launch = [
+        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+    ]  # fmt: skip
+    done = subprocess.run(
+        [*launch, *command("rl/grpo.py", recipe)[3:]],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = read_summary(recipe)
+    assert "num_processes 2" in two["command"]
+    one = call("rl/pareto.py", recipe)
+    assert one.returncode == 0, one.stderr[-2000:]
+    assert results(read_summary(recipe)) == results(two)
+    tables = tmp_path / "run" / "tables"
+    for name in ("grpo.test.jsonl", "grpo.val.jsonl"):
+        (tables / name).rename(tables / f"two.{name}")
+    assert call("rl/pareto.py", recipe).returncode == 0
+    for name in ("grpo.test.jsonl", "grpo.val.jsonl"):
+        assert (tables / name).read_text() == (tables / f"two.{name}").read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"learning_rat": 1e-3}, "did you mean 'learning_rate'"),
+        ({"rewards": ["choise"]}, "choice"),
+        ({"performer": {"layrs": 1}}, "did you mean 'layers'"),
+        ({"cases": {"name": "nowhere"}}, "nowhere"),
+        ({"cases": {"name": "manifest", "path": "missing.jsonl"}}, "missing.jsonl"),
+        ({"ladder": [4, 1]}, "ascending"),
+        ({"per_device_train_batch_size": 6}, "multiple of 4"),
+    ],
+)
+def test_bad_recipe_is_one_message_and_status_2(tmp_path, slides, finished, changes, message):
+    done = call("rl/grpo.py", write_recipe(tmp_path, slides, **changes))
+    assert done.returncode == 2, done.stderr[-2000:]
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
