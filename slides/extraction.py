@@ -320,7 +320,7 @@ class _Run:
         bar = tqdm(total=len(tiles), desc=job.id, unit="tile", disable=None if self.progress else True, leave=False)
         writer = FeatureWriter(self.outputs.features(job.id), len(tiles) * per_tile, encoder.dim, dtype=options.dtype)
         with bar, contextlib.closing(stream), writer:
-            for places, images in _batches(stream, options.batch_size):
+            for places, images in batches(stream, options.batch_size):
                 writer.append(encode_tiles(encoder, images, options.cells), grid.coords(places, options.cells))
                 bar.update(len(places))
             writer.set_attrs(
@@ -345,7 +345,7 @@ class _Run:
             )
 
 
-def _batches(stream: Iterator[tuple[np.ndarray, np.ndarray]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def batches(stream: Iterator[tuple[np.ndarray, np.ndarray]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Blocks of tiles joined into batches of `size`; the last is what is left."""
     places: list[np.ndarray] = []
     images: list[np.ndarray] = []

@@ -111,5 +111,5 @@ def _rings(mask: np.ndarray) -> list[np.ndarray]:
     # Fully connected: a piece whose pixels touch at corners alone stays one ring.
     contours = find_contours(np.pad(mask, 1).astype(np.float32), 0.5, fully_connected="high")
     contours.sort(key=len, reverse=True)
-    simplified = [approximate_polygon(contour, 0.7)[:, ::-1] - 0.5 for contour in contours]
+    simplified = [approximate_polygon(contour, 0.4)[:, ::-1] - 0.5 for contour in contours]
     return [ring for ring in simplified if len(ring) >= 4]

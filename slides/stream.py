@@ -14,9 +14,9 @@ import torch
 
 from slides.encoder import PatchEncoder
 from slides.errors import InputError
-from slides.reader import MAX_READ, BackendError, SlideReader
+from slides.reader import MAX_READ, BackendError, SlideReader, resample
 from slides.scale import SlideError
-from slides.tiling import Grid, blocks
+from slides.tiling import Block, Grid, blocks
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -38,7 +38,7 @@ def read_ahead(
     """`map(call, items)` on threads, in order, a few results ahead.
 
     A call that does not return within `timeout` seconds raises TimeoutError. Its thread is a daemon, given up so that
-    neither the run nor the end of the process waits for it: fastslide 0.8 never returns from a damaged JPEG tile.
+    neither the run nor the end of the process waits for it: fastslide 0.8 never returns from a tile that is no JPEG.
     `on_stuck` is called when a thread is left behind, still at work.
     """
     tasks: queue.SimpleQueue[tuple[Future[Result], Item] | None] = queue.SimpleQueue()
@@ -104,23 +104,23 @@ def read_thumbnail(reader: SlideReader, ratio: float, workers: int, timeout: flo
             f"level {level} of {width / down:.0f} x {height / down:.0f} px is the coarsest to look for tissue in: too "
             "large; write the slide with a pyramid, e.g. vips tiffsave --tile --pyramid"
         )
-    size = (max(1, round(width / ratio)), max(1, round(height / ratio)))
-    step_x, step_y = width / down / size[0], height / down / size[1]
-    side = max(1, int((MAX_READ / 4 / (step_x * step_y)) ** 0.5))
-    image = np.empty((size[1], size[0], 3), np.uint8)
+    columns, rows = max(1, round(width / ratio)), max(1, round(height / ratio))
+    image = np.empty((rows, columns, 3), np.uint8)
+    side = max(1, int((MAX_READ / 4 * columns * rows / (width * height / down**2)) ** 0.5))
     parts = [
-        (left, top, min(left + side, size[0]), min(top + side, size[1]))
-        for top in range(0, size[1], side)
-        for left in range(0, size[0], side)
+        (left, top, min(left + side, columns), min(top + side, rows))
+        for top in range(0, rows, side)
+        for left in range(0, columns, side)
     ]
 
     def read(part: tuple[int, int, int, int]) -> np.ndarray:
         left, top, right, bottom = part
+        across, along = width / down / columns, height / down / rows
         box = (
-            x / down + left * step_x,
-            y / down + top * step_y,
-            x / down + right * step_x,
-            y / down + bottom * step_y,
+            round(x / down + left * across),
+            round(y / down + top * along),
+            round(x / down + right * across),
+            round(y / down + bottom * along),
         )
         return reader.read(level, box, (right - left, bottom - top))
 
@@ -133,6 +133,9 @@ def read_tiles(
     reader: SlideReader, level: int, grid: Grid, tiles: np.ndarray, tile_px: int, workers: int, timeout: float
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Read tiles in blocks, ahead of their use.
+
+    A tile is the square of whole pixels of the level that is nearest to its place in the grid, resampled: it is off by
+    half a pixel of the level at most and its scale by a quarter of a per cent, whatever block it was read in.
 
     Args:
         reader: an open slide.
@@ -147,21 +150,27 @@ def read_tiles(
         (n, 2) row and column, and uint8 (n, tile_px, tile_px, 3). Every wanted tile comes once.
     """
     down = reader.level_downsamples[level]
-    native = grid.step / down
+    native = max(1, round(grid.step / down))
     side = int(max(1, min(BLOCK_SIDE, MAX_READ**0.5 / native)))
-    todo = list(blocks(tiles, side))
+    size = (tile_px, tile_px)
 
-    def read(block):
-        left, top = grid.left + block.column * grid.step, grid.top + block.row * grid.step
-        right, bottom = left + block.columns * grid.step, top + block.rows * grid.step
-        image = reader.read(
-            level,
-            (left / down, top / down, right / down, bottom / down),
-            (block.columns * tile_px, block.rows * tile_px),
-        )
-        return block.tiles, block.cut(image, tile_px)
+    def corner(row: int, column: int) -> tuple[int, int]:
+        return round((grid.left + column * grid.step) / down), round((grid.top + row * grid.step) / down)
 
-    yield from _guarded(reader, read, todo, workers, timeout)
+    def read(block: Block) -> tuple[np.ndarray, np.ndarray]:
+        left, top = corner(block.row, block.column)
+        right, bottom = corner(block.row + block.rows - 1, block.column + block.columns - 1)
+        if len(block.tiles) == 1:
+            images = [reader.read(level, (left, top, left + native, top + native), size)]
+            return block.tiles, np.stack(images)
+        pixels = reader.native(level, left, top, right + native - left, bottom + native - top)
+        images = []
+        for row, column in block.tiles.tolist():
+            x, y = corner(row, column)
+            images.append(resample(pixels[y - top : y - top + native, x - left : x - left + native], size))
+        return block.tiles, np.stack(images)
+
+    yield from _guarded(reader, read, blocks(tiles, side), workers, timeout)
 
 
 def encode_tiles(encoder: PatchEncoder, tiles: np.ndarray, cells: int) -> np.ndarray:

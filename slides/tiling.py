@@ -96,11 +96,6 @@ class Block:
     columns: int
     tiles: np.ndarray
 
-    def cut(self, image: np.ndarray, tile_px: int) -> np.ndarray:
-        """The wanted tiles of the block's image: (rows * px, columns * px, 3) -> (n, px, px, 3)."""
-        split = image.reshape(self.rows, tile_px, self.columns, tile_px, 3).swapaxes(1, 2)
-        return split[self.tiles[:, 0] - self.row, self.tiles[:, 1] - self.column]
-
 
 def blocks(tiles: np.ndarray, side: int, fill: float = 0.6) -> Iterator[Block]:
     """Group tiles into blocks of at most `side` x `side`, of which at least the fraction `fill` is wanted.

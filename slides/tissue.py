@@ -128,6 +128,8 @@ def _tidy(mask: np.ndarray, mpp: float) -> np.ndarray:
     """Join what is close, drop specks, fill lumina; all by physical size."""
     if min(mask.shape) > 8:
         mask = isotropic_opening(mask, 1)
+    if not mask.any():
+        return mask  # distances to nothing are not defined
     radius = math.ceil(CLOSE_UM / mpp)
     padded = np.pad(mask, radius + 1)
     mask = isotropic_closing(padded, radius)[radius + 1 : -radius - 1, radius + 1 : -radius - 1]
