@@ -66,7 +66,7 @@ def build_performer(config: PerformerConfig, cases: list[Case], bank: FeatureBan
             )
         return performer
     torch.manual_seed(seed)
-    shared = {
+    shared: dict[str, Any] = {
         "feature_dim": bank.dim,
         "aligner_width": config.aligner_width,
         "aligner_dropout": config.aligner_dropout,

@@ -23,6 +23,10 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from models.visual import PLACE
 
 
+WAVES = (1, 2, 4)
+"""Half periods across the field of the sines and cosines that describe a token's place."""
+
+
 class SlideVLMConfig(PreTrainedConfig):
     """Configuration of `SlideVLM`.
 
@@ -65,24 +69,26 @@ class Aligner(nn.Module):
         hidden = config.text_config.hidden_size
         self.register_buffer("mean", torch.zeros(config.feature_dim))
         self.register_buffer("std", torch.ones(config.feature_dim))
-        self.net = nn.Sequential(
+        self.features = nn.Sequential(
             nn.LayerNorm(config.feature_dim),
             nn.Dropout(config.aligner_dropout),
             nn.Linear(config.feature_dim, config.aligner_width),
+        )
+        self.place = nn.Linear(PLACE * (1 + 2 * len(WAVES)), config.aligner_width)
+        self.out = nn.Sequential(
             nn.GELU(),
             nn.Dropout(config.aligner_dropout),
             nn.Linear(config.aligner_width, hidden),
+            nn.LayerNorm(hidden),
         )
-        self.place = nn.Linear(4 * PLACE + PLACE, hidden)
-        self.norm = nn.LayerNorm(hidden)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        rows = rows.to(self.norm.weight.dtype)
+        rows = rows.to(self.place.weight.dtype)
         features, place = rows[:, :-PLACE], rows[:, -PLACE:]
-        angle = torch.pi * place
-        waves = [f(k * angle) for k in (1, 2) for f in (torch.sin, torch.cos)]
-        seen = self.net((features - self.mean) / self.std)
-        return self.norm(seen + self.place(torch.cat([place, *waves], -1)))
+        waves = [wave(k * torch.pi * place) for k in WAVES for wave in (torch.sin, torch.cos)]
+        # Place joins before the non-linearity, so that one token can say "lesion, upper left".
+        seen = self.features((features - self.mean) / self.std) + self.place(torch.cat([place, *waves], -1))
+        return self.out(seen)
 
     @torch.no_grad()
     def standardise(self, rows: torch.Tensor) -> None:
@@ -110,6 +116,8 @@ class SlideVLMPreTrainedModel(PreTrainedModel):
         if isinstance(module, Aligner):
             nn.init.zeros_(module.mean)
             nn.init.ones_(module.std)
+            # A few place columns stand beside hundreds of feature columns: equal say at the start.
+            nn.init.normal_(module.place.weight, std=0.2)
 
 
 class SlideVLMModel(SlideVLMPreTrainedModel):

@@ -71,9 +71,11 @@ class ScoreTable:
     def load(cls, path: str | Path) -> ScoreTable:
         """Read what `save` wrote."""
         head, *rows = (json.loads(line) for line in Path(path).read_text().splitlines())
-        arrays = {k: np.array([r[k] for r in rows]) for k in ("score", "visual", "prompt", "generated")}
-        names = {f"{k}s": [r[k] for r in rows] for k in ("id", "patient", "question")}
-        return cls(budgets=head["budgets"], text=[r["text"] for r in rows], **arrays, **names)
+        fields: dict[str, Any] = {
+            k: np.array([r[k] for r in rows]) for k in ("score", "visual", "prompt", "generated")
+        }
+        fields |= {f"{k}s": [r[k] for r in rows] for k in ("id", "patient", "question")}
+        return cls(budgets=head["budgets"], text=[r["text"] for r in rows], **fields)
 
 
 def score_table(

@@ -78,6 +78,7 @@ class FrugalTrainer(GRPOTrainer):
         self.performer, self.cases, self.learner = performer, cases, learner
         self._parameters = performer.model.num_parameters(exclude_embeddings=True)
         self._flops = 0
+        self._buffered_inputs: list[dict[str, Any]] | None
         super().__init__(*args, **kwargs)
         self.score_weights = torch.tensor(score_weights, dtype=torch.float32)
 

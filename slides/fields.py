@@ -78,8 +78,8 @@ def _read(path: str, side: int | None, stride: int) -> np.ndarray:
         if width * height > MAX_PIXELS:
             raise ValueError(f"{width} x {height} px is over {MAX_PIXELS} px; give it as a slide")
         scale = side / max(width, height) if side else 1.0
-        shown = tuple(max(stride, round(length * scale / stride) * stride) for length in (width, height))
-        return np.asarray(image.convert("RGB").resize(shown, Image.Resampling.BICUBIC))
+        across, down = (max(stride, round(length * scale / stride) * stride) for length in (width, height))
+        return np.asarray(image.convert("RGB").resize((across, down), Image.Resampling.BICUBIC))
 
 
 def _cells(pixels: np.ndarray, encoder: PatchEncoder) -> Features:
