@@ -1,6 +1,8 @@
 import csv
+import inspect
 import json
 import os
+import re
 import zlib
 from pathlib import Path
 
@@ -8,10 +10,12 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
+from envs import mosaic
 from envs.boxes import boxes_from_mask, to_frame
 from envs.files import inspect_files
 from envs.manifest import build, read_manifest
@@ -447,3 +451,45 @@ def test_real_sets_load():
 def test_the_real_copies_are_found():
     problems = problems_of(path=str(DATA / "tiles/pcam/manifest.csv"), prompt="?")
     assert len(problems) == 2 and all("in several splits" in p for p in problems)
+
+
+# ---- the examples of the documentation
+
+
+def examples():
+    text = Path("docs/data.md").read_text()
+    blocks = re.findall(r"<!-- example: (\S+) -->\n```\w*\n(.*?)```(?:\n\n```yaml\n(.*?)```)?", text, re.DOTALL)
+    return {
+        name: (content, yaml.safe_load(recipe or content)["cases"])
+        for name, content, recipe in blocks
+        if name != "mosaic"
+    }
+
+
+def test_the_documented_examples_load(home):
+    for i in (1, 2):
+        image(home / f"data/fields/{i}.png", i)
+        image(home / f"data/tiles/{i}.png", i)
+    for i in range(20):
+        image(home / f"data/set/{['normal', 'tumour'][i % 2]}/{i}.png", i)
+    for name in "ab":
+        (home / "data/s").mkdir(exist_ok=True)
+        (home / f"data/s/3{name}.svs").write_text(name)
+    found = examples()
+    assert set(found) == {"cases.jsonl", "labels.csv", "folder", "swift.jsonl"}
+    for name, (content, params) in found.items():
+        if name != "folder":
+            (home / "data" / name).write_text(content)
+        params.pop("name")
+        # two rows cannot also fill a val split
+        params = params | {"path": str(home / params["path"])} | ({"val_fraction": 0.0} if "." in name else {})
+        cases = build(**params)
+        assert len(cases) == {"cases.jsonl": 3, "folder": 20}.get(name, 2)
+    assert cases[0].answer == "cancer"
+
+
+def test_the_documented_parameters_exist():
+    text = Path("docs/data.md").read_text()
+    known = set(inspect.signature(build).parameters) | set(inspect.signature(mosaic.build).parameters)
+    named = set(re.findall(r"`([a-z_]+): ", text)) | {key for _, params in examples().values() for key in params}
+    assert named - {"name"} <= known
