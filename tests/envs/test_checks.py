@@ -15,11 +15,6 @@ from envs.splits import assign_splits, carve, limit_cases, together
 from slides.errors import InputError
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.fixture
 def pictures(tmp_path):
     """Twelve images of different content."""

@@ -25,11 +25,6 @@ SIDE = 16
 COLOURS = {"normal": (60, 60, 200), "tumour": (200, 40, 60), "fat": (230, 230, 230)}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture(scope="module")
 def tiles(tmp_path_factory):
     """90 noisy tiles of three colours, with a train and a test split and resolution, one of them copied across."""
@@ -306,9 +301,9 @@ def test_real_tiles(tmp_path):
         folder=str(tmp_path / "m"),
         background="normal",
         lesion="metastasis",
-        mosaics={"train": 20, "val": 20, "test": 20},
+        mosaics={"train": 20, "test": 20},
     )
     with Image.open(cases[0].images[0]) as image:
         assert image.size == (768, 768)
     assert cases[0].extra["mpp"] == 0.97
-    assert {case.split for case in cases} == {"train", "val", "test"}
+    assert {case.split for case in cases} == {"train", "test"}
