@@ -22,7 +22,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from models.visual import PLACE
 
-
 WAVES = (1, 2, 4)
 """Half periods across the field of the sines and cosines that describe a token's place."""
 

@@ -38,8 +38,8 @@ __all__ = ["ExtractOptions", "SlideJob", "SlideStatus", "extract_slides", "find_
 class ExtractArguments(ExtractOptions):
     """The command line: what to extract, where to, and how."""
 
-    slides: str | None = field(default=None, metadata={"help": "folder, manifest or one slide"})
-    out: str | None = field(default=None, metadata={"help": "output folder"})
+    slides: str = field(default="", metadata={"help": "folder, manifest or one slide"})
+    out: str = field(default="", metadata={"help": "output folder"})
     device: str = field(default="auto", metadata={"help": "where the encoder runs: auto, cpu, cuda, cuda:1"})
 
 
@@ -52,7 +52,7 @@ def parse(arguments: list[str] | None = None) -> ExtractArguments:
         (found,) = parser.parse_args_and_config(arguments)
     except (ValueError, OSError) as error:
         raise InputError(f"--config: {error}") from error
-    missing = [f"--{name}: missing" for name in ("slides", "out") if getattr(found, name) is None]
+    missing = [f"--{name}: missing" for name in ("slides", "out") if not getattr(found, name)]
     if missing:
         raise InputError(missing)
     return found

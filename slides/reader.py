@@ -167,6 +167,7 @@ class SlideReader:
         return ((pixels[..., :3] * covered + background * (255 - covered)) // 255).astype(np.uint8)
 
     def _native_fast(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
+        assert self._fast is not None
         try:
             # Unlike OpenSlide's, these coordinates are pixels of the level.
             pixels = self._fast.read_region((x, y), level, (width, height)).numpy()
@@ -216,8 +217,9 @@ class SlideReader:
 
     def _check_native_tiles(self) -> None:
         for level in range(len(self.level_dimensions)):
-            sides = [self.properties.get(f"openslide.level[{level}].tile-{side}") for side in ("width", "height")]
-            if None not in sides and int(sides[0]) * int(sides[1]) > MAX_NATIVE_TILE:
+            keys = [f"openslide.level[{level}].tile-{side}" for side in ("width", "height")]
+            sides = [int(self.properties[key]) for key in keys if key in self.properties]
+            if len(sides) == 2 and sides[0] * sides[1] > MAX_NATIVE_TILE:
                 self._slide.close()
                 raise SlideError(
                     f"level {level} is stored in tiles of {sides[0]} x {sides[1]} px, each of which must be decoded "

@@ -69,8 +69,8 @@ def find_scale(
 def _recorded(properties: Mapping[str, str]) -> tuple[list[Scale], list[str]]:
     """What the file itself records, best first, and what is wrong with the rest."""
     scales, problems = [], []
-    texts = [properties.get(f"openslide.mpp-{axis}") for axis in "xy"]
-    if None in texts:
+    texts = [properties[key] for key in ("openslide.mpp-x", "openslide.mpp-y") if key in properties]
+    if len(texts) < 2:
         keys = [key for key in ("tiff.XResolution", "tiff.ResolutionUnit") if key in properties]
         raw = ", ".join(f"{key} = {properties[key]}" for key in keys)
         problems.append(f"openslide.mpp-x is absent ({raw})" if raw else "openslide.mpp-x is absent")

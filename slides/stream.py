@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future
 from typing import TypeVar
 
@@ -131,11 +131,11 @@ def read_thumbnail(reader: SlideReader, ratio: float, workers: int, timeout: flo
 
 def read_tiles(
     reader: SlideReader, level: int, grid: Grid, tiles: np.ndarray, tile_px: int, workers: int, timeout: float
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+) -> Generator[tuple[np.ndarray, np.ndarray], None, None]:
     """Read tiles in blocks, ahead of their use.
 
     A tile is the square of whole pixels of the level that is nearest to its place in the grid, resampled: it is off by
-    half a pixel of the level at most and its scale by a quarter of a per cent, whatever block it was read in.
+    half a pixel of the level at most, and so is its side (0.25 % of a 224 px tile), whatever block it was read in.
 
     Args:
         reader: an open slide.
