@@ -70,7 +70,7 @@ def parse() -> argparse.Namespace:
 def write_pyramid(path: Path, columns: int, rows: int, odd: bool) -> None:
     """Write a tiled JPEG pyramid of tissue-like texture at 0.25 mpp with levels 1, 4 and 16, in bounded memory."""
     rng = np.random.default_rng(0)
-    side = 2048
+    side = 1024
     stain = np.array([[214, 160, 200], [110, 70, 150]], np.float32)
     # Nuclei of 6 microns on a mottled ground, with the noise of a camera: JPEG tiles of 20 to 30 kB, like tissue.
     nuclei = ndimage.gaussian_filter(rng.normal(size=(side, side)).astype(np.float32), 9, mode="wrap")
