@@ -7,14 +7,17 @@ attributes (`save_hdf5` of CLAM), TRIDENT's carry attributes on `coords` and may
 
 from __future__ import annotations
 
+import glob
 import math
 import os
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
+import psutil
 
 from slides.errors import InputError
 
@@ -60,7 +63,12 @@ class FeatureWriter:
         """Open a temporary file next to `path` for `rows` features of `dim` values; `dtype` float32 or float16."""
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        prefix = f".{self.path.name}.{platform.node()}-"
+        for left in self.path.parent.glob(f"{glob.escape(prefix)}*.tmp"):
+            process = left.name.removeprefix(prefix).removesuffix(".tmp")
+            if process.isdigit() and not psutil.pid_exists(int(process)):
+                left.unlink(missing_ok=True)  # of a run that was killed
+        self._temporary = self.path.with_name(f"{prefix}{os.getpid()}.tmp")
         self._file = h5py.File(self._temporary, "w")
         self._features = self._file.create_dataset("features", (rows, dim), dtype=dtype)
         self._coords = self._file.create_dataset("coords", (rows, 2), dtype="int64")

@@ -344,6 +344,7 @@ def test_a_killed_run_resumes(make_slide, tmp_path):
     statuses = extract_slides(jobs, tmp_path / "out", ExtractOptions(tile_px=64), progress=False)
     assert [status.status for status in statuses] == ["done"] * 6
     assert {status.id for status in statuses if status.again} == set(finished)
+    assert not list(tmp_path.glob("out/**/.*.tmp"))
 
 
 def test_two_processes(make_slide, tmp_path):

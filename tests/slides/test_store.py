@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+
 import h5py
 import numpy as np
 import pytest
@@ -53,6 +58,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, features):
         write_features(path, bad)
     assert len(read_features(path)) == 12
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path, features):
+    host = platform.node()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    names = [f".a.h5.{host}-{gone.pid}.tmp", f".a.h5.{host}-{os.getppid()}.tmp", f".b.h5.{host}-{gone.pid}.tmp"]
+    for name in names:
+        (tmp_path / name).touch()
+    write_features(tmp_path / "a.h5", features)
+    # That of a process that lives and that of another slide stay.
+    assert {file.name for file in tmp_path.iterdir()} == {"a.h5", *names[1:]}
 
 
 def test_trident_finds_its_attributes(tmp_path, features):
