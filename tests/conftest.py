@@ -1,0 +1,95 @@
+"""A world in miniature: stored features of made-up fields, questions about them, and a performer of one narrow layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from envs.case import Case
+from models.build import PerformerConfig, build_performer
+from models.performer import Performer
+from models.visual import FeatureBank
+from slides.store import Features, write_features
+
+WIDTH = 8
+"""Width of the made-up features."""
+SIDE = 32
+"""Pixels of one feature's square."""
+LADDER = (1, 4, 16)
+
+
+def grid_features(rows: int, columns: int, mean: float = 0.0, seed: int = 0) -> Features:
+    """Features (rows * columns, WIDTH) of a field that is that many squares tall and wide."""
+    rng = np.random.default_rng(seed)
+    down, across = np.mgrid[:rows, :columns] * SIDE
+    return Features(
+        rng.normal(mean, 1, (rows * columns, WIDTH)),
+        np.stack([across.ravel(), down.ravel()], 1),
+        {"patch_size": SIDE, "width": columns * SIDE, "height": rows * SIDE},
+    )
+
+
+@pytest.fixture(scope="session")
+def make_bank(tmp_path_factory) -> Callable[..., FeatureBank]:
+    """Writes fields as feature files and gives their bank: `make_bank({"name": Features}, cache_mb=...)`."""
+
+    def make(fields: dict[str, Features], **options) -> FeatureBank:
+        folder: Path = tmp_path_factory.mktemp("features")
+        for name, features in fields.items():
+            write_features(folder / f"{name}.h5", features)
+        return FeatureBank({name: str(folder / f"{name}.h5") for name in fields}, **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bank(make_bank) -> FeatureBank:
+    """Eight fields of 6 x 6 squares; the features of odd ones are shifted by 2."""
+    return make_bank({f"field{i}": grid_features(6, 6, 2.0 * (i % 2), seed=i) for i in range(8)})
+
+
+@pytest.fixture(scope="session")
+def cases() -> list[Case]:
+    """One question a field; the answer is what the features of the field say. Prompts differ in length."""
+    return [
+        Case(
+            id=f"case{i}",
+            patient=f"patient{i // 2}",
+            task="choice",
+            prompt="Is this tissue normal or tumour?" + " Look well." * (i % 3),
+            answer=("normal", "tumour")[i % 2],
+            images=(f"field{i}",),
+            options=("normal", "tumour"),
+        )
+        for i in range(8)
+    ]
+
+
+@pytest.fixture(scope="session")
+def make_performer(bank, cases) -> Callable[..., Performer]:
+    """Builds the performer: a new one each time, always of the same weights."""
+
+    def make(**changes) -> Performer:
+        shape = {"layers": 1, "hidden": 32, "heads": 2, "kv_heads": 1, "ffn": 32, "vocab_size": 300}
+        config = PerformerConfig(**{**shape, "aligner_width": 16, "show_options": False, **changes})
+        return build_performer(config, cases, bank)
+
+    return make
+
+
+@pytest.fixture
+def performer(make_performer) -> Performer:
+    """A new performer in eval mode."""
+    made = make_performer()
+    made.model.eval()
+    return made
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Tests draw the same numbers in whatever order they run."""
+    torch.manual_seed(0)

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import torch
+
+from models.visual import PLACE, FeatureBank, VisualTokens, cells
+from slides.store import Features, read_features
+from tests.conftest import SIDE, WIDTH, grid_features
+
+
+class CountingBank(FeatureBank):
+    """A bank that counts how often a file is read."""
+
+    reads = 0
+
+    def load(self, source: str) -> Features:
+        self.reads += 1
+        return super().load(source)
+
+
+def test_every_source_and_budget_is_pooled_once(bank):
+    counting = CountingBank(bank.files)
+    first = counting.see("field0", 4)
+    assert counting.see("field0", 4) is first
+    assert counting.reads == 1
+    one, four, sixteen = counting.see_all("field0", [1, 4, 16])
+    assert four is first and counting.reads == 2
+    assert counting.see("field0", 16) is sixteen and counting.see("field0", 1) is one
+    assert counting.see("field1", 4) is not first
+    assert counting.reads == 3
+
+
+def test_tokens_are_features_then_place(bank):
+    tokens = bank.see("field3", 100)
+    stored = read_features(bank.files["field3"])
+    assert tokens.rows.shape == (36, WIDTH + PLACE) and tokens.rows.dtype == torch.float32
+    assert (len(tokens), tokens.budget, tokens.source) == (36, 100, "field3")
+    np.testing.assert_array_equal(tokens.rows[:, :WIDTH].numpy(), stored.features)
+    np.testing.assert_allclose(tokens.rows[0, WIDTH:], [1 / 12, 1 / 12, 1 / 6])
+    np.testing.assert_allclose(tokens.rows[-1, WIDTH:], [11 / 12, 11 / 12, 1 / 6])
+    assert bank.dim == WIDTH
+
+
+def test_memory_stays_under_the_cap_and_the_oldest_go_first(make_bank):
+    field = grid_features(160, 160)
+    tight = make_bank({f"s{i}": field for i in range(2)}, cache_mb=1)
+    size = tight.see("s0", 20000).rows.nbytes
+    assert 2**19 < size < 2**20
+    budgets = range(20001, 20021)
+    seen = [tight.see("s0", b) for b in budgets]
+    # Sixteen entries are always kept, whatever their size.
+    assert tight.see("s0", budgets[-1]) is seen[-1]
+    assert tight.see("s0", budgets[-16]) is seen[-16]
+    again = tight.see("s0", budgets[0])
+    assert again is not seen[0]
+    assert torch.equal(again.rows, seen[0].rows)
+
+
+def test_cells_of_a_file_without_size_span_its_patches():
+    stored = grid_features(2, 4)
+    bare = Features(stored.features, stored.coords, {"patch_size": SIDE})
+    np.testing.assert_array_equal(cells(bare), cells(stored))
+    assert cells(stored)[:, :2].max() < 1 and np.allclose(cells(stored)[:, 2], 0.25)
+
+
+def test_a_deep_copy_shares_the_tokens():
+    tokens = VisualTokens(torch.zeros(2, 11), 4, "x")
+    assert copy.deepcopy([{"image": tokens}])[0]["image"] is tokens
