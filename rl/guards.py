@@ -27,9 +27,17 @@ class CollapseGuard(TrainerCallback):
         self._best = float("-inf")
         self._streak = {"reward": 0, "entropy": 0, "rung": 0, "silent": 0}
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer: a resumed run has a history that counts."""
+        for row in state.log_history:
+            self.read(row["step"], row)
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Called by the trainer."""
-        logs = logs or {}
+        self.read(state.global_step, logs or {})
+
+    def read(self, step: int, logs: dict[str, Any]) -> None:
+        """Take in the metrics logged at a step."""
         if "reward" not in logs:
             return
         reward = float(logs["reward"])
@@ -38,21 +46,21 @@ class CollapseGuard(TrainerCallback):
         self._check(
             "reward",
             self._smooth < self._best - self.fall,
-            state.global_step,
+            step,
             f"the mean reward fell from {self._best:.3f} to {self._smooth:.3f}: the performer is collapsing; "
             "lower learning_rate, set beta (for example 0.02) or lower num_iterations",
         )
         self._check(
             "entropy",
             float(logs.get("entropy", 1.0)) < self.entropy,
-            state.global_step,
+            step,
             f"token entropy is {float(logs.get('entropy', 1.0)):.1e}: the performer no longer explores; "
             "raise temperature, lower learning_rate or stop the warm start earlier",
         )
         self._check(
             "rung",
             float(logs.get("allocator/largest_share", 0.0)) > self.share,
-            state.global_step,
+            step,
             f"the allocator gives {float(logs.get('allocator/largest_share', 0.0)):.0%} of the cases one budget; "
             "change allocator.price (lower if it is the smallest budget, "
             "higher if the largest) or raise allocator.explore",
@@ -60,7 +68,7 @@ class CollapseGuard(TrainerCallback):
         self._check(
             "silent",
             float(logs.get("frac_reward_zero_std", 0.0)) > 0.98,
-            state.global_step,
+            step,
             "almost every group has equal rewards, so nothing is learnt; raise temperature or num_generations, "
             "or use harder cases",
         )

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 import yaml
+from accelerate import PartialState
 from trl import TrlParser
 
 from models.build import PerformerConfig
@@ -149,6 +151,8 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
     Raises:
         InputError: no such file, not a mapping, an unknown key (with the nearest known one) or a bad value.
     """
+    # Told here, before anything else asks for it: without an accelerator several processes talk through gloo.
+    PartialState(cpu=not torch.accelerator.is_available())
     argv = list(sys.argv[1:] if argv is None else argv)
     path = Path(argv[argv.index("--config") + 1]) if "--config" in argv[:-1] else None
     known = {f.name for cls in (Recipe, FrugalConfig) for f in dataclasses.fields(cls)}

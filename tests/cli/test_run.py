@@ -98,8 +98,8 @@ def test_two_processes_give_the_same_evaluation(finished, slides, tmp_path):
     """Two processes train, and they evaluate what one process trained to the same figures."""
     recipe = write_recipe(tmp_path, slides, per_device_train_batch_size=4)
     launch = [
-        sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
-        "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0",
+        sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu.yaml"),
+        "--main_process_port", "0",
     ]  # fmt: skip
     done = subprocess.run(
         [*launch, *command("rl/grpo.py", recipe)[3:]],
