@@ -1,4 +1,4 @@
-"""A world in miniature: stored features of made-up fields, questions about them, and a performer of one narrow layer."""
+"""A world in miniature: stored features of made-up fields, questions about them, a performer of one narrow layer."""
 
 from __future__ import annotations
 
