@@ -14,7 +14,8 @@ interpolates each pixel, which takes it four times as long. `--odd` writes such 
 your own.
 
 Repeats are interleaved; the printed JSON line holds the median of the ratios of each repeat. `fastslide_ratio` needs
-the extra `fast` and is null without it.
+the extra `fast` and is null without it. `others_busy` is the fraction of the cores' time that other processes took
+meanwhile: above a few per cent the second reading thread had no core of its own, and the ratios are too low.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as slides.extract does
 
 import numpy as np
 import openslide
+import psutil
 import tifffile
 import torch
 from PIL import Image
@@ -196,10 +198,18 @@ def interleaved(calls: dict[str, Callable[[], int]], repeats: int, expected: int
     return times
 
 
+def used(cores: list[int]) -> tuple[float, float, float]:
+    """Seconds that these cores worked, that this process worked, and that passed."""
+    times = psutil.cpu_times(percpu=True)
+    busy = sum(sum(times[core]) - times[core].idle - getattr(times[core], "iowait", 0.0) for core in cores)
+    return busy, time.process_time(), time.perf_counter()
+
+
 @entry
 def main() -> None:
     """Write the pyramid, measure, print one JSON line."""
     arguments = parse()
+    cores = list(range(psutil.cpu_count() or 1))
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))[: arguments.cores]
         os.sched_setaffinity(0, cores)
@@ -209,7 +219,10 @@ def main() -> None:
         if path is None:
             path = str(Path(folder) / "pyramid.tiff")
             write_pyramid(Path(path), arguments.columns, arguments.rows, arguments.odd)
+        before = used(cores)
         result = measure(path, arguments)
+        busy, own, wall = (now - then for now, then in zip(used(cores), before, strict=True))
+    result["others_busy"] = round(max(0.0, busy - own) / (wall * len(cores)), 3)
     try:
         import fastslide
 

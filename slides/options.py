@@ -42,7 +42,9 @@ class ExtractOptions:
         default_factory=lambda: ["H&E"],
         metadata={"help": "stains to read; `any` reads all. A slide of unknown stain is read"},
     )
-    dark_background: bool = field(default=False, metadata={"help": "read fluorescence: bright is tissue"})
+    dark_background: bool = field(
+        default=False, metadata={"help": "read fluorescence too: on a dark background, bright is tissue"}
+    )
     dtype: str = field(default="float32", metadata={"help": "float32 or float16, of the stored features"})
     backend: str = field(default="auto", metadata={"help": "auto, openslide or fastslide"})
     workers: int = field(default=2, metadata={"help": "reading threads"})

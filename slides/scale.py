@@ -59,6 +59,8 @@ def find_scale(
     scale, others = found[0], found[1:]
     notes = [f"{problem}: counted as missing" for problem in problems if "absent" not in problem]
     for other in others:
+        if other.source == "--slide-mpp":  # meant for slides that record nothing: no contradiction
+            continue
         if not 0.5 < scale.mpp / other.mpp < 2 or (other in stated and abs(scale.mpp / other.mpp - 1) > ANISOTROPY):
             notes.append(
                 f"{scale.source} gives {scale.mpp:.4g} mpp, {other.source} {other.mpp:.4g}: the first is used"

@@ -35,7 +35,7 @@ def find_tissue(
         mpp: microns per pixel of the thumbnail.
         ink: whether what has the colour of marker ink is ink (True, for H&E) or may be stain (False, for others);
             None tells by the amount: when most of what is coloured has it, then it is the stain.
-        dark_background: the slide is fluorescence; tissue is what is bright.
+        dark_background: read fluorescence too: on a dark background, tissue is what is bright.
 
     Returns:
         bool (h, w).
@@ -43,15 +43,15 @@ def find_tissue(
     Raises:
         SlideError: no tissue, or a dark background that was not asked for.
     """
-    if dark_background:
+    if not is_dark(thumbnail):
+        mask = _stained(thumbnail, mpp, ink)
+    elif dark_background:
         mask = _bright(thumbnail, mpp)
     else:
-        if is_dark(thumbnail):
-            raise SlideError(
-                "dark background: fluorescence, which this brightfield pipeline does not read; "
-                "--dark-background takes what is bright as tissue"
-            )
-        mask = _stained(thumbnail, mpp, ink)
+        raise SlideError(
+            "dark background: fluorescence, which is not read as brightfield; --dark-background reads it, taking what "
+            "is bright as tissue"
+        )
     mask = _tidy(mask, mpp)
     if not mask.any():
         raise SlideError("no tissue found: blank or almost blank glass")

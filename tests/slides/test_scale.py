@@ -72,6 +72,7 @@ def test_contradictions_are_noted():
     assert not find_scale(properties(0.23, 40), manifest_mpp=0.23).notes
     assert "objective-power 0.25" in find_scale(properties(0.9, 40)).notes[0]
     assert "manifest's mpp 0.5" in find_scale(properties(0.25), manifest_mpp=0.5).notes[0]
+    assert not find_scale(properties(0.25), flag_mpp=2.0).notes  # meant for other slides
 
 
 @pytest.mark.parametrize("power", ["0", "-40", "1000", "x"])
