@@ -101,6 +101,7 @@ def sft_config(output_dir: str | Path, options: dict[str, Any], seed: int) -> SF
     fixed = {
         "output_dir": str(output_dir),
         "seed": seed,
+        "use_cpu": not torch.accelerator.is_available(),
         "remove_unused_columns": False,
         "max_length": None,
         "dataset_kwargs": {"skip_prepare_dataset": True},
