@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from rl.frontier import (
+    Bootstrap,
+    Point,
+    chosen,
+    cost_at_accuracy,
+    hypervolume,
+    mixed,
+    oracle_rungs,
+    pick_price,
+    point,
+)
+
+quick = settings(max_examples=50, deadline=None)
+
+
+def at(accuracy: float, flops: float) -> Point:
+    """A point of that accuracy and cost."""
+    return Point(accuracy, (accuracy, accuracy), 1.0, flops, 0.0, None, 10)
+
+
+def test_the_interval_of_a_constant_is_a_point():
+    bootstrap = Bootstrap([f"p{i // 3}" for i in range(20)], resamples=200)
+    assert bootstrap.interval(np.full(20, 0.7)) == pytest.approx((0.7, 0.7), abs=1e-6)
+    assert bootstrap.difference(np.zeros(20)) == {"value": 0.0, "ci95": [0.0, 0.0]}
+
+
+def test_correlated_cases_of_a_patient_widen_the_interval():
+    values = np.random.default_rng(0).integers(0, 2, 40).repeat(10).astype(float)
+    by_patient = Bootstrap([f"p{i // 10}" for i in range(400)]).interval(values)
+    by_case = Bootstrap([f"p{i}" for i in range(400)]).interval(values)
+    ratio = (by_patient[1] - by_patient[0]) / (by_case[1] - by_case[0])
+    # Ten equal cases a patient: the standard error grows by the root of ten.
+    assert 2.6 < ratio < 3.8
+
+
+def test_independent_cases_give_the_interval_of_theory():
+    values = np.random.default_rng(1).integers(0, 2, 500).astype(float)
+    low, high = Bootstrap([f"p{i}" for i in range(500)]).interval(values)
+    half = 1.96 * values.std() / np.sqrt(500)
+    assert low == pytest.approx(values.mean() - half, abs=0.006)
+    assert high == pytest.approx(values.mean() + half, abs=0.006)
+
+
+def test_resamples_are_paired_and_repeatable():
+    patients = [f"p{i // 2}" for i in range(30)]
+    values = np.random.default_rng(2).random(30)
+    assert Bootstrap(patients).interval(values) == Bootstrap(patients).interval(values)
+    assert Bootstrap(patients).interval(values) != Bootstrap(patients, seed=1).interval(values)
+    # A gain of every case is certain however much the cases differ, which only pairing sees.
+    low, high = Bootstrap(patients).interval((values + 0.1) - values)
+    assert (low, high) == pytest.approx((0.1, 0.1), abs=1e-6)
+
+
+def test_a_point_holds_the_means():
+    bootstrap = Bootstrap(["a", "b", "c", "d"], resamples=100)
+    found = point(
+        np.array([1.0, 0, 1, 1]),
+        np.array([1, 4, 16, 16]),
+        np.array([10.0, 20, 30, 40]),
+        bootstrap,
+        stage1=5.0,
+        price=0.1,
+    )
+    assert (found.accuracy, found.tokens, found.flops, found.flops_stage1, found.n) == (0.75, 9.25, 30.0, 5.0, 4)
+    assert found.ci95[0] <= 0.75 <= found.ci95[1]
+    assert found.to_dict()["price"] == 0.1
+    assert "budget" not in found.to_dict() and found.to_dict()["latency_ms"] is None
+
+
+def test_mixed_is_the_mean_over_random_allocations():
+    rng = np.random.default_rng(3)
+    values, rungs = rng.random((12, 4)), rng.integers(0, 4, 12)
+    draws = np.stack([chosen(values, rng.permutation(rungs)) for _ in range(20000)])
+    # The standard error of a case's mean is at most 0.5 / sqrt(20000) = 0.0035.
+    np.testing.assert_allclose(mixed(values, rungs), draws.mean(0), atol=0.015)
+    assert mixed(values, np.full(12, 2)) == pytest.approx(values[:, 2])
+
+
+tables = st.tuples(st.integers(1, 8), st.integers(1, 5)).flatmap(
+    lambda shape: st.tuples(
+        arrays(float, shape, elements=st.sampled_from([0.0, 0.5, 1.0])),
+        arrays(float, shape, elements=st.floats(1, 1000)),
+    )
+)
+
+
+@quick
+@given(tables)
+def test_the_oracle_takes_the_cheapest_of_the_best(table):
+    score, flops = table
+    for row, cost, rung in zip(score, flops, oracle_rungs(score, flops), strict=True):
+        assert (row[rung], -cost[rung]) == max(zip(row, -cost, strict=True))
+    np.testing.assert_array_equal(chosen(score, oracle_rungs(score, flops)), score.max(1))
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "tolerance", "expected"),
+    [
+        ([0.80, 0.79, 0.70], 0.0, 0),  # only the dearest is as good
+        ([0.80, 0.795, 0.70], 0.005, 1),  # the tolerance buys a cheaper one
+        ([0.80, 0.79, 0.85], 0.0, 2),  # the cheapest is the best as well
+        ([0.60, 0.70, 0.65], 0.005, 1),  # none is good enough: the most accurate
+        ([0.60, 0.60, 0.60], 0.005, 0),
+    ],
+)
+def test_the_price_is_the_cheapest_within_the_tolerance(accuracies, tolerance, expected):
+    assert pick_price(accuracies, [3.0, 2.0, 1.0], 0.80, tolerance) == expected
+
+
+@quick
+@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 150)), max_size=8))
+def test_the_hypervolume_is_the_area_under_the_best_accuracy(pairs):
+    points, largest, steps = [at(a, c) for a, c in pairs], 100.0, 20000
+    budget = (np.arange(steps) + 0.5) / steps * largest
+    best = np.zeros(steps)
+    for p in points:
+        best = np.maximum(best, np.where(budget >= p.flops, p.accuracy, 0))
+    assert hypervolume(points, largest) == pytest.approx(best.mean(), abs=len(points) / steps + 1e-9)
+
+
+def test_the_hypervolume_of_known_shapes():
+    assert hypervolume([], 10.0) == 0
+    assert hypervolume([at(0.8, 0.0)], 10.0) == pytest.approx(0.8)
+    assert hypervolume([at(0.5, 2.0), at(1.0, 6.0)], 10.0) == pytest.approx(0.4 * 0.5 + 0.4)
+    assert hypervolume([at(0.5, 2.0), at(0.4, 6.0)], 10.0) == pytest.approx(0.4), "a worse, dearer point adds nothing"
+
+
+def test_the_cost_of_an_accuracy_is_that_of_the_cheapest_point():
+    points = [at(0.9, 30.0), at(0.8, 10.0), at(0.85, 20.0), at(0.9, 25.0)]
+    assert cost_at_accuracy(points, 0.8) == 10
+    assert cost_at_accuracy(points, 0.81) == 20
+    assert cost_at_accuracy(points, 0.9) == 25
+    assert cost_at_accuracy(points, 0.91) is None

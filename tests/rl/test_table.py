@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from rewards.registry import get_rewards
+from rl.scoring import Scorer, case_columns, extra_columns
+from rl.table import ScoreTable, score_table
+from slides.errors import InputError
+
+
+@pytest.fixture
+def table() -> ScoreTable:
+    rng = np.random.default_rng(0)
+    return ScoreTable(
+        ["c0", "c1", "c2"],
+        ["p0", "p0", "p1"],
+        ["q", "q", "r"],
+        [0, 1, 16],
+        rng.random((3, 3)),
+        np.array([[0, 1, 16]] * 3),
+        rng.integers(10, 20, (3, 3)),
+        rng.integers(1, 5, (3, 3)),
+        [[f'"{i}\n{k} ü' for k in range(3)] for i in range(3)],
+    )
+
+
+def test_a_saved_table_is_read_back_whole(table, tmp_path):
+    table.save(tmp_path / "new" / "t.jsonl")
+    again = ScoreTable.load(tmp_path / "new" / "t.jsonl")
+    for field in dataclasses.fields(ScoreTable):
+        np.testing.assert_array_equal(getattr(again, field.name), getattr(table, field.name))
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["t.jsonl"]
+
+
+def test_columns_are_taken_by_budget(table):
+    part = table.at([16, 0])
+    assert part.budgets == [16, 0]
+    for name in ("score", "visual", "prompt", "generated"):
+        np.testing.assert_array_equal(getattr(part, name), getattr(table, name)[:, [2, 0]])
+    assert part.text == [[row[2], row[0]] for row in table.text]
+    assert part.ids == table.ids
+    with pytest.raises(ValueError, match="4"):
+        table.at([4])
+
+
+def test_flops_are_those_of_every_answer(table, performer):
+    flops = table.flops(performer.shape)
+    assert flops.shape == (3, 3)
+    assert flops[1, 2] == performer.shape.answer(16, table.prompt[1, 2], table.generated[1, 2])
+
+
+def test_a_table_answers_every_case_at_every_budget(performer, cases, tmp_path):
+    scorer = Scorer(get_rewards(["choice"]), 16)
+    path = tmp_path / "t.jsonl"
+    made = score_table(performer, cases[:4], [0, 4], scorer, 4, path=path)
+    assert made.score.shape == (4, 2) and made.budgets == [0, 4]
+    assert made.visual.tolist() == [[0, 4]] * 4
+    assert (made.ids, made.patients) == ([c.id for c in cases[:4]], [c.patient for c in cases[:4]])
+    alone = [[performer.answer([c], [b], 4)[0].text for b in (0, 4)] for c in cases[:4]]
+    assert made.text == alone
+    # The second time it is read, whatever the performer would say.
+    content = path.read_text().replace('"case0"', '"renamed"')
+    path.write_text(content)
+    assert score_table(performer, cases[:4], [0, 4], scorer, 4, path=path).ids[0] == "renamed"
+
+
+def say(answer: str) -> str:
+    return f"<think></think><answer>{answer}</answer>"
+
+
+def test_shaping_rewards_do_not_count_as_right(cases):
+    specs = ["choice", {"name": "format", "weight": 5.0}]
+    scorer = Scorer(get_rewards(specs), 16)
+    assert [r.name for r in scorer.rewards] == ["choice"]
+    scores = scorer([say("normal"), say("tumour")], cases[:1] * 2, [1, 4], [1, 4])
+    assert scores.tolist() == [1.0, 0.0]
+
+
+def test_a_score_is_the_weighted_mean_of_the_rewards_that_apply(cases, tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def by_budget(completions, budget, tokens, max_budget, grade, **columns):\n"
+        "    return [None if g is None else t / m if b >= t else -1.0"
+        " for b, t, m, g in zip(budget, tokens, max_budget, grade, strict=True)]\n"
+    )
+    rewards = get_rewards(["choice", {"name": "mine.py:by_budget", "weight": 3.0}], base=tmp_path)
+    graded = dataclasses.replace(cases[0], extra={"grade": 2})
+    scores = Scorer(rewards, 16)([say("normal")] * 2, [graded, cases[0]], [4, 4], [4, 4])
+    assert scores.tolist() == pytest.approx([(1 + 3 * 0.25) / 4, 1.0])
+
+
+def test_a_case_that_no_reward_scores_is_named(cases):
+    open_case = dataclasses.replace(cases[1], id="free-text", task="open", options=None)
+    with pytest.raises(InputError, match=r"case free-text: no reward scores its task 'open' \(asked: choice\)"):
+        Scorer(get_rewards(["choice"]), 16)([say("a"), say("b")], [cases[0], open_case], [1, 1], [1, 1])
+
+
+@pytest.mark.parametrize("specs", [["format"], ["format", {"name": "choice", "weight": 0}]])
+def test_rewards_that_say_nothing_of_right_and_wrong_are_refused(specs):
+    with pytest.raises(InputError, match="add choice, ap50 or your own"):
+        Scorer(get_rewards(specs), 16)
+
+
+def test_columns_are_alike_for_all_cases(cases):
+    graded = dataclasses.replace(cases[0], extra={"grade": 2, "site": "lung"})
+    names = extra_columns([graded, cases[1]])
+    assert names == ["grade", "site"]
+    first, second = (case_columns(c, names) for c in (graded, cases[1]))
+    assert first.keys() == second.keys()
+    assert (first["grade"], second["grade"]) == (2, None)
+    assert first["options"] == ["normal", "tumour"] and "prompt" not in first
