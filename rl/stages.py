@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 NEUTRAL = {
     "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "logging_steps", "save_steps",
     "save_strategy", "save_total_limit", "resume_from_checkpoint", "log_level", "logging_strategy",
+    # These follow from the number of processes; a finished run may be evaluated on any.
+    "generation_batch_size", "use_cpu", "local_rank",
 }  # fmt: skip
 
 
