@@ -22,12 +22,14 @@ SIDE = 32
 LADDER = (1, 4, 16)
 
 
-def grid_features(rows: int, columns: int, mean: float = 0.0, seed: int = 0) -> Features:
-    """Features (rows * columns, WIDTH) of a field that is that many squares tall and wide."""
+def grid_features(rows: int, columns: int, shift: float = 0.0, seed: int = 0) -> Features:
+    """Features (rows * columns, WIDTH) of a field that is that many squares tall and wide; half of them shifted."""
     rng = np.random.default_rng(seed)
     down, across = np.mgrid[:rows, :columns] * SIDE
+    features = rng.normal(size=(rows * columns, WIDTH))
+    features[:, : WIDTH // 2] += shift  # a shift of all would be lost on a layer norm
     return Features(
-        rng.normal(mean, 1, (rows * columns, WIDTH)),
+        features,
         np.stack([across.ravel(), down.ravel()], 1),
         {"patch_size": SIDE, "width": columns * SIDE, "height": rows * SIDE},
     )
@@ -48,7 +50,7 @@ def make_bank(tmp_path_factory) -> Callable[..., FeatureBank]:
 
 @pytest.fixture(scope="session")
 def bank(make_bank) -> FeatureBank:
-    """Eight fields of 6 x 6 squares; the features of odd ones are shifted by 2."""
+    """Eight fields of 6 x 6 squares; half of the features of odd ones are shifted by 2."""
     return make_bank({f"field{i}": grid_features(6, 6, 2.0 * (i % 2), seed=i) for i in range(8)})
 
 

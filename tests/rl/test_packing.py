@@ -48,7 +48,7 @@ groups = st.integers(1, 4).flatmap(
 
 def draw(spec, seed: int):
     """Prompts, completions (b * G, C), their validity and the visual rows of each prompt."""
-    size, members = spec
+    _, members = spec
     generator = torch.Generator().manual_seed(seed)
     width = max(n for _, _, lengths in members for n in lengths)
     prompts, visual = [], []

@@ -1,0 +1,80 @@
+"""A joint trainer over the miniature world."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from datasets import Dataset
+
+from models.allocator import AllocatorConfig, CheapLook, ValueAllocator
+from models.performer import Performer
+from rewards.registry import get_rewards
+from rl.allocation import AllocatorLearner
+from rl.scoring import SHAPING, case_columns
+from rl.trainer import FrugalConfig, FrugalTrainer
+from tests.conftest import LADDER, WIDTH
+
+COST = (0.1, 0.3, 1.0)
+
+
+@pytest.fixture
+def make_learner() -> Callable[..., AllocatorLearner]:
+    """A learner of a performer's cases, always of the same weights."""
+
+    def make(performer: Performer, **options) -> AllocatorLearner:
+        torch.manual_seed(1)
+        config = AllocatorConfig(ladder=LADDER, look=(1, 4), feature_dim=WIDTH, width=16, buckets=64)
+        return AllocatorLearner(ValueAllocator(config), CheapLook(performer, config), torch.tensor(COST), **options)
+
+    return make
+
+
+@pytest.fixture
+def make_trainer(cases, make_learner, tmp_path) -> Callable[..., FrugalTrainer]:
+    """A trainer whose batch is 2 images x 2 budgets x 2 completions."""
+
+    def make(performer: Performer, **changes) -> FrugalTrainer:
+        options = {
+            "output_dir": str(tmp_path / "run"),
+            "per_device_train_batch_size": 8,
+            "num_generations": 2,
+            "budgets_per_image": 2,
+            "max_completion_length": 8,
+            # One in nine tokens ends a completion, so that completions differ in length.
+            "generation_kwargs": {"suppress_tokens": [3, *range(10, len(performer.processor.tokenizer))]},
+            "max_steps": 3,
+            "learning_rate": 1e-3,
+            "lr_scheduler_type": "constant",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "report_to": "none",
+            "bf16": False,
+            "use_cpu": True,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "seed": 0,
+        }
+        rewards = get_rewards(
+            [{"name": "format", "params": {"soft": True}}, "choice", "tests.rl.conftest:even_tokens"]
+        )
+        rows = [{"index": i, "prompt": performer.messages(c), **case_columns(c)} for i, c in enumerate(cases)]
+        return FrugalTrainer(
+            model=performer.model,
+            reward_funcs=rewards,
+            args=FrugalConfig(**{**options, **changes}),
+            train_dataset=Dataset.from_list(rows),
+            processing_class=performer.processor,
+            performer=performer,
+            cases=cases,
+            learner=make_learner(performer),
+            score_weights=[0.0 if r.__name__ in SHAPING else r.weight for r in rewards],
+        )
+
+    return make
+
+
+def even_tokens(completions, completion_ids, **columns) -> list[float]:
+    """A reward that tells apart what an untrained performer writes: the share of even tokens."""
+    return [sum(t % 2 == 0 for t in ids) / max(1, len(ids)) for ids in completion_ids]

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from rl.checkpoints import MarkWhole, fingerprint, is_done, last_whole, mark_done
+from slides.errors import InputError
+
+
+def test_only_whole_checkpoints_are_resumed_from(tmp_path):
+    assert last_whole(tmp_path / "absent") is None
+    for step in (2, 10, 9, 30):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    (tmp_path / "checkpoint-99.tmp").mkdir()
+    assert last_whole(tmp_path) is None
+    marker = MarkWhole()
+    for step in (2, 9, 10):
+        state = SimpleNamespace(is_world_process_zero=True, global_step=step)
+        marker.on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    assert last_whole(tmp_path) == str(tmp_path / "checkpoint-10"), "the newest by number, 30 was cut short"
+
+
+def test_other_processes_do_not_mark(tmp_path):
+    (tmp_path / "checkpoint-1").mkdir()
+    state = SimpleNamespace(is_world_process_zero=False, global_step=1)
+    MarkWhole().on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    assert last_whole(tmp_path) is None
+
+
+def test_a_finished_stage_is_known_by_its_settings(tmp_path):
+    parts = {"ladder": [1, 4], "seed": 0, "sft": {"max_steps": 3}}
+    assert is_done(tmp_path / "sft", parts) is None
+    mark_done(tmp_path / "sft", parts, steps=3, log=[{"loss": 0.5}])
+    record = is_done(tmp_path / "sft", dict(reversed(parts.items())))
+    assert (record["steps"], record["log"]) == (3, [{"loss": 0.5}])
+    assert [p.name for p in (tmp_path / "sft").iterdir()] == ["done.json"]
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    mark_done(tmp_path, {"ladder": [1, 4], "seed": 0, "gone": 1})
+    with pytest.raises(InputError, match=r"made with other settings \(gone, new, seed\); choose another output_dir"):
+        is_done(tmp_path, {"ladder": [1, 4], "seed": 1, "new": 2})
+    assert json.loads((tmp_path / "done.json").read_text())["parts"]["seed"] == 0
+
+
+def test_settings_that_json_writes_otherwise_are_the_same(tmp_path):
+    mark_done(tmp_path, {"ladder": (1, 4), "path": tmp_path})
+    assert is_done(tmp_path, {"ladder": [1, 4], "path": str(tmp_path)})
+
+
+def test_the_fingerprint_depends_on_every_value():
+    parts = {"a": 1, "b": {"c": [1, 2]}}
+    assert fingerprint(parts) == fingerprint({"b": {"c": [1, 2]}, "a": 1})
+    assert fingerprint(parts) != fingerprint({"a": 1, "b": {"c": [2, 1]}})

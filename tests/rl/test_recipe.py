@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from rl.recipe import parse_recipe
+from slides.errors import InputError
+
+RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes a recipe with changes and gives the arguments that name it."""
+
+    def write(**changes) -> list[str]:
+        content = {
+            "output_dir": str(tmp_path / "run"),
+            "cases": {"name": "simulator", "slides": 10},
+            "ladder": [1, 4, 16],
+            "num_generations": 4,
+            "budgets_per_image": 2,
+            "per_device_train_batch_size": 8,
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**content, **changes}))
+        return ["--config", str(path)]
+
+    return write
+
+
+def problems(argv: list[str]) -> list[str]:
+    with pytest.raises(InputError) as caught:
+        parse_recipe(argv)
+    return caught.value.problems
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_every_recipe_of_the_project_is_valid(path):
+    run = parse_recipe(["--config", str(path)])
+    assert run.path == path and run.base == path.parent
+    assert run.cases["name"]
+    assert set(run.allocator.look) <= set(run.ladder)
+
+
+def test_there_are_recipes():
+    assert RECIPES
+
+
+def test_a_recipe_is_read_into_its_parts(recipe):
+    run = parse_recipe(
+        recipe(
+            encoder={"mpp": 1.0},
+            performer={"layers": 2},
+            allocator={"price": 0.2},
+            evaluation={"bootstrap": 10},
+            learning_rate=3e-4,
+            sft={"max_steps": 5},
+        )
+    )
+    assert (run.encoder.mpp, run.performer.layers, run.allocator.price, run.evaluation.bootstrap) == (1.0, 2, 0.2, 10)
+    assert run.grpo.learning_rate == 3e-4 and run.grpo.budgets_per_image == 2
+    assert run.sft == {"max_steps": 5} and run.ladder == [1, 4, 16]
+    assert run.folder.name == "run"
+
+
+def test_an_unknown_key_is_named_with_the_nearest(recipe):
+    argv = recipe(lader=[1, 2], zzzzqqq=1)
+    assert problems(argv) == [
+        f"{argv[1]}: unknown key 'lader'; did you mean 'ladder'?",
+        f"{argv[1]}: unknown key 'zzzzqqq'; remove it",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "near"),
+    [
+        ("encoder", "mp", "mpp"),
+        ("performer", "layer", "layers"),
+        ("allocator", "prise", "price"),
+        ("evaluation", "tolerence", "tolerance"),
+    ],
+)
+def test_an_unknown_nested_key_is_named_with_the_nearest(recipe, section, key, near):
+    assert problems(recipe(**{section: {key: 1}})) == [f"{section}: unknown key {key!r}; did you mean {near!r}?"]
+
+
+def test_nested_keys_are_set_on_the_command_line(recipe):
+    run = parse_recipe([*recipe(), "--set", "cases.slides=40", "performer.show_options=false", "sft.args.x=[1, a]"])
+    assert run.cases == {"name": "simulator", "slides": 40}
+    assert run.performer.show_options is False
+    assert run.sft == {"args": {"x": [1, "a"]}}
+
+
+def test_the_command_line_has_the_last_word(recipe):
+    run = parse_recipe([*recipe(learning_rate=1e-3), "--learning_rate", "5e-5", "--max_steps", "7"])
+    assert (run.grpo.learning_rate, run.grpo.max_steps) == (5e-5, 7)
+
+
+@pytest.mark.parametrize("item", ["cases.slides", "slides=3", "nothing.slides=3"])
+def test_an_override_that_names_no_section_is_refused(recipe, item):
+    (problem,) = problems([*recipe(), "--set", item])
+    assert problem.startswith(f"--set {item}: write section.key=value")
+
+
+def test_an_override_of_an_unknown_key_is_refused(recipe):
+    assert problems([*recipe(), "--set", "encoder.mmp=3"]) == ["encoder: unknown key 'mmp'; did you mean 'mpp'?"]
+
+
+@pytest.mark.parametrize("ladder", [[], [4, 1], [1, 1, 4], [0, 4]])
+def test_a_ladder_ascends_from_one(recipe, ladder):
+    (problem,) = problems(recipe(ladder=ladder))
+    assert problem.startswith("ladder: ") and "ascending" in problem
+
+
+def test_the_look_is_on_the_ladder(recipe):
+    assert "must be budgets of the ladder" in problems(recipe(allocator={"look": [2]}))[0]
+
+
+def test_an_environment_must_be_named(recipe):
+    assert "`name` is missing" in problems(recipe(cases={"slides": 3}))[0]
+
+
+def test_a_missing_file_is_named(tmp_path):
+    (problem,) = problems(["--config", str(tmp_path / "absent.yaml")])
+    assert problem == f"{tmp_path / 'absent.yaml'}: no such recipe; see configs/recipes"
+
+
+@pytest.mark.parametrize(("content", "message"), [("a: [1", "not valid YAML"), ("- a\n- b\n", "is a mapping")])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, content, message):
+    path = tmp_path / "bad.yaml"
+    path.write_text(content)
+    (problem,) = problems(["--config", str(path)])
+    assert problem.startswith(f"{path}: ") and message in problem
+
+
+def test_a_batch_that_splits_an_image_is_refused_with_the_remedy(recipe):
+    (problem,) = problems(recipe(per_device_train_batch_size=12))
+    assert "budgets_per_image x num_generations = 2 x 4 = 8; make the first a multiple of 8" in problem
+
+
+def test_an_unknown_argument_is_refused(recipe):
+    assert "--lerning_rate" in problems([*recipe(), "--lerning_rate", "1"])[0]
