@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Threads that spin while they wait slow a shared machine several times over.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: install demo test lint
 
