@@ -44,18 +44,23 @@ def test_tokens_are_features_then_place(bank):
 
 
 def test_memory_stays_under_the_cap_and_the_oldest_go_first(make_bank):
-    field = grid_features(160, 160)
-    tight = make_bank({f"s{i}": field for i in range(2)}, cache_mb=1)
-    size = tight.see("s0", 20000).rows.nbytes
-    assert 2**19 < size < 2**20
-    budgets = range(20001, 20021)
-    seen = [tight.see("s0", b) for b in budgets]
-    # Sixteen entries are always kept, whatever their size.
-    assert tight.see("s0", budgets[-1]) is seen[-1]
-    assert tight.see("s0", budgets[-16]) is seen[-16]
-    again = tight.see("s0", budgets[0])
-    assert again is not seen[0]
-    assert torch.equal(again.rows, seen[0].rows)
+    tight = make_bank({"field": grid_features(30, 40)}, cache_mb=1)
+    budgets = range(2000, 2060)
+    seen = [tight.see("field", b) for b in budgets]
+    room = 2**20 // seen[0].rows.nbytes
+    assert room == 19
+    kept = [tight.see("field", b) is tokens for b, tokens in reversed(list(zip(budgets, seen, strict=True)))]
+    assert kept[:room] == [True] * room, "the newest are still there"
+    assert not any(kept[room:])
+    assert torch.equal(tight.see("field", budgets[0]).rows, seen[0].rows)
+
+
+def test_a_small_cap_still_holds_one_ladder(make_bank):
+    tight = make_bank({"field": grid_features(160, 160)}, cache_mb=1)
+    budgets = list(range(20000, 20016))
+    seen = tight.see_all("field", budgets)
+    assert seen[0].rows.nbytes > 2**19
+    assert all(tight.see("field", b) is tokens for b, tokens in zip(budgets, seen, strict=True))
 
 
 def test_cells_of_a_file_without_size_span_its_patches():
