@@ -6,7 +6,7 @@ two-layer MLP, LayerNorm; methods 3.1). The frozen patch encoder runs outside, o
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -38,6 +38,8 @@ class SlideVLMConfig(PreTrainedConfig):
     """
 
     model_type = "slide_vlm"
+    # Read by TRL when it loads the reference model; no code of a repository is meant.
+    auto_map: ClassVar[dict[str, str]] = {}
     sub_configs = {"text_config": AutoConfig}
 
     def __init__(

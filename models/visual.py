@@ -75,10 +75,11 @@ class FeatureBank:
         if missing:
             stored = self.load(source)
             features = stored.features
-            boxes = cells(stored)
+            squares, shares = cells(stored), extent(stored)
             for budget in missing:
-                rows = torch.from_numpy(np.concatenate(pool(features, boxes, budget), axis=1))
-                self._keep(VisualTokens(rows, budget, source))
+                tokens, places = pool(features, squares, budget)
+                rows = np.concatenate([tokens, places / shares], axis=1, dtype=np.float32)
+                self._keep(VisualTokens(torch.from_numpy(rows), budget, source))
         return [self._pooled[source, b] for b in budgets]
 
     def _keep(self, tokens: VisualTokens) -> None:
@@ -90,12 +91,16 @@ class FeatureBank:
 
 
 def cells(stored: Features) -> np.ndarray:
-    """Squares of the stored features as (N, 3): centre x and y by width and height, side by the longer of them."""
+    """Squares of the stored features as (N, 3): centre x, centre y and side, in level-0 pixels."""
     size = float(stored.attrs["patch_size"])
+    centre = stored.coords.astype(np.float64) + size / 2
+    return np.concatenate([centre, np.full((len(centre), 1), size)], axis=1)
+
+
+def extent(stored: Features) -> np.ndarray:
+    """What centres and sides are divided by to give shares of the field: width, height and the longer of them."""
     # Files of other toolkits may not state the slide's size; the patches' own extent stands in for it.
-    extent = stored.coords.max(0) + size
-    width = float(stored.attrs.get("width", extent[0]))
-    height = float(stored.attrs.get("height", extent[1]))
-    centre = (stored.coords.astype(np.float64) + size / 2) / np.array([width, height])
-    side = np.full((len(centre), 1), size / max(width, height))
-    return np.concatenate([centre, side], axis=1).astype(np.float32)
+    end = stored.coords.max(0) + float(stored.attrs["patch_size"])
+    width = float(stored.attrs.get("width", end[0]))
+    height = float(stored.attrs.get("height", end[1]))
+    return np.array([width, height, max(width, height)])

