@@ -13,6 +13,7 @@ from scipy.spatial import cKDTree
 
 from envs.specimen import Plan
 
+APOPTOSES = 300.0  # per mm2 of lesion at most
 KNOT_UM = 150.0  # distance over which the direction of stromal fibres changes
 
 
@@ -172,7 +173,7 @@ def grow(plan: Plan, flow: np.ndarray, truth_rng: np.random.Generator, look_rng:
 def _distractors(host: _Builder, anatomy: Anatomy) -> None:
     """Blood and lymphoid aggregates: dark or red areas that mean nothing, on any slide alike."""
     area = (host.plan.size_um / 1000) ** 2
-    for name, per_mm2, low, high in (("lakes", 1.2, 18, 50), ("follicles", 0.9, 35, 70)):
+    for name, per_mm2, low, high in (("lakes", 1.2, 15, 36), ("follicles", 0.9, 35, 70)):
         found = []
         for radius in host.rng.uniform(low, high, host.rng.poisson(per_mm2 * area)):
             # Many places are tried, so that a lesion moves such a structure and does not remove it.
@@ -242,7 +243,11 @@ def _lesion_tissue(lesion: _Builder, anatomy: Anatomy) -> None:
     lesion.add("spindle", between[~immune], lesion.along_fibres(between[~immune]))
     dust = lesion.lattice(7.0, 0.5)
     dust = dust[lesion.depth("necrosis", dust) > 2]
-    lesion.add("dust", dust[rng.random(len(dust)) < 0.55])
+    lesion.add("dust", dust[rng.random(len(dust)) < 0.6])
+    # Dark bodies without a halo: what mitoses are mistaken for, as many with few mitoses as with many.
+    debris = viable[lesion.depth("nests", viable) > 4]
+    count = round(rng.uniform(0, APOPTOSES) * truth.area_mm2)
+    lesion.add("apoptosis", rng.permutation(debris)[:count] + rng.normal(0, 2, (min(count, len(debris)), 2)))
     if truth.mitoses:
         open_ground = viable[(lesion.depth("lesion", viable) > 8) & (lesion.depth("necrosis", viable) < -8)]
         if len(open_ground) < truth.mitoses:

@@ -44,6 +44,7 @@ STAMPS = {
     "bizarre": CellStyle((10, 17), (8, 12), (1.7, 0), 0.7),
     "spindle": CellStyle((9, 16), (1.8, 3), (1.0, 0), 0.2),
     "lymphocyte": CellStyle((5.5, 7), (5, 6.5), (2.0, 0), 0.25),
+    "apoptosis": CellStyle((3.5, 6), (3.5, 5.5), (2.8, 0)),
     "dust": CellStyle((1.5, 4), (1.2, 3), (1.6, 0)),
     "mitosis": CellStyle((10, 14), (4, 7), (3.4, 0), 0.3),
 }
@@ -150,8 +151,8 @@ def _amounts(
     _draw_holes(h, e, anatomy, mpp, box)
     if plan.truth.necrosis:
         dead = _ramp(sample(plan.necrosis, plan.cell, mpp, box) + 6 * blotch, 5)
-        h += dead * (0.16 + 0.07 * grain - h)
-        e += dead * (0.80 + 0.22 * grain - e)
+        h += dead * (0.14 + 0.06 * grain - h)
+        e += dead * (0.95 + 0.26 * grain - e)
     for kind, cells in anatomy.cells.items():
         if not STAMPS[kind].hole:
             _stamp(h, kind, cells, mpp, box)
@@ -160,7 +161,7 @@ def _amounts(
     h *= edge
     e *= edge
     off = depth + 5 * blotch + 1.5 * grain
-    ink = sample(plan.ink, plan.cell, mpp, box) * np.clip((off + 14) / 5, 0, 1) * np.clip((24 - off) / 12, 0, 1)
+    ink = sample(plan.ink, plan.cell, mpp, box) * np.clip((off + 14) / 5, 0, 1) * np.clip((17 - off) / 8, 0, 1)
     ink *= 0.9 + 0.12 * grain
     return (np.maximum(h, 0), np.maximum(e, 0), np.maximum(ink, 0)), noise
 
@@ -214,7 +215,7 @@ def _draw_lakes(h, e, grain, lakes: np.ndarray, mpp: float, box) -> None:
         local = grain[view]
         pool = np.clip((radius - far + 5 * local) / 4, 0, 1)
         h[view] += pool * (0.05 - h[view])
-        e[view] += pool * (0.95 + 0.45 * np.sign(local) * np.minimum(np.abs(local), 1) - e[view])
+        e[view] += pool * (0.85 + 0.40 * np.sign(local) * np.minimum(np.abs(local), 1) - e[view])
 
 
 def _draw_holes(h, e, anatomy: Anatomy, mpp: float, box) -> None:

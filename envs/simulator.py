@@ -181,7 +181,7 @@ def main() -> None:
     """Write slides and a manifest of their questions, with paths relative to it."""
     from transformers import HfArgumentParser  # slow to import, and needed here only
 
-    (arguments,) = HfArgumentParser([SimulatorArguments]).parse_args_into_dataclasses()
+    (arguments,) = HfArgumentParser(SimulatorArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
     cases = build(**vars(arguments))
     root = Path(os.path.abspath(os.path.expanduser(arguments.folder)))
     lines = []

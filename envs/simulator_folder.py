@@ -25,7 +25,7 @@ from envs.histology import draw_strip, make_specimen
 from envs.pyramid import write_pyramid
 from slides.errors import InputError
 
-FORMAT = 1  # of the drawing: raised with every change that alters pictures or truth
+FORMAT = 2  # of the drawing: raised with every change that alters pictures or truth
 
 
 @dataclass(frozen=True)

@@ -30,9 +30,9 @@ QUADRANT_SHARE = 0.42  # a quadrant is named only where it holds at least this s
 QUADRANT_LEAD = 0.2  # ... and leads the second by this much
 AREA = (0.075, 0.105)  # mm2 of lesion at FIELD_MM
 # What septa and rims (where no whole gland fits) take from the glands is made good, so that their mean is alike.
-RIM = {"small": 1.0, "medium": 1.05, "large": 1.2}
+RIM = {"small": 1.0, "medium": 1.05, "large": 1.17}
 SEPTA = {"small": 0, "medium": 1, "large": 2}  # fibrous septa through the first focus
-SEPTUM_UM = 26.0  # their width, at FIELD_MM
+SEPTUM_UM = 22.0  # their width, at FIELD_MM
 TRIES = 60
 
 Focus = tuple[float, float, float, float, float]  # x, y, half axes a >= b, direction of a: micrometres and radians
@@ -279,7 +279,7 @@ class _Canvas:
         gap = 55 * self.scale
         grid = self.coarse
         at_margin = int(rng.integers(2)) if size_class == "small" else 0
-        wide = {"involved": -25.0, "close": rng.uniform(40, 80), "clear": 170.0}[margin] * self.scale
+        wide = {"involved": -25.0, "close": rng.uniform(48, 84), "clear": 170.0}[margin] * self.scale
         others = rng.permutation([q for q in range(4) if q != quadrant])
         placed: list[Focus] = []
         for i, (a, b) in enumerate(axes):
