@@ -85,7 +85,7 @@ class EvaluationOptions:
     prices: list[float] = field(
         default_factory=lambda: [0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.27, 0.4, 0.6, 1.0]
     )
-    tolerance: float = 0.005
+    tolerance: float = 0.01
     max_new_tokens: int | None = None
     bootstrap: int = 2000
     batch_size: int = 128
