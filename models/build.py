@@ -45,11 +45,6 @@ class PerformerConfig:
     system: str | None = None
 
 
-def completion_text(answer: str) -> str:
-    """The form in which an answer is taught and expected: no rationale supervision (methods 1.2)."""
-    return f"<think></think><answer>{answer}</answer>"
-
-
 def build_performer(config: PerformerConfig, cases: list[Case], bank: FeatureBank, seed: int = 0) -> Performer:
     """Make the performer that a recipe describes; `cases` are the training cases (texts for a new tokenizer)."""
     options: dict[str, Any] = {"show_options": config.show_options, "system": config.system}

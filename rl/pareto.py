@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from models.allocator import CheapLook, ValueAllocator
-from models.build import build_performer, completion_text
+from models.build import build_performer
 from models.performer import Performer
+from rewards.registry import gold_completion
 from rl.allocate import Fitted, fit_allocator, predict
 from rl.frontier import (
     Bootstrap,
@@ -215,7 +216,7 @@ class Evaluation:
             answers[case.answer] = answers.get(case.answer, 0) + 1
         usual = {q: max(sorted(a), key=a.__getitem__) for q, a in counts.items()}
         cases = self.stages.splits["test"]
-        texts = [completion_text(usual.get(c.question, "")) for c in cases]
+        texts = [gold_completion({"answer": usual.get(c.question, "")}) for c in cases]
         score = self.stages.scorer(texts, cases, [0] * len(cases), [0] * len(cases))
         nothing = np.zeros(len(cases))
         return point(score, nothing, nothing, self.bootstrap, budget=0)

@@ -13,8 +13,8 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from envs.case import Case
-from models.build import completion_text
 from models.performer import Performer
+from rewards.registry import gold_completion
 
 
 class BudgetCollator:
@@ -50,7 +50,10 @@ class BudgetCollator:
             processor.apply_chat_template(self.performer.messages(c, v), add_generation_prompt=True)
             for c, v in zip(cases, seen, strict=True)
         ]
-        texts = [p + completion_text(c.answer) + tokenizer.eos_token for p, c in zip(prompts, cases, strict=True)]
+        texts = [
+            p + gold_completion({"answer": c.answer}) + tokenizer.eos_token
+            for p, c in zip(prompts, cases, strict=True)
+        ]
         images = seen if any(seen) else None
         inputs = processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt")
         lengths = [len(ids) for ids in processor(images=images, text=prompts)["input_ids"]]

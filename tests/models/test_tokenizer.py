@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.build import completion_text
 from models.tokenizer import IMAGE_TOKEN, TAGS, train_tokenizer
+from rewards.registry import gold_completion
 
 
 @functools.cache
@@ -36,7 +36,7 @@ def test_a_tag_is_one_token_that_survives_decoding(tag):
 
 
 def test_an_answer_is_decoded_as_it_was_taught():
-    text = completion_text("tumour")
+    text = gold_completion({"answer": "tumour"})
     assert tokenizer().decode(encode(text + tokenizer().eos_token), skip_special_tokens=True) == text
 
 

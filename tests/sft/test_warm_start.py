@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.build import completion_text
+from rewards.registry import gold_completion
 from sft.warm_start import BudgetCollator, sft_config, train_sft
 from tests.conftest import LADDER
 
@@ -27,7 +27,7 @@ def test_labels_are_on_the_completion_only(performer, collator, cases, budget):
     ):
         here = labels != -100
         assert torch.equal(labels[here], row[here])
-        assert tokenizer.decode(labels[here]) == completion_text(case.answer) + tokenizer.eos_token
+        assert tokenizer.decode(labels[here]) == gold_completion({"answer": case.answer}) + tokenizer.eos_token
         first = int(here.nonzero()[0])
         assert tokenizer.decode(row[:first]).endswith("<|im_start|>assistant\n")
         assert (row == performer.processor.image_token_id).sum() == budget
@@ -77,9 +77,9 @@ def test_training_lowers_the_loss_and_teaches_the_form(make_performer, cases, tm
     assert len(losses) == 8
     assert losses[-1] < 0.2 * losses[0]
     answers = performer.answer(cases, [16] * len(cases), max_new_tokens=16)
-    known = {completion_text("normal"), completion_text("tumour")}
+    known = {gold_completion({"answer": "normal"}), gold_completion({"answer": "tumour"})}
     assert all(a.text in known for a in answers)
-    right = sum(a.text == completion_text(c.answer) for a, c in zip(answers, cases, strict=True))
+    right = sum(a.text == gold_completion({"answer": c.answer}) for a, c in zip(answers, cases, strict=True))
     assert right >= 6, "what the images show is used"
 
 
