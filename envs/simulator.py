@@ -57,13 +57,15 @@ def build(
         seed: another seed, other slides.
         size_mm: side of the square slide, 0.4 to 20. The shapes scale with it, cells keep their real size.
         mpp: micrometres per pixel of the base level, 0.2 to 4; further levels halve it.
-        questions: kinds to ask (default all): diagnosis, grade, necrosis, size, margin, quadrant, mitoses.
+        questions: kinds to ask (default all): diagnosis, grade, necrosis, size, margin, quadrant, boxes,
+            mitoses.
         questions_per_slide: at most so many a slide, drawn at random (default all that apply).
         val_fraction, test_fraction: shares of the slides, split by patient and spread over the diagnoses.
         workers: processes that draw.
 
     Returns:
-        Choice cases, one a question; `question` is its kind, `extra["truth"]` all known about the slide as JSON text.
+        Choice and detection cases, one a question; `question` is its kind, `extra["truth"]` all known about the slide
+        as JSON text.
 
     Raises:
         InputError: a parameter is out of range, or the folder holds slides of other parameters or other files.
@@ -92,7 +94,7 @@ def build(
             Case(
                 id=f"{spec.name}-{kind}",
                 patient=spec.patient,
-                task="choice",
+                task="choice" if found.options else "detection",
                 prompt=found.prompt,
                 answer=found.answer,
                 options=found.options,

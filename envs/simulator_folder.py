@@ -25,7 +25,7 @@ from envs.histology import draw_strip, make_specimen
 from envs.pyramid import write_pyramid
 from slides.errors import InputError
 
-FORMAT = 2  # of the drawing: raised with every change that alters pictures or truth
+FORMAT = 3  # of the drawing: raised with every change that alters pictures or truth
 
 
 @dataclass(frozen=True)

@@ -9,17 +9,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from envs.boxes import boxes_text
 from envs.specimen import DIAGNOSES, MITOSES_CUT, QUADRANTS, close_cut, size_cuts
 
-QUESTIONS = ("diagnosis", "grade", "necrosis", "size", "margin", "quadrant", "mitoses")
+QUESTIONS = ("diagnosis", "grade", "necrosis", "size", "margin", "quadrant", "boxes", "mitoses")
+STEP = 20  # of box coordinates, in thousandths of the slide: a tenth of a small focus
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question as it is put, its options and its answer."""
+    """A question as it is put, its options (None for boxes) and its answer."""
 
     prompt: str
-    options: tuple[str, ...]
+    options: tuple[str, ...] | None
     answer: str
 
 
@@ -58,6 +60,9 @@ def ask(kind: str, truth: Mapping[str, Any], size_mm: float) -> Asked | None:
             (*QUADRANTS, "none"),
             truth["quadrant"] if lesion else "none",
         )
+    if kind == "boxes":
+        prompt = f"Give a box [x1, y1, x2, y2] in 0..1000, to the nearest {STEP}, for each focus of the lesion."
+        return Asked(prompt, None, boxes_text([[STEP * round(v / STEP) for v in box] for box in truth["boxes"]]))
     if kind == "mitoses" and cancer:
         prompt = f"Is the mitotic count of the tumour low or high? High: at least {MITOSES_CUT:g} per mm2."
         return Asked(prompt, ("low", "high"), "high" if truth["mitoses_per_mm2"] >= MITOSES_CUT else "low")

@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import numpy as np
 from scipy import ndimage
 
+from envs.boxes import to_frame
+
 DIAGNOSES = ("normal", "adenoma", "carcinoma")
 SIZES = ("small", "medium", "large")
 MARGINS = ("involved", "close", "clear")
@@ -47,6 +49,7 @@ class Truth:
     size_mm: float | None  # greatest dimension (Feret) of the largest focus
     area_mm2: float  # all foci
     foci: int
+    boxes: list[list[int]]  # of the foci, [x1, y1, x2, y2] in 0..1000 of the slide, in reading order
     margin_mm: float | None  # shortest distance from lesion to inked edge, 0 where it touches
     quadrant: str | None  # quadrant that holds most of the lesion; None where none dominates or there is no lesion
     necrosis: bool
@@ -138,7 +141,7 @@ def make_plan(rng: np.random.Generator, *, size_mm: float, diagnosis: str, grade
 
 
 def measure(mask: np.ndarray, distance_to_ink: np.ndarray, cell: float) -> dict:
-    """Size, area, number of foci, margin distance and quadrant of a lesion mask.
+    """Size, area, number and boxes of the foci, margin distance and quadrant of a lesion mask.
 
     Args:
         mask: (n, n) bool.
@@ -146,8 +149,9 @@ def measure(mask: np.ndarray, distance_to_ink: np.ndarray, cell: float) -> dict:
         cell: side of a raster cell in micrometres.
     """
     if not mask.any():
-        return {"size_mm": None, "area_mm2": 0.0, "foci": 0, "margin_mm": None, "quadrant": None}
+        return {"size_mm": None, "area_mm2": 0.0, "foci": 0, "boxes": [], "margin_mm": None, "quadrant": None}
     labels, foci = ndimage.label(mask, structure=np.ones((3, 3)))
+    found = ((x.start, y.start, x.stop, y.stop) for y, x in ndimage.find_objects(labels))
     n = len(mask) // 2
     share = np.array([mask[:n, :n].sum(), mask[:n, n:].sum(), mask[n:, :n].sum(), mask[n:, n:].sum()]) / mask.sum()
     second, first = np.sort(share)[-2:]
@@ -156,6 +160,7 @@ def measure(mask: np.ndarray, distance_to_ink: np.ndarray, cell: float) -> dict:
         "size_mm": _feret(labels, foci) * cell / 1000,
         "area_mm2": float(mask.sum()) * (cell / 1000) ** 2,
         "foci": int(foci),
+        "boxes": sorted(to_frame(found, len(mask), len(mask)), key=lambda box: (box[1], box[0])),
         "margin_mm": float(distance_to_ink[mask].min()) / 1000,
         "quadrant": QUADRANTS[int(share.argmax())] if dominates else None,
     }

@@ -84,6 +84,8 @@ def build_performer(config: PerformerConfig, cases: list[Case], bank: FeatureBan
             num_key_value_heads=config.kv_heads,
             max_position_embeddings=4096,
             tie_word_embeddings=False,
+            # The usual 0.02 is meant for widths in the thousands; here it would leave every layer near zero.
+            initializer_range=config.hidden**-0.5,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,

@@ -75,7 +75,7 @@ class Aligner(nn.Module):
             nn.Dropout(config.aligner_dropout),
             nn.Linear(config.feature_dim, config.aligner_width),
         )
-        self.place = nn.Linear(PLACE * (1 + 2 * len(WAVES)), config.aligner_width)
+        self.place = nn.Linear(PLACE * (1 + 2 * len(WAVES)), 2 * config.aligner_width)
         self.out = nn.Sequential(
             nn.GELU(),
             nn.Dropout(config.aligner_dropout),
@@ -87,9 +87,10 @@ class Aligner(nn.Module):
         rows = rows.to(self.place.weight.dtype)
         features, place = rows[:, :-PLACE], rows[:, -PLACE:]
         waves = [wave(k * torch.pi * place) for k in WAVES for wave in (torch.sin, torch.cos)]
-        # Place joins before the non-linearity, so that one token can say "lesion, upper left".
-        seen = self.features((features - self.mean) / self.std) + self.place(torch.cat([place, *waves], -1))
-        return self.out(seen)
+        # Place scales the features as well as shifting them (FiLM, Perez et al. 2018, section 2.1), so that the mean
+        # over tokens already says where the lesion is.
+        scale, shift = self.place(torch.cat([place, *waves], -1)).chunk(2, -1)
+        return self.out(self.features((features - self.mean) / self.std) * (1 + scale) + shift)
 
     @torch.no_grad()
     def standardise(self, rows: torch.Tensor) -> None:

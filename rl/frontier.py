@@ -56,10 +56,16 @@ class Bootstrap:
 
     def interval(self, values: np.ndarray) -> tuple[float, float]:
         """95 % percentile interval of the mean of per-case values (N,)."""
-        sums = np.bincount(self.group, weights=values, minlength=len(self.size))
-        means = (self.weight @ sums) / (self.weight @ self.size)
-        low, high = np.quantile(means, [0.025, 0.975])
+        low, high = np.quantile(self._means(values), [0.025, 0.975])
         return float(low), float(high)
+
+    def _means(self, values: np.ndarray) -> np.ndarray:
+        sums = np.bincount(self.group, weights=values, minlength=len(self.size))
+        return (self.weight @ sums) / (self.weight @ self.size)
+
+    def error(self, values: np.ndarray) -> float:
+        """Standard error of the mean of per-case values (N,)."""
+        return float(self._means(values).std())
 
     def difference(self, values: np.ndarray) -> dict[str, Any]:
         """Mean of paired per-case differences (N,) with its interval."""
@@ -108,14 +114,18 @@ def oracle_rungs(score: np.ndarray, flops: np.ndarray) -> np.ndarray:
     return np.where(best, flops, np.inf).argmin(1)
 
 
-def pick_price(accuracies: Sequence[float], costs: Sequence[float], best_static: float, tolerance: float) -> int:
-    """Index of the cheapest price whose accuracy is within the tolerance of the best static budget.
+def pick_price(lost: Sequence[float], errors: Sequence[float], costs: Sequence[float], tolerance: float) -> int:
+    """Index of the cheapest price that loses no more than the tolerance, or than its own standard error if larger.
 
-    The most accurate price, if none is within it. Meant for validation cases.
+    The one-standard-error rule (Breiman et al. 1984, section 3.4.3): on few validation cases the most accurate of many
+    prices is so by chance, and dearer for nothing. If all lose more, the price that loses least.
+
+    Args:
+        lost: accuracy below the best static budget, of each price. errors: standard error of each.
     """
-    within = [i for i, a in enumerate(accuracies) if a >= best_static - tolerance]
+    within = [i for i, (a, e) in enumerate(zip(lost, errors, strict=True)) if a <= max(tolerance, e)]
     if not within:
-        return int(np.argmax(accuracies))
+        return int(np.argmin(lost))
     return min(within, key=lambda i: costs[i])
 
 

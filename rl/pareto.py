@@ -114,14 +114,16 @@ class Evaluation:
 
     def operating_price(self) -> float:
         """The cheapest price that keeps the best static accuracy on validation cases, by out-of-fold choices."""
-        table = self.val.at(self.ladder)
+        run, table = self.stages.run, self.val.at(self.ladder)
         flops = self.flops(table)
-        prices = self.stages.run.evaluation.prices
+        bootstrap = Bootstrap(table.patients, run.evaluation.bootstrap, run.grpo.seed)
+        best = table.score[:, table.score.mean(0).argmax()]
+        prices = run.evaluation.prices
         rungs = [self.rungs(self.fitted.values, p) for p in prices]
-        best = float(table.score.mean(0).max())
-        accuracy = [float(chosen(table.score, r).mean()) for r in rungs]
+        lost = [best - chosen(table.score, r) for r in rungs]
         cost = [float(chosen(flops, r).mean()) for r in rungs]
-        return prices[pick_price(accuracy, cost, best, self.stages.run.evaluation.tolerance)]
+        errors = [bootstrap.error(v) for v in lost]
+        return prices[pick_price([float(v.mean()) for v in lost], errors, cost, run.evaluation.tolerance)]
 
     def summary(self) -> dict[str, Any]:
         """All of `summary.json` but what is known of the environment."""

@@ -24,8 +24,10 @@ from trl.trainer.utils import (
 
 from envs.case import Case
 from models.performer import Performer
+from rewards.registry import gold_completion
 from rl.allocation import AllocatorLearner
 from rl.packing import by_length, pack
+from slides.errors import InputError
 
 
 @dataclass
@@ -36,12 +38,16 @@ class FrugalConfig(GRPOConfig):
         budgets_per_image: M, budgets drawn for each image in a joint step; each gets `num_generations` completions.
         shared_prefix: log-probabilities from one packed row for a prompt and its G completions.
         prefill_once: generation reads each prompt once and expands its cache to the G completions.
+        gold_rollout: the last of the G completions is the gold answer and not a sample (mixed-policy GRPO: Yan et al.
+            2025, LUFFY, section 3), so that a group of wrong answers still learns what is right. Rewards in the log
+            count it; the allocator's score does not.
         disable_dropout: as in TRL, but on: with it the rollouts come from the policy that is updated.
     """
 
     budgets_per_image: int = field(default=4, metadata={"help": "budgets (M) drawn for each image in a joint step"})
     shared_prefix: bool = field(default=True, metadata={"help": "one packed row for a prompt and its G completions"})
     prefill_once: bool = field(default=True, metadata={"help": "generation reads each prompt once, not G times"})
+    gold_rollout: bool = field(default=False, metadata={"help": "the last of the G completions is the gold answer"})
     disable_dropout: bool = field(default=True, metadata={"help": "no dropout in rollouts and updates"})
 
     def __post_init__(self) -> None:
@@ -83,6 +89,8 @@ class FrugalTrainer(GRPOTrainer):
         self._flops = 0
         self._buffered_inputs: list[dict[str, Any]] | None
         super().__init__(*args, **kwargs)
+        if self.args.gold_rollout:
+            self._check_gold()
         self.score_weights = torch.tensor(score_weights, dtype=torch.float32)
 
     def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
@@ -104,6 +112,8 @@ class FrugalTrainer(GRPOTrainer):
             rungs = self._drawn.rungs.flatten().repeat_interleave(self.num_generations).tolist()
         else:
             rungs = [len(self.learner.ladder) - 1] * len(inputs)
+        if self.args.gold_rollout:
+            self._gold = [self._gold_ids(self.cases[row["index"]]) for row in inputs[:: self.num_generations]]
         rows = []
         for row, rung in zip(inputs, rungs, strict=True):
             case, budget = self.cases[row["index"]], self.learner.ladder[rung]
@@ -111,7 +121,9 @@ class FrugalTrainer(GRPOTrainer):
             extra = {"budget": budget, "tokens": sum(map(len, seen)), "max_budget": self.learner.ladder[-1]}
             rows.append({**row, **extra, "prompt": self.performer.messages(case, seen)})
         output = super()._generate_and_score_completions(rows)
-        self._flops += 2 * self._parameters * self._tokens(output, self.args.prefill_once)
+        passes = sum(key in output for key in ("old_per_token_logps", "ref_per_token_logps"))
+        tokens = self._tokens(output, self.args.prefill_once) + passes * self._tokens(output)
+        self._flops += 2 * self._parameters * tokens
         return output
 
     def _tokens(self, batch: dict[str, torch.Tensor], shared: bool | None = None) -> int:
@@ -191,11 +203,38 @@ class FrugalTrainer(GRPOTrainer):
         num_generations: int,
         has_tool_images: bool = False,
     ) -> tuple[list, Any]:
+        training = self.model.training
         group = num_generations
-        if self.use_vllm or not self.args.prefill_once or not self.model.training or len(prompt_ids) % group:
-            return super()._generate_single_turn(
+        if self.use_vllm or not self.args.prefill_once or not training or len(prompt_ids) % group:
+            completions, logps = super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
+        else:
+            completions, logps = self._generate_groups(prompt_ids, images, multimodal_fields, group), None
+        if self.args.gold_rollout and training:
+            completions[group - 1 :: group] = self._gold
+        return completions, logps
+
+    def _check_gold(self) -> None:
+        """Refuse gold answers that would be cut off, before anything is trained."""
+        limit = self.args.max_completion_length
+        lengths = {case.id: len(self._gold_ids(case)) for case in self.cases}
+        longest = max(lengths, key=lengths.__getitem__)
+        if limit and lengths[longest] > limit:
+            raise InputError(
+                f"max_completion_length: {limit} tokens, but the gold answer of case {longest} takes "
+                f"{lengths[longest]}; raise it to at least that, or set gold_rollout to false"
+            )
+
+    def _gold_ids(self, case: Case) -> list[int]:
+        text = gold_completion({"answer": case.answer}) + self._tokenizer.eos_token
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _generate_groups(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict, group: int
+    ) -> list[list[int]]:
+        """Completions of prompts that come in groups of equal ones; a group's prompt is read once."""
+        sampled = group - 1 if self.args.gold_rollout else group
         first = list(range(0, len(prompt_ids), group))
         counts = [len(i) if i else 0 for i in images] if images is not None else None
         patches = _by_sample(
@@ -209,6 +248,7 @@ class FrugalTrainer(GRPOTrainer):
             ) as model,
             torch.no_grad(),
         ):
+            model.eval()  # dropout, where the recipe keeps it, is for the update
             for chunk in by_length([len(prompt_ids[i]) for i in first]):
                 rows = [first[c] for c in chunk]
                 text = [torch.tensor(prompt_ids[i]) for i in rows]
@@ -224,19 +264,20 @@ class FrugalTrainer(GRPOTrainer):
                     logits_to_keep=1,
                 )
                 cache = prefill.past_key_values
-                cache.batch_repeat_interleave(group)
+                cache.batch_repeat_interleave(sampled)
                 out = model.generate(
-                    input_ids=ids.repeat_interleave(group, 0),
-                    attention_mask=mask.repeat_interleave(group, 0),
+                    input_ids=ids.repeat_interleave(sampled, 0),
+                    attention_mask=mask.repeat_interleave(sampled, 0),
                     past_key_values=cache,
                     generation_config=self.generation_config,
                 )[:, ids.shape[1] :].tolist()
                 for at, row in enumerate(rows):
-                    for k in range(group):
-                        tokens = out[at * group + k]
+                    for k in range(sampled):
+                        tokens = out[at * sampled + k]
                         ends = [j + 1 for j, t in enumerate(tokens) if t in self.eos_token_ids]
                         completions[row + k] = tokens[: ends[0]] if ends else tokens
-        return completions, None
+            model.train()
+        return completions
 
     def floating_point_ops(self, inputs: Any) -> int:
         """FLOPs since the last call: 2 a parameter and token in generation, 6 in the update, padding not counted."""
@@ -249,7 +290,8 @@ class FrugalTrainer(GRPOTrainer):
             local = rewards[len(inputs) * self.accelerator.process_index :][: len(inputs)]
             weights = self.score_weights.to(local.device) * ~local.isnan()
             score = (local.nan_to_num() * weights).sum(1) / weights.sum(1).clamp_min(1e-9)
-            score = score.view(*self._drawn.rungs.shape, self.num_generations).mean(-1)
+            score = score.view(*self._drawn.rungs.shape, self.num_generations)
+            score = score[..., : self.num_generations - self.args.gold_rollout].mean(-1)
             # Every process updates on the rollouts of all, so that the allocators stay equal without DDP.
             drawn = [
                 gather(t.to(local.device)) for t in (self._drawn.look, self._question(), self._drawn.rungs, score)

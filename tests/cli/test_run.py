@@ -56,6 +56,18 @@ def test_report_is_complete(finished):
     assert "gain_over_sft" in done.stdout and "report:" in done.stdout
 
 
+def test_warm_start_alone(tmp_path, slides):
+    recipe = write_recipe(tmp_path, slides)
+    done = call("sft/train.py", recipe)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "sft" / "model.safetensors").is_file()
+    lines = [line for line in done.stdout.splitlines() if line.strip().endswith("validation cases")]
+    assert [int(line.split()[0]) for line in lines] == [1, 4, 16]
+    trained = (tmp_path / "run" / "sft" / "done.json").stat().st_mtime_ns
+    assert call("sft/train.py", recipe).stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
+    assert (tmp_path / "run" / "sft" / "done.json").stat().st_mtime_ns == trained
+
+
 def test_second_call_trains_nothing(finished):
     recipe, _ = finished
     before = (recipe.parent / "run" / "grpo" / "model.safetensors").stat().st_mtime_ns

@@ -22,6 +22,7 @@ from envs.simulator import build, cohort, main
 from envs.simulator_questions import QUESTIONS, ask, synoptic
 from envs.specimen import inked_edge, make_plan
 from envs.stain import draw_stain, to_rgb
+from rewards.detection import parse_boxes, valid
 from slides.errors import InputError
 
 SMALL = {"size_mm": 0.5, "mpp": 4.0, "workers": 1, "val_fraction": 0.0, "test_fraction": 0.0}
@@ -161,6 +162,9 @@ def test_truth_is_what_the_shapes_measure(number):
     assert not ((plan.nests > 0) & ~mask).any()
     parts = regionprops(label(mask, connectivity=2))
     assert len(parts) == truth.foci
+    frame = 1000 / len(mask)
+    boxes = sorted([p.bbox[1] * frame, p.bbox[0] * frame, p.bbox[3] * frame, p.bbox[2] * frame] for p in parts)
+    np.testing.assert_allclose(sorted(truth.boxes), boxes, atol=0.51)
     cell = plan.cell / 1000
     assert truth.size_mm == pytest.approx(max(part.feret_diameter_max for part in parts) * cell, abs=1.5 * cell)
     assert truth.area_mm2 == pytest.approx(mask.sum() * cell**2)
@@ -224,10 +228,10 @@ def test_options_are_balanced():
     for number, spec in enumerate(cohort(180, 3)):
         plan = make_plan(np.random.default_rng([3, number]), size_mm=0.9, diagnosis=spec.diagnosis, grade=spec.grade)
         for kind in QUESTIONS:
-            if (asked := ask(kind, plan.truth.as_dict(), 0.9)) is not None:
+            if (asked := ask(kind, plan.truth.as_dict(), 0.9)) is not None and asked.options:
                 options[kind] = set(asked.options)
                 answers[kind][asked.answer] += 1
-    assert set(answers) == set(QUESTIONS)
+    assert set(answers) == set(QUESTIONS) - {"boxes"}
     for kind, counts in answers.items():
         assert max(counts.values()) <= 0.62 * counts.total(), (kind, counts)
         assert set(counts) == options[kind]
@@ -379,8 +383,14 @@ def test_any_seed_and_size(seed, size_mm, kind):
     assert truth["necrosis_mm2"] < max(truth["area_mm2"], 1e-9)
     for question in QUESTIONS:
         asked = ask(question, truth, size_mm)
-        assert asked is None or asked.answer in asked.options
-        assert asked is None or len(set(asked.options)) == len(asked.options)
+        if asked is None:
+            continue
+        if question == "boxes":
+            boxes = parse_boxes(asked.answer)
+            assert len(boxes) == truth["foci"] and valid(boxes).all()
+        else:
+            assert asked.answer in asked.options
+            assert len(set(asked.options)) == len(asked.options)
     cells = spec.anatomy.cells.get("mitosis")
     assert truth["mitoses"] == (0 if cells is None else len(cells.xy))
     side = round(spec.plan.size_um / 8)

@@ -102,17 +102,18 @@ def test_the_oracle_takes_the_cheapest_of_the_best(table):
 
 
 @pytest.mark.parametrize(
-    ("accuracies", "tolerance", "expected"),
+    ("lost", "errors", "tolerance", "expected"),
     [
-        ([0.80, 0.79, 0.70], 0.0, 0),  # only the dearest is as good
-        ([0.80, 0.795, 0.70], 0.005, 1),  # the tolerance buys a cheaper one
-        ([0.80, 0.79, 0.85], 0.0, 2),  # the cheapest is the best as well
-        ([0.60, 0.70, 0.65], 0.005, 1),  # none is good enough: the most accurate
-        ([0.60, 0.60, 0.60], 0.005, 0),
+        ([0.0, 0.01, 0.1], [0, 0, 0], 0.0, 0),  # only the dearest is as good
+        ([0.0, 0.005, 0.1], [0, 0, 0], 0.005, 1),  # the tolerance buys a cheaper one
+        ([0.0, 0.02, 0.1], [0, 0.02, 0.02], 0.005, 1),  # so does one standard error
+        ([0.0, 0.01, -0.05], [0, 0, 0], 0.0, 2),  # the cheapest is the best as well
+        ([0.2, 0.1, 0.15], [0.05, 0.05, 0.05], 0.005, 1),  # none is good enough: the one that loses least
+        ([0.2, 0.2, 0.2], [0, 0, 0], 0.005, 0),
     ],
 )
-def test_the_price_is_the_cheapest_within_the_tolerance(accuracies, tolerance, expected):
-    assert pick_price(accuracies, [3.0, 2.0, 1.0], 0.80, tolerance) == expected
+def test_the_price_is_the_cheapest_within_the_tolerance(lost, errors, tolerance, expected):
+    assert pick_price(lost, errors, [3.0, 2.0, 1.0], tolerance) == expected
 
 
 @quick

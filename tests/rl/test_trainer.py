@@ -8,7 +8,9 @@ import torch
 from trl import GRPOTrainer
 
 from models.performer import Performer
+from rewards.registry import gold_completion
 from rl.trainer import FrugalConfig, FrugalTrainer, shuffle_groups
+from slides.errors import InputError
 from tests.conftest import LADDER
 
 # Parameters of TRL 1.16's methods that FrugalTrainer overrides, `self` left out.
@@ -159,6 +161,34 @@ def test_rollouts_of_a_prompt_read_once_are_those_of_separate_prompts(make_perfo
         written[once], _ = trainer._generate_single_turn(inputs["input_ids"], seen, fields, 2)
     assert written[True] == written[False]
     assert len({tuple(row) for row in written[True]}) > 1, "what is written depends on the prompt"
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_the_gold_rollout_closes_every_group_and_is_not_scored_for_the_allocator(
+    make_performer, make_trainer, cases, monkeypatch, once
+):
+    trainer = make_trainer(
+        make_performer(), gold_rollout=True, num_generations=4, prefill_once=once, per_device_train_batch_size=16
+    )
+    tokenizer = trainer.performer.processor.tokenizer
+    order = list(trainer._get_train_sampler())[:16]
+    seen = {}
+    monkeypatch.setattr(trainer.learner, "update", lambda *drawn: seen.update(score=drawn[-1]) or {})
+    trainer.model.train()
+    out = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in order])
+    written = tokenizer.batch_decode(out["completion_ids"], skip_special_tokens=True)
+    gold = [gold_completion({"answer": cases[i].answer}) for i in order]
+    assert written[3::4] == gold[3::4]
+    assert not set(written[::4]) & set(gold), "an untrained performer does not write the answer"
+    assert out["completion_mask"][3].sum() == len(tokenizer(gold[3])["input_ids"]) + 1, "it is ended"
+    # Only `even_tokens` tells samples apart: of what the format and the answer earn, nothing may come from the gold.
+    assert seen["score"].shape == (2, 2) and seen["score"].max() < 1 / 2
+    assert (out["advantages"].view(4, 4).argmax(1) == 3).all()
+
+
+def test_a_gold_answer_that_would_be_cut_off_is_refused(make_performer, make_trainer):
+    with pytest.raises(InputError, match=r"max_completion_length: 3 tokens, but the gold answer of case case\d takes"):
+        make_trainer(make_performer(), gold_rollout=True, max_completion_length=3)
 
 
 def test_shuffling_keeps_groups_together():

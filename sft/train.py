@@ -1,0 +1,32 @@
+"""SFT warm start alone: the first stage of a recipe, which `rl/grpo.py` goes on from.
+
+    accelerate launch sft/train.py --config configs/recipes/<x>.yaml [--set sft.max_steps=500 ...]
+
+Writes the performer to `sft/` of the recipe's `output_dir` and prints its score on the validation cases at every
+budget. A finished stage is not run again; a stopped one goes on from its last whole checkpoint.
+"""
+
+from __future__ import annotations
+
+from accelerate import PartialState
+
+from rl.recipe import parse_recipe
+from rl.stages import Stages
+from slides.errors import entry
+
+
+@entry
+def main() -> None:
+    """Run the warm start."""
+    run = parse_recipe()
+    stages = Stages(run)
+    performer = stages.warm_start()
+    table = stages.table("sft", performer, "val", run.ladder)
+    if PartialState().is_main_process:
+        for budget, score in zip(run.ladder, table.score.mean(0), strict=True):
+            print(f"{budget:5d} tokens: {score:.3f} on {len(table.ids)} validation cases")
+        print(f"written to {run.folder / 'sft'}")
+
+
+if __name__ == "__main__":
+    main()
