@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from tqdm import tqdm
 from envs.case import SPLITS
 from envs.mosaic_layout import Layout, draw_layouts
 from envs.pyramid import write_pyramid
+from slides.whole import whole, write_text
 
 LAYOUTS, TILES, ASKED = 1, 2, 3
 """First number of each seed, so that no two things drawn share a stream."""
@@ -76,12 +76,8 @@ def write_mosaics(plan: Sequence[Mosaic], home: Path, record: Mapping[str, Any],
         if record["kind"] == "slide":
             write_pyramid(file, draw, width=size, height=size, mpp=record["mpp"], quality=record["quality"])
             return
-        part = file.with_name(f"{file.name}.{os.getpid()}.part")
-        try:
+        with whole(file) as part:
             Image.fromarray(draw(0, size)).save(part, "JPEG", quality=record["quality"])
-            os.replace(part, file)
-        finally:
-            part.unlink(missing_ok=True)
 
     with ThreadPoolExecutor(workers) as pool:
         for _ in tqdm(
@@ -131,6 +127,4 @@ def _turn(pixels: np.ndarray, turn: int) -> np.ndarray:
 
 def write_lines(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """One JSON object a line; the file appears whole."""
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    os.replace(part, path)
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

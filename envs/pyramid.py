@@ -7,7 +7,6 @@ tiles are held. Tiles are JPEG, the resolution is stored in pixels per centimetr
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import numpy as np
 import tifffile
 
 from slides.errors import InputError
+from slides.whole import whole
 
 TILE = 256
 
@@ -59,32 +59,27 @@ def write_pyramid(
     if problems:
         raise InputError(problems)
     path = Path(path)
-    part = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}.part")
     levels = [_Level(width, height, tile, quality)]
     while max(levels[-1].width, levels[-1].height) > tile:
         levels.append(_Level((levels[-1].width + 1) // 2, (levels[-1].height + 1) // 2, tile, quality))
-    try:
-        with tifffile.TiffWriter(part, bigtiff=width * height > 1 << 30) as tiff:
-            for index, level in enumerate(levels):
-                tiles = _base_tiles(levels, draw, strip) if index == 0 else iter(level.tiles)
-                scale = 1e4 / (mpp * width / level.width), 1e4 / (mpp * height / level.height)
-                tiff.write(
-                    tiles,
-                    shape=(level.height, level.width, 3),
-                    dtype=np.uint8,
-                    tile=(tile, tile),
-                    photometric="ycbcr",
-                    subsampling=(2, 2),
-                    compression="jpeg",
-                    resolution=scale,
-                    resolutionunit="CENTIMETER",
-                    subfiletype=int(index > 0),
-                    metadata=None,
-                    software="frugalpath simulator" if index == 0 else False,
-                )
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(path) as part, tifffile.TiffWriter(part, bigtiff=width * height > 1 << 30) as tiff:
+        for index, level in enumerate(levels):
+            tiles = _base_tiles(levels, draw, strip) if index == 0 else iter(level.tiles)
+            scale = 1e4 / (mpp * width / level.width), 1e4 / (mpp * height / level.height)
+            tiff.write(
+                tiles,
+                shape=(level.height, level.width, 3),
+                dtype=np.uint8,
+                tile=(tile, tile),
+                photometric="ycbcr",
+                subsampling=(2, 2),
+                compression="jpeg",
+                resolution=scale,
+                resolutionunit="CENTIMETER",
+                subfiletype=int(index > 0),
+                metadata=None,
+                software="frugalpath simulator" if index == 0 else False,
+            )
 
 
 class _Level:

@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from envs.case import Case
-from envs.simulator_folder import SlideSpec, fill_folder, write_whole
+from envs.simulator_folder import SlideSpec, fill_folder
 from envs.simulator_questions import QUESTIONS, ask, synoptic
 from envs.splits import assign_splits
 from slides.errors import InputError, entry
+from slides.whole import write_text
 
 # Shares of diagnoses and grades among patients, in 60 parts.
 MIX: tuple[tuple[str, int | None], ...] = (
@@ -190,7 +191,7 @@ def main() -> None:
     for case in cases:
         row = case.to_dict() | {"slides": [Path(path).relative_to(root).as_posix() for path in case.slides]}
         lines.append(json.dumps(row, ensure_ascii=False) + "\n")
-    write_whole(root / "manifest.jsonl", "".join(lines))
+    write_text(root / "manifest.jsonl", "".join(lines))
     print(f"{len(cases)} questions about {arguments.slides} slides: {root / 'manifest.jsonl'}")
 
 

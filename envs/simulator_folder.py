@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -24,6 +23,7 @@ from tqdm import tqdm
 from envs.histology import draw_strip, make_specimen
 from envs.pyramid import write_pyramid
 from slides.errors import InputError
+from slides.whole import write_text
 
 FORMAT = 3  # of the drawing: raised with every change that alters pictures or truth
 
@@ -75,7 +75,7 @@ def fill_folder(
                     journal.flush()
                     rows[row["index"]] = row
         if missing or (root / "truth.part.jsonl").exists():
-            write_whole(root / "truth.jsonl", "".join(json.dumps(rows[index]) + "\n" for index in sorted(rows)))
+            write_text(root / "truth.jsonl", "".join(json.dumps(rows[index]) + "\n" for index in sorted(rows)))
             (root / "truth.part.jsonl").unlink(missing_ok=True)
     return [rows[spec.index] for spec in specs]
 
@@ -84,13 +84,13 @@ def _claim(root: Path, params: Mapping[str, Any]) -> None:
     """Write the parameters into an empty folder, or compare them with those it was filled with."""
     path = root / "params.json"
     if not path.exists():
-        strangers = sorted(entry.name for entry in root.iterdir() if entry.name not in (".lock", "params.json.part"))
+        strangers = sorted(entry.name for entry in root.iterdir() if entry.name != ".lock" and entry.suffix != ".part")
         if strangers:
             raise InputError(
                 f"{root}: holds {strangers[0]!r} and no params.json, so it is not a folder of simulated slides; "
                 "name an empty or a new folder"
             )
-        write_whole(path, json.dumps(params) + "\n")
+        write_text(path, json.dumps(params) + "\n")
         return
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -165,10 +165,3 @@ def draw_slide(root: Path, spec: SlideSpec, seed: int, size_mm: float, mpp: floa
             "ink": stain.ink,
         },
     }
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

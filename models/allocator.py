@@ -25,6 +25,7 @@ class AllocatorConfig(PreTrainedConfig):
         look: the budgets whose pooled tokens make up the cheapest look.
         feature_dim: width d of the patch features.
         width: hidden width; buckets: size of the hashed vocabulary of question tokens.
+        dropout: before the hidden layer; look_dropout: of the standardised features of the look.
     """
 
     model_type = "frugalpath_value_allocator"
@@ -36,11 +37,13 @@ class AllocatorConfig(PreTrainedConfig):
         feature_dim: int = 1280,
         width: int = 64,
         buckets: int = 4096,
-        dropout: float = 0.1,
+        dropout: float = 0.3,
+        look_dropout: float = 0.5,
         **kwargs: Any,
     ):
         self.ladder, self.look = list(ladder), list(look)
-        self.feature_dim, self.width, self.buckets, self.dropout = feature_dim, width, buckets, dropout
+        self.feature_dim, self.width, self.buckets = feature_dim, width, buckets
+        self.dropout, self.look_dropout = dropout, look_dropout
         super().__init__(**kwargs)
 
 
@@ -54,6 +57,7 @@ class ValueAllocator(PreTrainedModel):
         tokens = sum(config.look)
         self.register_buffer("mean", torch.zeros(config.feature_dim))
         self.register_buffer("std", torch.ones(config.feature_dim))
+        self.drop = nn.Dropout(config.look_dropout)
         self.see = nn.Linear(config.feature_dim, config.width // 4)
         self.question = nn.EmbeddingBag(config.buckets, config.width, mode="mean", padding_idx=0)
         self.head = nn.Sequential(
@@ -67,7 +71,7 @@ class ValueAllocator(PreTrainedModel):
 
     def forward(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
         """Logits (B, rungs) of the performer's score."""
-        seen = self.see((look - self.mean) / self.std).flatten(1)
+        seen = self.see(self.drop((look - self.mean) / self.std)).flatten(1)
         return self.head(torch.cat([seen, self.question(question)], 1))
 
     @property

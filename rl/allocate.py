@@ -3,7 +3,8 @@
     python rl/allocate.py --config configs/recipes/<x>.yaml
 
 The table is that of the validation cases, which the performer was not trained on. It is read from the run's folder,
-or made if it is not there yet.
+or made if it is not there yet. How long to fit is chosen by cross-validation over patients: a few hundred answers are
+learnt by heart within some epochs.
 """
 
 from __future__ import annotations
@@ -40,42 +41,57 @@ class Fitted:
 
 
 def fit_allocator(stages: Stages, performer: Performer, start: ValueAllocator, table: ScoreTable) -> Fitted:
-    """Fit on a table, starting from the jointly trained allocator, and predict out of fold for honest choices."""
+    """Fit on a table, starting from the jointly trained allocator, and predict out of fold for honest choices.
+
+    The number of epochs is that of the least cross-entropy on held-out patients.
+    """
     options = stages.run.allocator
     folder = stages.run.folder / "allocator"
     parts = {**stages.grpo_parts(), "fit": vars(options)}
     cases = stages.splits["val"]
     look, question = CheapLook(performer, start.config)(cases)
-    score = torch.tensor(table.at(stages.run.ladder).score, dtype=torch.float32)
+    table_score = table.at(stages.run.ladder).score
+    score = torch.tensor(table_score, dtype=torch.float32)
     if is_done(folder, parts):
         return Fitted(ValueAllocator.from_pretrained(folder), np.load(folder / "out_of_fold.npy"))
 
-    def fit(rows: np.ndarray) -> ValueAllocator:
+    def fit(rows: np.ndarray, epochs: int, held: np.ndarray | None = None) -> tuple[ValueAllocator, np.ndarray]:
+        """The allocator, and its predictions (epochs, held, rungs) after each epoch."""
         torch.manual_seed(stages.run.grpo.seed)
         allocator = copy.deepcopy(start)
-        index = torch.from_numpy(rows)
+        index, found = torch.from_numpy(rows), []
+
+        def record(_: int) -> None:
+            if held is not None:
+                found.append(predict(allocator, look[held], question[held]))
+
         fit_table(
             allocator,
             look[index],
             question[index],
             score[index],
-            epochs=options.fit_epochs,
+            epochs=epochs,
             learning_rate=options.fit_learning_rate,
             weight_decay=options.weight_decay,
             seed=stages.run.grpo.seed,
+            after_epoch=record,
         )
-        return allocator
+        return allocator, np.array(found)
 
-    values = np.zeros(score.shape)
+    values = np.zeros((options.fit_epochs, *score.shape))
     patients = [c.patient for c in cases]
     folds = min(FOLDS, len(set(patients)))
     for seen, held in GroupKFold(folds).split(np.arange(len(cases)), groups=patients):
-        values[held] = predict(fit(seen), look[held], question[held])
-    fitted = fit(np.arange(len(cases)))
+        values[:, held] = fit(seen, options.fit_epochs, held)[1]
+    sure = values.clip(1e-6, 1 - 1e-6)
+    loss = -(table_score * np.log(sure) + (1 - table_score) * np.log(1 - sure)).mean((1, 2))
+    epochs = int(loss.argmin()) + 1
+    fitted, _ = fit(np.arange(len(cases)), epochs)
+    values = values[epochs - 1]
     if stages.is_main:
         fitted.save_pretrained(folder)
         np.save(folder / "out_of_fold.npy", values)
-        mark_done(folder, parts, n=len(cases))
+        mark_done(folder, parts, n=len(cases), epochs=epochs, loss=loss.tolist())
     return Fitted(fitted, values)
 
 

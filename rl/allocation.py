@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,12 +52,14 @@ class AllocatorLearner:
 
     @torch.no_grad()
     def draw(self, cases: Sequence[Case], count: int) -> Drawn:
-        """Draw `count` budgets for each case from the exploring policy."""
+        """Draw `count` budgets for each case from the exploring policy, different ones while the ladder has them."""
         look, question = self.look(cases)
         self.allocator.eval()
         value = self.allocator(look, question).sigmoid() - self.price * self.cost
         policy = (value / self.temperature).softmax(-1) * (1 - self.explore) + self.explore / len(self.ladder)
-        return Drawn(look, question, torch.multinomial(policy, count, replacement=True))
+        # Where nothing is explored the second budget would have no probability at all.
+        policy = policy.clamp_min(1e-9)
+        return Drawn(look, question, torch.multinomial(policy, count, replacement=count > len(self.ladder)))
 
     def update(
         self, look: torch.Tensor, question: torch.Tensor, rungs: torch.Tensor, score: torch.Tensor
@@ -104,24 +106,25 @@ def fit_table(
     look: torch.Tensor,
     question: torch.Tensor,
     scores: torch.Tensor,
-    epochs: int = 60,
+    epochs: int,
     batch_size: int = 64,
-    learning_rate: float = 2e-3,
+    learning_rate: float = 3e-4,
     weight_decay: float = 1e-2,
     seed: int = 0,
+    after_epoch: Callable[[int], None] | None = None,
 ) -> list[float]:
     """Fit the allocator on score[case, rung] of a frozen performer; returns the mean loss of each epoch.
 
     Args:
         look: (N, tokens, d). question: (N, T). scores: (N, rungs) in 0..1.
+        after_epoch: called with the number of each epoch, from 0.
     """
     allocator.standardise(look)
-    allocator.train()
     optimizer = torch.optim.AdamW(allocator.parameters(), learning_rate, weight_decay=weight_decay)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     generator = torch.Generator().manual_seed(seed)
     losses = []
-    for _ in range(epochs):
+    for epoch in range(epochs):
+        allocator.train()
         total = 0.0
         for rows in torch.randperm(len(scores), generator=generator).split(batch_size):
             loss = F.binary_cross_entropy_with_logits(allocator(look[rows], question[rows]), scores[rows])
@@ -129,7 +132,8 @@ def fit_table(
             loss.backward()
             optimizer.step()
             total += loss.item() * len(rows)
-        schedule.step()
         losses.append(total / len(scores))
-    allocator.eval()
+        allocator.eval()
+        if after_epoch is not None:
+            after_epoch(epoch)
     return losses

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from slides.errors import InputError
+from slides.whole import write_text
 
 DONE = "done.json"
 WHOLE = "complete"
@@ -64,8 +64,5 @@ def is_done(folder: Path, parts: dict[str, Any]) -> dict[str, Any] | None:
 
 def mark_done(folder: Path, parts: dict[str, Any], **record: Any) -> None:
     """Record that a stage is finished; the last thing that is written, atomically."""
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{DONE}.{os.getpid()}"
     content = {"fingerprint": fingerprint(parts), "parts": parts, **record}
-    partial.write_text(json.dumps(content, indent=1, default=str) + "\n")
-    os.replace(partial, folder / DONE)
+    write_text(folder / DONE, json.dumps(content, indent=1, default=str) + "\n")

@@ -53,18 +53,19 @@ class AllocatorOptions:
         width, dropout: of the value head.
         price: lambda while exploring in the joint step.
         temperature, explore: spread of drawn budgets around the best, and share of uniform draws.
-        learning_rate: of the online updates; fit_learning_rate, fit_epochs, weight_decay: of the fit on a score table.
+        learning_rate: of the online updates; fit_learning_rate, weight_decay: of the fit on a score table.
+        fit_epochs: at most so many; the number is chosen by the loss on held-out patients.
     """
 
     look: list[int] = field(default_factory=lambda: [1, 4])
     width: int = 64
-    dropout: float = 0.1
+    dropout: float = 0.3
     price: float = 0.1
     temperature: float = 0.03
     explore: float = 0.3
     learning_rate: float = 2e-3
-    fit_learning_rate: float = 2e-3
-    fit_epochs: int = 60
+    fit_learning_rate: float = 3e-4
+    fit_epochs: int = 40
     weight_decay: float = 1e-2
 
 
@@ -84,7 +85,7 @@ class EvaluationOptions:
     """
 
     prices: list[float] = field(
-        default_factory=lambda: [0.0, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.27, 0.4, 0.6, 1.0]
+        default_factory=lambda: [0.0, 0.003, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.27, 0.4, 0.6, 1.0]
     )
     tolerance: float = 0.01
     max_new_tokens: int | None = None

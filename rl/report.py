@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from accelerate import PartialState
 from matplotlib import pyplot as plt
 
 from rl.checkpoints import is_done
+from slides.whole import whole, write_text
 
 if TYPE_CHECKING:
     from rl.pareto import Evaluation
@@ -43,8 +43,8 @@ def write_report(stages: Stages, evaluation: Evaluation) -> dict[str, Any]:
     if PartialState().is_main_process:
         folder = stages.run.folder / "report"
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-        _replace(folder / "cases.jsonl", _cases(evaluation, summary["headline"]["price"]))
+        write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_text(folder / "cases.jsonl", _cases(evaluation, summary["headline"]["price"]))
         plot(summary, folder / "pareto.png")
     return summary
 
@@ -114,10 +114,9 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("cost of an answer (FLOPs, largest budget = 1, allocator's look counted)")
     axes.set_ylabel(f"accuracy (n = {summary['n']}, 95 % interval)")
     axes.legend(fontsize=8, loc="lower right")
-    partial = path.with_suffix(f".{os.getpid()}.png")
-    figure.savefig(partial, dpi=150)
+    with whole(path) as part:
+        figure.savefig(part, dpi=150, format="png")
     plt.close(figure)
-    os.replace(partial, path)
 
 
 def _cases(evaluation: Evaluation, price: float) -> str:
@@ -149,12 +148,6 @@ def _cases(evaluation: Evaluation, price: float) -> str:
             )
         )
     return "\n".join(lines) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(text)
-    os.replace(partial, path)
 
 
 def _revision() -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from envs.case import Case
 from models.cost import DecoderShape
 from models.performer import Answer, Performer
 from rl.scoring import Scorer
+from slides.whole import whole
 
 
 @dataclass
@@ -55,17 +55,13 @@ class ScoreTable:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON lines, one case a line, atomically."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        with partial.open("w") as file:
+        with whole(path) as part, part.open("w") as file:
             file.write(json.dumps({"budgets": self.budgets}) + "\n")
             for i, name in enumerate(self.ids):
                 row: dict[str, Any] = {"id": name, "patient": self.patients[i], "question": self.questions[i]}
                 for key in ("score", "visual", "prompt", "generated"):
                     row[key] = getattr(self, key)[i].tolist()
                 file.write(json.dumps({**row, "text": self.text[i]}) + "\n")
-        os.replace(partial, path)
 
     @classmethod
     def load(cls, path: str | Path) -> ScoreTable:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,8 +13,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from skimage.measure import approximate_polygon, find_contours
 
-from slides.status import write_text
 from slides.tiling import Grid
+from slides.whole import whole, write_text
 
 LONGEST_SIDE = 1600
 _OUTLINE, _TILE = (0, 150, 60), (30, 60, 220)
@@ -52,15 +50,8 @@ def qc_picture(
 
 def write_picture(path: Path, image: Image.Image) -> None:
     """Write a JPEG atomically."""
-    buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(buffer.getvalue())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole(path) as part:
+        image.save(part, "JPEG", quality=85)
 
 
 def write_geojson(

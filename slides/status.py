@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from slides.whole import write_text
+
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
 
 
@@ -73,17 +75,6 @@ def read_status(path: Path) -> SlideStatus | None:
     if not isinstance(values, dict) or not {"id", "file", "status"} <= values.keys() <= known:
         return None
     return SlideStatus(**values)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically; its folder is made."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def file_identity(path: Path) -> str:

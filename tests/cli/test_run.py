@@ -10,8 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
+from PIL import Image
 
+import rl.grpo
 from tests.cli.conftest import ENVIRONMENT, ROOT, call, command, write_recipe
 
 POINT = {"accuracy", "ci95", "tokens", "flops", "flops_stage1", "latency_ms", "n"}
@@ -152,3 +156,82 @@ def test_bad_recipe_is_one_message_and_status_2(tmp_path, slides, finished, chan
     assert done.returncode == 2, done.stderr[-2000:]
     assert message in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def write_images(folder: Path, rows: int = 12) -> list[dict]:
+    """Small pictures and the manifest rows that ask about them: 4 patients a split."""
+    folder.mkdir(parents=True)
+    out = []
+    for i in range(rows):
+        label = ("benign", "malignant")[i % 2]
+        pixels = np.random.default_rng(i).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        out.append(
+            {"id": f"case{i}", "patient": f"p{i}", "task": "choice", "prompt": "Benign or malignant?", "answer": label}
+            | {"options": ["benign", "malignant"], "images": [f"{i}.png"], "split": ("train", "val", "test")[i % 3]}
+        )
+    return out
+
+
+def truncated(folder: Path, rows: list[dict]) -> None:
+    content = (folder / "3.png").read_bytes()
+    (folder / "3.png").write_bytes(content[: len(content) // 2])
+
+
+def two_splits(folder: Path, rows: list[dict]) -> None:
+    rows[4]["patient"] = rows[3]["patient"]
+
+
+def empty_split(folder: Path, rows: list[dict]) -> None:
+    for row in rows:
+        row["split"] = "train"
+
+
+def missing(folder: Path, rows: list[dict]) -> None:
+    (folder / "5.png").unlink()
+    (folder / "7.png").unlink()
+
+
+def outside_options(folder: Path, rows: list[dict]) -> None:
+    rows[2]["answer"] = "borderline"
+
+
+def blank_slide(folder: Path, rows: list[dict]) -> None:
+    tifffile.imwrite(
+        folder / "blank.tif",
+        np.full((1024, 1024, 3), 243, np.uint8),
+        tile=(256, 256),
+        photometric="rgb",
+        compression="jpeg",
+        resolution=(10000, 10000),
+        resolutionunit="CENTIMETER",
+    )
+    rows[0] |= {"images": [], "slides": ["blank.tif"]}
+
+
+@pytest.mark.parametrize(
+    ("spoil", "messages"),
+    [
+        (truncated, ["3.png", "truncated"]),
+        (two_splits, ["several splits", "train", "manifest.jsonl:4", "val", "manifest.jsonl:5"]),
+        (empty_split, ["no case in split val and test"]),
+        (missing, ["manifest.jsonl:6", "5.png", "manifest.jsonl:8", "7.png"]),  # all at once
+        (outside_options, ["manifest.jsonl:3", "borderline", "options"]),
+        (blank_slide, ["blank.tif", "no tissue"]),
+    ],
+)
+def test_bad_data_is_one_message_and_status_2(tmp_path, monkeypatch, capsys, spoil, messages):
+    rows = write_images(tmp_path / "data")
+    spoil(tmp_path / "data", rows)
+    manifest = tmp_path / "data" / "manifest.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = write_recipe(tmp_path, tmp_path, cases={"name": "manifest", "path": str(manifest)}, encoder={})
+    monkeypatch.setattr(sys, "argv", command("rl/grpo.py", recipe)[3:])
+    with pytest.raises(SystemExit) as stopped:
+        rl.grpo.main()
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err
+    for message in messages:
+        assert message in told
+    assert "Traceback" not in told
+    assert not (tmp_path / "run" / "sft").exists(), "nothing was trained"

@@ -80,6 +80,12 @@ def test_drawing_follows_the_price(performer, make_learner, cases):
     assert (free.draw(cases, 20).rungs == len(LADDER) - 1).all()
 
 
+def test_the_budgets_of_an_image_differ(performer, make_learner, cases):
+    learner = make_learner(performer, explore=0.0, price=100.0)
+    for rungs in learner.draw(cases, len(LADDER)).rungs.tolist():
+        assert sorted(rungs) == list(range(len(LADDER)))
+
+
 def test_drawn_inputs_are_those_of_the_look(performer, make_learner, cases):
     learner = make_learner(performer)
     drawn = learner.draw(cases[:3], 2)

@@ -12,6 +12,7 @@ from rewards.registry import gold_completion
 from rl.trainer import FrugalConfig, FrugalTrainer, shuffle_groups
 from slides.errors import InputError
 from tests.conftest import LADDER
+from tests.rl.conftest import even_tokens
 
 # Parameters of TRL 1.16's methods that FrugalTrainer overrides, `self` left out.
 OVERRIDDEN = {
@@ -181,8 +182,10 @@ def test_the_gold_rollout_closes_every_group_and_is_not_scored_for_the_allocator
     assert written[3::4] == gold[3::4]
     assert not set(written[::4]) & set(gold), "an untrained performer does not write the answer"
     assert out["completion_mask"][3].sum() == len(tokenizer(gold[3])["input_ids"]) + 1, "it is ended"
-    # Only `even_tokens` tells samples apart: of what the format and the answer earn, nothing may come from the gold.
-    assert seen["score"].shape == (2, 2) and seen["score"].max() < 1 / 2
+    # No sample is right, so that a score is half the share of even tokens, its mean over the three samples.
+    ids = [row[mask.bool()].tolist() for row, mask in zip(out["completion_ids"], out["completion_mask"], strict=True)]
+    even = torch.tensor(even_tokens([None] * 16, ids)).view(2, 2, 4)
+    torch.testing.assert_close(seen["score"], even[..., :3].mean(-1) / 2)
     assert (out["advantages"].view(4, 4).argmax(1) == 3).all()
 
 
