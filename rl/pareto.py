@@ -18,7 +18,8 @@ from models.allocator import CheapLook, ValueAllocator
 from models.build import build_performer
 from models.performer import Performer
 from rewards.registry import gold_completion
-from rl.allocate import Fitted, fit_allocator, predict
+from rl.allocate import Fitted, fit_allocator
+from rl.allocation import predict
 from rl.frontier import (
     Bootstrap,
     Point,

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import copy
+
+import numpy as np
 import pytest
 import torch
 
 from models.allocator import AllocatorConfig, ValueAllocator
-from rl.allocation import fit_table
+from rl.allocation import fit_by_patient, fit_table
 from tests.conftest import LADDER, WIDTH
 
 
@@ -123,3 +126,28 @@ def test_a_fit_is_repeatable():
         look, question, scores = torch.randn(20, 5, WIDTH), torch.randint(1, 32, (20, 3)), torch.rand(20, 3)
         found.append(fit_table(allocator, look, question, scores, epochs=3, batch_size=8))
     assert found[0] == found[1]
+
+
+def test_a_fit_stops_before_it_learns_noise_by_heart():
+    """Scores that nothing tells: the held-out loss soon rises, and the predictions stay near the mean of each rung."""
+    generator = torch.Generator().manual_seed(0)
+    count, chance = 120, torch.tensor([0.2, 0.5, 0.8])
+    look = torch.randn(count, 5, WIDTH, generator=generator)
+    question = torch.full((count, 4), 5)
+    scores = (torch.rand(count, 3, generator=generator) < chance).float()
+    torch.manual_seed(0)
+    config = AllocatorConfig(
+        ladder=LADDER, look=(1, 4), feature_dim=WIDTH, width=64, buckets=32, dropout=0.0, look_dropout=0.0
+    )
+    start = ValueAllocator(config)
+    before = copy.deepcopy(start.state_dict())
+    patients = [f"p{i // 2}" for i in range(count)]
+    allocator, values, losses = fit_by_patient(start, look, question, scores, patients, epochs=30, learning_rate=5e-3)
+    best = int(np.argmin(losses))
+    assert losses[-1] > losses[best] + 0.2, "longer fits do worse on held-out patients"
+    assert values.shape == (count, 3) and np.abs(values.mean(0) - chance.numpy()).max() < 0.12
+    whole = copy.deepcopy(start)
+    torch.manual_seed(0)
+    fit_table(whole, look, question, scores, epochs=best + 1, learning_rate=5e-3)
+    assert all(torch.equal(a, b) for a, b in zip(allocator.parameters(), whole.parameters(), strict=True))
+    assert all(torch.equal(before[k], v) for k, v in start.state_dict().items()), "the start is left as it was"
