@@ -121,7 +121,7 @@ def pick_price(lost: Sequence[float], errors: Sequence[float], costs: Sequence[f
     prices is so by chance, and dearer for nothing. If all lose more, the price that loses least.
 
     Args:
-        lost: accuracy below the best static budget, of each price. errors: standard error of each.
+        lost: accuracy below the best of all, of each price. errors: standard error of each.
     """
     within = [i for i, (a, e) in enumerate(zip(lost, errors, strict=True)) if a <= max(tolerance, e)]
     if not within:

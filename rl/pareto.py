@@ -114,14 +114,18 @@ class Evaluation:
         return own, random
 
     def operating_price(self) -> float:
-        """The cheapest price that keeps the best static accuracy on validation cases, by out-of-fold choices."""
+        """The cheapest price that is as accurate as the best on validation cases, by out-of-fold choices.
+
+        The best of all prices and static budgets is what the others are measured against.
+        """
         run, table = self.stages.run, self.val.at(self.ladder)
         flops = self.flops(table)
         bootstrap = Bootstrap(table.patients, run.evaluation.bootstrap, run.grpo.seed)
-        best = table.score[:, table.score.mean(0).argmax()]
         prices = run.evaluation.prices
         rungs = [self.rungs(self.fitted.values, p) for p in prices]
-        lost = [best - chosen(table.score, r) for r in rungs]
+        scores = [chosen(table.score, r) for r in rungs]
+        best = max([*scores, *table.score.T], key=np.mean)
+        lost = [best - s for s in scores]
         cost = [float(chosen(flops, r).mean()) for r in rungs]
         errors = [bootstrap.error(v) for v in lost]
         return prices[pick_price([float(v.mean()) for v in lost], errors, cost, run.evaluation.tolerance)]

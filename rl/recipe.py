@@ -75,8 +75,8 @@ class EvaluationOptions:
 
     Args:
         prices: lambdas of the allocator's curve.
-        tolerance: accuracy below the best static budget that the operating point may give up on validation cases; one
-            standard error where that is larger.
+        tolerance: accuracy below the best price or static budget that the operating point may give up on validation
+            cases; one standard error where that is larger.
         max_new_tokens: null takes `max_completion_length`.
         bootstrap: resamples of the intervals; by patient.
         batch_size: rows of one generation batch.
