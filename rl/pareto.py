@@ -33,7 +33,7 @@ from rl.frontier import (
 )
 from rl.probe import linear_probe
 from rl.recipe import parse_recipe
-from rl.report import write_report
+from rl.report import print_summary, write_report
 from rl.stages import Stages
 from rl.table import ScoreTable
 from slides.errors import entry
@@ -273,7 +273,9 @@ def evaluate(stages: Stages, performer: Performer, start: ValueAllocator) -> dic
 def main() -> None:
     """Report on the recipe's run."""
     stages = Stages(parse_recipe())
-    evaluate(stages, *stages.joint())
+    summary = evaluate(stages, *stages.joint())
+    if stages.is_main:
+        print_summary(summary, stages.run.folder / "report")
 
 
 if __name__ == "__main__":

@@ -130,6 +130,7 @@ def test_two_processes_give_the_same_evaluation(finished, slides, tmp_path):
     assert "num_processes 2" in two["command"]
     one = call("rl/pareto.py", recipe)
     assert one.returncode == 0, one.stderr[-2000:]
+    assert "gain_over_sft" in one.stdout and "report:" in one.stdout
     assert results(read_summary(recipe)) == results(two)
     tables = tmp_path / "run" / "tables"
     for name in ("grpo.test.jsonl", "grpo.val.jsonl"):
