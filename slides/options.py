@@ -46,7 +46,7 @@ class ExtractOptions:
         default=False, metadata={"help": "read fluorescence too: on a dark background, bright is tissue"}
     )
     dtype: str = field(default="float32", metadata={"help": "float32 or float16, of the stored features"})
-    backend: str = field(default="auto", metadata={"help": "auto, openslide or fastslide"})
+    backend: str = field(default="openslide", metadata={"help": "openslide, auto or fastslide"})
     workers: int = field(default=2, metadata={"help": "reading threads"})
     batch_size: int = field(default=64, metadata={"help": "tiles encoded at once"})
     read_timeout: float = field(default=120.0, metadata={"help": "seconds that one read may take"})

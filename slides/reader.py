@@ -44,7 +44,7 @@ class SlideReader:
         bounds: x, y, width, height of the part that was scanned, in level-0 px.
     """
 
-    def __init__(self, path: str | os.PathLike, backend: str = "auto", *, timeout: float = 120.0):
+    def __init__(self, path: str | os.PathLike, backend: str = "openslide", *, timeout: float = 120.0):
         """Open a slide.
 
         Args:
