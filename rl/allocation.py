@@ -123,8 +123,10 @@ def fit_table(
 
     Args:
         look: (N, tokens, d). question: (N, T). scores: (N, rungs) in 0..1.
+        seed: of the order of the cases and of dropout.
         after_epoch: called with the number of each epoch, from 0.
     """
+    torch.manual_seed(seed)
     allocator.standardise(look)
     optimizer = torch.optim.AdamW(allocator.parameters(), learning_rate, weight_decay=weight_decay)
     generator = torch.Generator().manual_seed(seed)
@@ -168,10 +170,8 @@ def fit_by_patient(
         the held-out cross-entropy of every epoch.
     """
     values = np.zeros((epochs, *scores.shape))
-    allocator = copy.deepcopy(start)
     for seen, held in GroupKFold(min(FOLDS, len(set(patients)))).split(look, groups=patients):
         fold = copy.deepcopy(start)
-        torch.manual_seed(seed)
 
         def record(epoch: int, fold: ValueAllocator = fold, held: np.ndarray = held) -> None:
             values[epoch, held] = predict(fold, look[held], question[held])
@@ -180,7 +180,7 @@ def fit_by_patient(
     truth, sure = scores.double().numpy(), values.clip(1e-6, 1 - 1e-6)
     losses = -(truth * np.log(sure) + (1 - truth) * np.log(1 - sure)).mean((1, 2))
     best = int(losses.argmin())
-    torch.manual_seed(seed)
+    allocator = copy.deepcopy(start)
     fit_table(allocator, look, question, scores, best + 1, seed=seed, **options)
     return allocator, values[best], losses.tolist()
 

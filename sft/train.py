@@ -8,8 +8,6 @@ budget. A finished stage is not run again; a stopped one goes on from its last w
 
 from __future__ import annotations
 
-from accelerate import PartialState
-
 from rl.recipe import parse_recipe
 from rl.stages import Stages
 from slides.errors import entry
@@ -22,7 +20,7 @@ def main() -> None:
     stages = Stages(run)
     performer = stages.warm_start()
     table = stages.table("sft", performer, "val", run.ladder)
-    if PartialState().is_main_process:
+    if stages.is_main:
         for budget, score in zip(run.ladder, table.score.mean(0), strict=True):
             print(f"{budget:5d} tokens: {score:.3f} on {len(table.ids)} validation cases")
         print(f"written to {run.folder / 'sft'}")

@@ -230,7 +230,7 @@ class SlideReader:
 def resample(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """uint8 (h, w, 3 or 4) -> uint8 (height, width, 3), by a triangle filter as wide as a pixel of the result.
 
-    The result is that of PIL's BILINEAR to one grey level; torch's kernel takes a fifth of the time.
+    The result is that of PIL's BILINEAR to one grey level, sooner.
     """
     width, height = size
     if pixels.shape[:2] == (height, width):

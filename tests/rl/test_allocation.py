@@ -147,7 +147,6 @@ def test_a_fit_stops_before_it_learns_noise_by_heart():
     assert losses[-1] > losses[best] + 0.2, "longer fits do worse on held-out patients"
     assert values.shape == (count, 3) and np.abs(values.mean(0) - chance.numpy()).max() < 0.12
     whole = copy.deepcopy(start)
-    torch.manual_seed(0)
     fit_table(whole, look, question, scores, epochs=best + 1, learning_rate=5e-3)
     assert all(torch.equal(a, b) for a, b in zip(allocator.parameters(), whole.parameters(), strict=True))
     assert all(torch.equal(before[k], v) for k, v in start.state_dict().items()), "the start is left as it was"
