@@ -10,13 +10,17 @@ from __future__ import annotations
 
 from rl.recipe import parse_recipe
 from rl.stages import Stages
-from slides.errors import entry
+from slides.errors import InputError, entry
 
 
 @entry
 def main() -> None:
     """Run the warm start."""
     run = parse_recipe()
+    if run.performer.checkpoint and not run.sft:
+        raise InputError(
+            "sft: the recipe names performer.checkpoint and no `sft` keys, so nothing is trained; add some"
+        )
     stages = Stages(run)
     performer = stages.warm_start()
     table = stages.table("sft", performer, "val", run.ladder)

@@ -16,6 +16,7 @@ import tifffile
 from PIL import Image
 
 import rl.grpo
+import sft.train
 from tests.cli.conftest import ENVIRONMENT, ROOT, call, command, write_recipe
 
 POINT = {"accuracy", "ci95", "tokens", "flops", "flops_stage1", "latency_ms", "n"}
@@ -70,6 +71,14 @@ def test_warm_start_alone(tmp_path, slides):
     trained = (tmp_path / "run" / "sft" / "done.json").stat().st_mtime_ns
     assert call("sft/train.py", recipe).stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
     assert (tmp_path / "run" / "sft" / "done.json").stat().st_mtime_ns == trained
+
+
+def test_a_warm_start_without_training_is_refused(tmp_path, monkeypatch, capsys):
+    recipe = write_recipe(tmp_path, tmp_path, performer={"checkpoint": str(tmp_path)}, sft={})
+    monkeypatch.setattr(sys, "argv", command("sft/train.py", recipe)[3:])
+    with pytest.raises(SystemExit) as stopped:
+        sft.train.main()
+    assert stopped.value.code == 2 and "nothing is trained" in capsys.readouterr().err
 
 
 def test_second_call_trains_nothing(finished):
