@@ -7,15 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig
 from transformers import AutoConfig, AutoTokenizer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from envs.case import Case
-from models.performer import Performer, question_text
-from models.processor import SlideProcessor
+from models.performer import Performer, QwenPerformer, SlidePerformer, question_text
+from models.processor import SlideProcessor, ViewProcessor
+from models.qwen_vl import VISION_MARKS, QwenProcessor, QwenSight, freeze_vision, small_qwen
+from models.sight import Sight, TextSight
 from models.slide_vlm import SlideVLM, SlideVLMConfig
 from models.tokenizer import IMAGE_TOKEN, train_tokenizer
 from models.visual import FeatureBank
 from slides.errors import InputError
+
+FAMILIES = ("slide_vlm", "qwen_vl")
+LORA_TARGETS = r".*language_model\.layers.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
 @dataclass
@@ -23,16 +30,27 @@ class PerformerConfig:
     """The `performer` part of a recipe.
 
     Args:
+        family: "slide_vlm" (stored features, an aligner, any causal language model) or "qwen_vl" (Qwen2.5-VL, which
+            sees the image itself).
         checkpoint: folder that a run wrote, or that `Performer.save` wrote; nothing else is read then.
-        language_model: anything `AutoModelForCausalLM.from_pretrained` takes; null builds a small one from nothing.
-        layers, hidden, heads, kv_heads, ffn, vocab_size: shape of the small one (a Qwen2).
+        language_model: of slide_vlm: anything `AutoModelForCausalLM.from_pretrained` takes; null builds a small one.
+        pretrained: of qwen_vl: anything `from_pretrained` takes; null builds a small one from nothing.
+        freeze_vision: of qwen_vl: the vision tower is not trained, and sees each image and budget once.
+        lora: keys of peft's `LoraConfig`; the language model is trained through adapters, which are merged when a
+            stage ends. Null trains all its weights.
+        layers, hidden, heads, kv_heads, ffn, vocab_size: shape of the small language model (a Qwen2), and of the
+            small vision tower.
         aligner_width, aligner_dropout: see `SlideVLMConfig`.
         show_options: list a choice case's options after its prompt.
         system: system message.
     """
 
+    family: str = "slide_vlm"
     checkpoint: str | None = None
     language_model: str | None = None
+    pretrained: str | None = None
+    freeze_vision: bool = True
+    lora: dict[str, Any] | None = None
     layers: int = 3
     hidden: int = 128
     heads: int = 4
@@ -44,23 +62,112 @@ class PerformerConfig:
     show_options: bool = True
     system: str | None = None
 
+    def __post_init__(self) -> None:
+        if self.family not in FAMILIES:
+            raise InputError(f"performer.family: {self.family!r} is not known; known are {', '.join(FAMILIES)}")
+
 
 def build_performer(config: PerformerConfig, cases: list[Case], bank: FeatureBank, seed: int = 0) -> Performer:
     """Make the performer that a recipe describes; `cases` are the training cases (texts for a new tokenizer)."""
-    options: dict[str, Any] = {"show_options": config.show_options, "system": config.system}
     if config.checkpoint:
         if not (Path(config.checkpoint) / "config.json").is_file():
             raise InputError(
                 f"performer.checkpoint: {config.checkpoint} holds no config.json; name a folder that a run has written"
             )
-        performer = Performer.load(config.checkpoint, bank, **options)
-        if performer.model.config.feature_dim != bank.dim:
-            raise InputError(
-                f"performer.checkpoint: {config.checkpoint} reads features of width "
-                f"{performer.model.config.feature_dim}, the cases have {bank.dim}; use the encoder it was trained with"
-            )
-        return performer
+        return load_performer(config.checkpoint, config, bank)
     torch.manual_seed(seed)
+    if config.family == "qwen_vl":
+        return _build_qwen(config, cases, bank)
+    return _build_slide(config, cases, bank)
+
+
+def load_performer(folder: str | Path, config: PerformerConfig, bank: FeatureBank) -> Performer:
+    """Read a performer that `Performer.save` wrote.
+
+    Raises:
+        InputError: it reads features of another width than the cases have.
+    """
+    options: dict[str, Any] = {"show_options": config.show_options, "system": config.system}
+    if AutoConfig.from_pretrained(folder).model_type == "qwen2_5_vl":
+        return QwenPerformer.load(folder, bank, frozen=config.freeze_vision, **options)
+    performer = SlidePerformer.load(folder, bank, **options)
+    if performer.model.config.feature_dim != bank.dim:
+        raise InputError(
+            f"performer.checkpoint: {folder} reads features of width {performer.model.config.feature_dim}, the cases "
+            f"have {bank.dim}; use the encoder it was trained with"
+        )
+    return performer
+
+
+def make_sight(model: Any, processor: Any) -> Sight:
+    """How a model takes in images.
+
+    Raises:
+        InputError: a vision-language model of a family that is not known here.
+    """
+    if isinstance(processor, ViewProcessor):
+        return processor.sight
+    kind = model.config.model_type
+    if kind == "qwen2_5_vl":
+        return QwenSight(model.config.image_token_id, processor.image_processor)
+    if hasattr(model.config, "vision_config"):
+        raise InputError(
+            f"model: the family {kind} is not known here; known are {', '.join(FAMILIES)} and text models"
+        )
+    return TextSight()
+
+
+def lora_config(options: dict[str, Any] | None) -> LoraConfig | None:
+    """Adapters of the language model's projections; the vision tower and the head have none.
+
+    Raises:
+        InputError: an unknown key.
+    """
+    if options is None:
+        return None
+    defaults = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": LORA_TARGETS}
+    try:
+        return LoraConfig(task_type="CAUSAL_LM", **{**defaults, **options})
+    except TypeError as error:
+        raise InputError(f"performer.lora: {error}; its keys are those of peft's LoraConfig") from error
+
+
+def _small_text(config: PerformerConfig, tokenizer: Any, **more: Any) -> dict[str, Any]:
+    return {
+        "vocab_size": len(tokenizer),
+        "hidden_size": config.hidden,
+        "intermediate_size": config.ffn,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": False,
+        # The usual 0.02 is meant for widths in the thousands; here it would leave every layer near zero.
+        "initializer_range": config.hidden**-0.5,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+        **more,
+    }
+
+
+def _tokenizer_for(config: PerformerConfig, cases: list[Case]) -> Any:
+    texts = [t for c in cases for t in (question_text(c, config.show_options), c.answer, *(c.options or ()))]
+    return train_tokenizer(texts, config.vocab_size, VISION_MARKS if config.family == "qwen_vl" else ())
+
+
+def _build_qwen(config: PerformerConfig, cases: list[Case], bank: FeatureBank) -> QwenPerformer:
+    options: dict[str, Any] = {"show_options": config.show_options, "system": config.system}
+    if config.pretrained:
+        return QwenPerformer.load(config.pretrained, bank, frozen=config.freeze_vision, **options)
+    tokenizer = _tokenizer_for(config, cases)
+    model = small_qwen(tokenizer, _small_text(config, tokenizer))
+    if config.freeze_vision:
+        freeze_vision(model)
+    return QwenPerformer(model, QwenProcessor(Qwen2VLImageProcessorPil(), tokenizer), bank, **options)
+
+
+def _build_slide(config: PerformerConfig, cases: list[Case], bank: FeatureBank) -> SlidePerformer:
     shared: dict[str, Any] = {
         "feature_dim": bank.dim,
         "aligner_width": config.aligner_width,
@@ -72,29 +179,15 @@ def build_performer(config: PerformerConfig, cases: list[Case], bank: FeatureBan
         image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         model = SlideVLM.from_language_model(config.language_model, tokenizer, image_token_id=image_token_id, **shared)
     else:
-        texts = [t for c in cases for t in (question_text(c, config.show_options), c.answer, *(c.options or ()))]
-        tokenizer = train_tokenizer(texts, config.vocab_size)
-        text_config = AutoConfig.for_model(
-            "qwen2",
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden,
-            intermediate_size=config.ffn,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.kv_heads,
-            max_position_embeddings=4096,
-            tie_word_embeddings=False,
-            # The usual 0.02 is meant for widths in the thousands; here it would leave every layer near zero.
-            initializer_range=config.hidden**-0.5,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            bos_token_id=None,
-        )
+        tokenizer = _tokenizer_for(config, cases)
+        text_config = AutoConfig.for_model("qwen2", **_small_text(config, tokenizer))
         image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         model = SlideVLM(SlideVLMConfig(text_config=text_config, image_token_id=image_token_id, **shared))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    performer = Performer(model, SlideProcessor(tokenizer), bank, **options)
+    performer = SlidePerformer(
+        model, SlideProcessor(tokenizer), bank, show_options=config.show_options, system=config.system
+    )
     sources = list(dict.fromkeys(s for c in cases for s in performer.sources(c)))
     step = max(1, len(sources) // 256)
     rows = [bank.see(s, 16).rows for s in sources[::step]]

@@ -49,3 +49,43 @@ class DecoderShape:
         """FLOPs of forward and backward (3 forwards) over `tokens` in rows of mean `length`, with all logits."""
         forward = tokens * (self.per_token + 2.0 * self.hidden * self.vocab)
         return 3 * (forward + 2.0 * self.layers * tokens * length * self.hidden)
+
+
+@dataclass(frozen=True)
+class TowerShape:
+    """Shape of Qwen2.5-VL's vision tower (peers 2.3): most layers attend within windows, a few to the whole image."""
+
+    layers: int
+    full_layers: int
+    hidden: int
+    ffn: int
+    out: int
+    patch: int
+    window: int
+    merge: int
+
+    @classmethod
+    def from_config(cls, config: Any) -> TowerShape:
+        """Read the shape off a vision configuration."""
+        pixels = 3 * config.temporal_patch_size * config.patch_size**2
+        window = (config.window_size // config.patch_size) ** 2
+        full = len(config.fullatt_block_indexes)
+        return cls(
+            config.depth,
+            full,
+            config.hidden_size,
+            config.intermediate_size,
+            config.out_hidden_size,
+            pixels,
+            window,
+            config.spatial_merge_size**2,
+        )
+
+    def read(self, tokens: float) -> float:
+        """FLOPs to turn an image into `tokens` tokens of the language model, `merge` patches each."""
+        n, d = tokens * self.merge, self.hidden
+        layers = 2.0 * self.layers * n * (4 * d * d + 3 * d * self.ffn)
+        windowed = (self.layers - self.full_layers) * min(self.window, n)
+        attention = 4.0 * d * n * (windowed + self.full_layers * n)
+        wide = self.merge * d
+        return layers + attention + 2.0 * n * self.patch * d + 2.0 * tokens * (wide * wide + wide * self.out)

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 
 from envs.case import Case
-from models.cost import DecoderShape
-from models.processor import SlideProcessor
+from models.cost import DecoderShape, TowerShape
+from models.generation import generate
+from models.processor import SlideProcessor, ViewProcessor
+from models.qwen_vl import QwenProcessor, freeze_vision, load_qwen
+from models.sight import Prompt, View, read_prompt
 from models.slide_vlm import SlideVLM
-from models.visual import FeatureBank, VisualTokens
+from models.visual import FeatureBank
+from slides.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -44,47 +50,68 @@ def question_text(case: Case, show_options: bool) -> str:
     return case.prompt
 
 
-class Performer:
-    """A `SlideVLM` with its processor and the stored features that it reads.
+class Performer(ABC):
+    """A vision-language model with its processor and what its cases show.
 
     Args:
+        bank: stored features of the cases' images and slides.
         show_options: list a choice case's options after its prompt.
         system: system message, or None.
     """
 
     def __init__(
         self,
-        model: SlideVLM,
-        processor: SlideProcessor,
+        model: Any,
+        processor: ViewProcessor,
         bank: FeatureBank,
         show_options: bool = True,
         system: str | None = None,
     ):
         self.model, self.processor, self.bank = model, processor, bank
         self.show_options, self.system = show_options, system
+        # A prompt is rendered and tokenized once, however often its case is drawn.
+        self._ids = lru_cache(maxsize=8192)(self._read)
 
     @property
     def shape(self) -> DecoderShape:
         """Shape of the language model, for the cost formula."""
-        return DecoderShape.from_config(self.model.config.text_config)
+        return DecoderShape.from_config(self.model.config.get_text_config())
+
+    def seeing(self, visual: int) -> float:
+        """FLOPs of turning an image into `visual` tokens of the language model, beyond what is stored."""
+        return 0.0
+
+    @abstractmethod
+    def view(self, source: str, budget: int) -> View:
+        """What is shown of an image or slide at a budget of at least 1 token."""
 
     def sources(self, case: Case) -> tuple[str, ...]:
         """Images and slides of a case, in order."""
         return (*case.images, *case.slides)
 
-    def see(self, case: Case, budget: int) -> list[VisualTokens]:
-        """Visual tokens of a case, at most `budget` in all; its images share the budget equally. 0 shows nothing."""
+    def see(self, case: Case, budget: int) -> list[View]:
+        """Views of a case, at most `budget` tokens in all; its images share the budget equally. 0 shows nothing."""
         sources = self.sources(case)
         if budget == 0 or not sources:
             return []
-        return [self.bank.see(s, max(1, budget // len(sources))) for s in sources]
+        return [self.view(s, max(1, budget // len(sources))) for s in sources]
 
-    def messages(self, case: Case, visual: Sequence[VisualTokens] = ()) -> list[dict]:
+    def messages(self, case: Case, visual: Sequence[View] = ()) -> list[dict]:
         """Conversation that puts the question; images come before the text."""
         parts: list[dict] = [{"type": "image", "image": v} for v in visual]
         system = [{"role": "system", "content": self.system}] if self.system else []
         parts.append({"type": "text", "text": question_text(case, self.show_options)})
         return [*system, {"role": "user", "content": parts}]
+
+    def prompt(self, case: Case, budget: int) -> Prompt:
+        """The prompt of a case at a budget."""
+        views = self.see(case, budget)
+        ids, positions = self._ids(_Question(case, self.messages(case, views), tuple(map(_shape, views))))
+        return Prompt(ids, tuple(views), positions)
+
+    def _read(self, question: _Question) -> tuple[torch.Tensor, torch.Tensor]:
+        read = read_prompt(self.processor, self.processor.sight, question.messages)
+        return read.ids, read.positions
 
     @torch.no_grad()
     def answer(
@@ -96,42 +123,106 @@ class Performer:
         order = sorted(range(len(cases)), key=lambda i: (budgets[i], len(cases[i].prompt)))
         answers: list[Answer | None] = [None] * len(cases)
         tokenizer = self.processor.tokenizer
-        device = self.model.get_input_embeddings().weight.device
+        greedy = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=self.model.generation_config.eos_token_id or tokenizer.eos_token_id,
+            suppress_tokens=[self.processor.image_token_id],
+        )
         for at in range(0, len(order), batch_size):
             chunk = order[at : at + batch_size]
             start = time.perf_counter()
-            seen = [self.see(cases[i], budgets[i]) for i in chunk]
-            text = [
-                self.processor.apply_chat_template(self.messages(cases[i], v), add_generation_prompt=True)
-                for i, v in zip(chunk, seen, strict=True)
-            ]
-            images = seen if any(seen) else None
-            inputs = self.processor(images=images, text=text, padding=True, return_tensors="pt").to(device)
-            out = self.model.generate(
-                **inputs,
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                suppress_tokens=[self.processor.image_token_id],
-            )[:, inputs["input_ids"].shape[1] :]
+            prompts = [self.prompt(cases[i], budgets[i]) for i in chunk]
+            written = generate(
+                self.model,
+                self.processor.sight,
+                prompts,
+                [1] * len(chunk),
+                greedy,
+            )
             seconds = (time.perf_counter() - start) / len(chunk)
-            lengths = inputs["attention_mask"].sum(1).tolist()
-            for i, visual, length, ids in zip(chunk, seen, lengths, out.tolist(), strict=True):
-                end = ids.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in ids else len(ids)
-                shown = sum(len(v) for v in visual)
-                completion = tokenizer.decode(ids[:end], skip_special_tokens=True)
-                answers[i] = Answer(completion, shown, int(length) - shown, end, seconds)
+            for i, prompt, ids in zip(chunk, prompts, written, strict=True):
+                shown = sum(map(len, prompt.views))
+                completion = tokenizer.decode(ids, skip_special_tokens=True)
+                answers[i] = Answer(completion, shown, len(prompt) - shown, len(ids), seconds)
         self.model.train(was_training)
         return [a for a in answers if a is not None]
 
     def save(self, folder: str | Path) -> None:
-        """Write model (safetensors), tokenizer and processor to a folder that `load` reads."""
+        """Write model (safetensors), tokenizer and processor to a folder that `load_performer` reads."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
 
+
+class SlidePerformer(Performer):
+    """A `SlideVLM`: it is shown stored features, pooled to the budget."""
+
+    def view(self, source: str, budget: int) -> View:
+        return self.bank.see(source, budget)
+
+    def seeing(self, visual: int) -> float:
+        aligner = self.model.model.aligner
+        return 2.0 * visual * sum(p.numel() for p in aligner.parameters() if p.ndim == 2)
+
     @classmethod
-    def load(cls, folder: str | Path, bank: FeatureBank, **options: Any) -> Performer:
+    def load(cls, folder: str | Path, bank: FeatureBank, **options: Any) -> SlidePerformer:
         """Read what `save` wrote."""
         model = SlideVLM.from_pretrained(folder)
         return cls(model, SlideProcessor(AutoTokenizer.from_pretrained(folder)), bank, **options)
+
+
+class QwenPerformer(Performer):
+    """A Qwen2.5-VL: it is shown the image itself, resized to the budget."""
+
+    processor: QwenProcessor
+
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        # Views remember features and patches: some hundreds of them at 1,024 tokens are a few GB.
+        self._view = lru_cache(maxsize=256)(self.processor.sight.view_at)
+
+    def view(self, source: str, budget: int) -> View:
+        return self._view(source, budget)
+
+    def see(self, case: Case, budget: int) -> list[View]:
+        if case.slides:
+            raise InputError(
+                f"case {case.id}: it shows slides, and qwen_vl reads images; use performer.family slide_vlm, or cut "
+                "fields of view from the slides"
+            )
+        return super().see(case, budget)
+
+    def seeing(self, visual: int) -> float:
+        return TowerShape.from_config(self.model.config.vision_config).read(visual)
+
+    @classmethod
+    def load(cls, folder: str | Path, bank: FeatureBank, frozen: bool = True, **options: Any) -> QwenPerformer:
+        """From a folder that `save` wrote, or anything that `from_pretrained` takes.
+
+        Args:
+            frozen: leave the vision tower as it is.
+        """
+        model = load_qwen(folder)
+        if frozen:
+            freeze_vision(model)
+        return cls(model, QwenProcessor.load(folder), bank, **options)
+
+
+@dataclass(frozen=True)
+class _Question:
+    """Key of a rendered prompt: messages depend on the case and on how many tokens, in what grid, are shown."""
+
+    case: Case
+    messages: list[dict]
+    shapes: tuple[Any, ...]
+
+    def __hash__(self) -> int:
+        return hash((self.case.id, self.shapes))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Question) and (self.case.id, self.shapes) == (other.case.id, other.shapes)
+
+
+def _shape(view: Any) -> tuple[int, ...]:
+    return getattr(view, "grid", (len(view),))

@@ -1,4 +1,4 @@
-"""Text and visual tokens of a conversation as model inputs, without torchvision."""
+"""Text and views of a conversation as model inputs, without torchvision."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from typing import Any
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
+from models.sight import Sight, SlideSight, images_of
 from models.tokenizer import IMAGE_TOKEN
 
 
-class SlideProcessor(ProcessorMixin):
-    """Processor of `SlideVLM`: an image is a `VisualTokens`; its place in the text takes one image token per row.
+class ViewProcessor(ProcessorMixin):
+    """Lays out views in texts: the place of an image takes one image token for each of its visual tokens.
 
     The tokenizer's chat template sees plain strings, so that the template of any text model serves.
     """
 
-    attributes = ("tokenizer",)
-    tokenizer_class = "AutoTokenizer"
-
-    def __init__(self, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any):
-        self.image_token = IMAGE_TOKEN
-        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template, **kwargs)
+    sight: Sight
+    image_token = IMAGE_TOKEN
+    image_text = IMAGE_TOKEN
+    """What an image becomes in a text, the image token among it."""
 
     def __call__(
         self,
@@ -32,33 +30,31 @@ class SlideProcessor(ProcessorMixin):
         padding: bool = False,
         **kwargs: Any,
     ) -> BatchFeature:
-        """Tokenize texts and lay out their visual tokens.
+        """Tokenize texts and lay out their views.
 
         Args:
-            images: `VisualTokens`, a list of them, or a list of lists (one a text).
+            images: what `sight.view` takes, a list of them, or a list of lists (one a text).
             text: conversation texts with one image token per image.
 
         Returns:
-            `input_ids`, `attention_mask` and, with images, `pixel_values` (rows of all images, d + 3) and
-            `image_grid_thw` (images, 3) whose product is the row count of each image.
+            `input_ids`, `attention_mask`, what `sight.fields` gives and, if the family wants them,
+            `mm_token_type_ids` (1 for an image token).
         """
         texts = [text] if isinstance(text, str) else list(text or [])
-        visual = {}
+        visual: dict[str, torch.Tensor] = {}
         if images is not None:
-            flat = [i for group in _listed(images) for i in _listed(group)]
+            views = [self.sight.view(i) for group in _listed(images) for i in _listed(group) if i is not None]
             expected = sum(t.count(self.image_token) for t in texts)
-            if expected != len(flat):
-                raise ValueError(f"{len(flat)} images for {expected} image places in {len(texts)} texts")
-            if flat:
-                visual = {
-                    "pixel_values": torch.cat([i.rows for i in flat]),
-                    "image_grid_thw": torch.tensor([[1, 1, len(i)] for i in flat]),
-                }
-            counts = iter(len(i) for i in flat)
+            if expected != len(views):
+                raise ValueError(f"{len(views)} images for {expected} image places in {len(texts)} texts")
+            visual = self.sight.fields(views)
+            counts = iter(len(v) for v in views)
             texts = [_expand(t, self.image_token, counts) for t in texts]
         passed = {k: v for k, v in kwargs.items() if k in ("padding_side", "max_length", "truncation")}
         out = self.tokenizer(texts, padding=padding, return_tensors=return_tensors, add_special_tokens=False, **passed)
         out.pop("token_type_ids", None)
+        if self.sight.typed_tokens:
+            out["mm_token_type_ids"] = token_types(out["input_ids"], self.image_token_id)
         return BatchFeature({**out, **visual}, tensor_type=None)
 
     def apply_chat_template(
@@ -84,23 +80,33 @@ class SlideProcessor(ProcessorMixin):
         ]
         if not tokenize:
             return texts[0] if single else texts
-        images = [
-            [
-                part["image"]
-                for m in messages
-                if not isinstance(m["content"], str)
-                for part in m["content"]
-                if part["type"] == "image"
-            ]
-            for messages in conversations
-        ]
+        images = [images_of(messages) for messages in conversations]
         out = self(images=images if any(images) else None, text=texts)
         return out if return_dict else out["input_ids"]
 
     def _flatten(self, content: str | list[dict]) -> str:
         if isinstance(content, str):
             return content
-        return "".join(self.image_token if part["type"] == "image" else part["text"] for part in content)
+        return "".join(self.image_text if part["type"] == "image" else part["text"] for part in content)
+
+
+class SlideProcessor(ViewProcessor):
+    """Processor of `SlideVLM`: an image is a `VisualTokens`."""
+
+    attributes = ("tokenizer",)
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any):
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        self.sight = SlideSight(self.image_token_id)
+        super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template, **kwargs)
+
+
+def token_types(ids: Any, image_token_id: int | None) -> Any:
+    """1 for an image token, else 0: of a tensor, or of lists of token ids."""
+    if isinstance(ids, torch.Tensor):
+        return (ids == image_token_id).long()
+    return [[int(t == image_token_id) for t in row] for row in ids]
 
 
 def _listed(value: Any) -> list:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -15,12 +15,18 @@ CHAT_TEMPLATE = (
 )
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 2048) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE that covers any text; the answer tags are single tokens that survive decoding."""
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int = 2048, special: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE that covers any text; the answer tags are single tokens that survive decoding.
+
+    Args:
+        special: further tokens that decoding leaves out.
+    """
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", IMAGE_TOKEN, *special]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     bpe.train_from_iterator(
         sorted(set(texts)),

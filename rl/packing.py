@@ -1,32 +1,36 @@
-"""Packed rows that hold a prompt once and its G completions after it: pure functions of tensors.
+"""Packed rows that hold a prompt once and its completions after it: pure functions of tensors.
 
 A row is `[prompt without its last token] + G x [last prompt token, completion]`. Repeating the last prompt token lets
 every suffix predict its own first completion token; it costs G tokens. A suffix sees the prefix and itself, and its
-positions go on from the prefix, so that log-probabilities are those of G separate rows.
+positions go on from the prompt's, so that log-probabilities are those of G separate rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """Packed rows of b groups, right-padded to T tokens.
+    """Packed rows of b prompts, right-padded to T tokens.
 
     Args:
-        input_ids, position_ids, labels: (b, T); labels are -100 outside the completions.
-        mask: (b, 1, T, T) bool, True where a query may look.
-        source: (b, T) index of the completion token in the flattened (b * G, C) completions, -1 elsewhere.
+        input_ids, labels: (b, T); labels are -100 outside the completions.
+        position_ids: (b, T), or (3, b, T) for multimodal RoPE.
+        segment: (b, T) 0 for a prefix, 1..G for its suffixes, -1 for padding.
+        source: (b, T) index of the completion token in the flattened (rows, C) completions, -1 elsewhere.
     """
 
     input_ids: torch.Tensor
     position_ids: torch.Tensor
     labels: torch.Tensor
-    mask: torch.Tensor
+    segment: torch.Tensor
     source: torch.Tensor
 
     def scatter(self, values: torch.Tensor, rows: int, width: int) -> torch.Tensor:
@@ -37,45 +41,55 @@ class PackedBatch:
 
 
 def pack(
-    prompts: Sequence[torch.Tensor], completions: torch.Tensor, valid: torch.Tensor, pad_token_id: int
+    prompts: Sequence[torch.Tensor],
+    positions: Sequence[torch.Tensor],
+    groups: Sequence[Sequence[int]],
+    completions: torch.Tensor,
+    valid: torch.Tensor,
+    pad_token_id: int,
 ) -> PackedBatch:
-    """Pack b groups.
+    """Pack b prompts with their completions.
 
     Args:
         prompts: b prompts, each (P_i,), without padding.
-        completions: (b * G, C) token ids, the G completions of a prompt side by side.
-        valid: (b * G, C) bool, True up to the end of a completion.
+        positions: of the prompts, each (R, P_i); R is 1, or 3 for multimodal RoPE.
+        groups: for each prompt the rows of its completions.
+        completions: (rows, C) token ids.
+        valid: (rows, C) bool, True for the tokens of a completion.
     """
-    count, width = completions.shape
-    group = count // len(prompts)
-    rows = []
-    for g, prompt in enumerate(prompts):
-        n = len(prompt) - 1
-        ids, place, segment, source = [prompt[:-1]], [torch.arange(n)], [torch.zeros(n, dtype=torch.long)], []
-        source.append(torch.full((n,), -1))
-        for i in range(g * group, (g + 1) * group):
-            kept = valid[i].nonzero()[:, 0].cpu()
-            ids += [prompt[-1:], completions[i, kept]]
-            place.append(n + torch.arange(len(kept) + 1))
-            segment.append(torch.full((len(kept) + 1,), i - g * group + 1))
-            source += [torch.tensor([-1]), i * width + kept]
-        rows.append((torch.cat(ids), torch.cat(place), torch.cat(segment), torch.cat(source)))
-    length = max(len(r[0]) for r in rows)
-    device = completions.device
-    ids = torch.full((len(rows), length), pad_token_id, device=device)
-    place = torch.zeros(len(rows), length, dtype=torch.long)
-    segment = torch.full((len(rows), length), -1)
-    source = torch.full((len(rows), length), -1)
-    for r, (tokens, positions, segments, sources) in enumerate(rows):
-        t = len(tokens)
-        ids[r, :t], place[r, :t], segment[r, :t], source[r, :t] = tokens, positions, segments, sources
-    segment, source = segment.to(device), source.to(device)
+    device, width = completions.device, completions.shape[1]
+    kept = valid.cpu()
+    columns: dict[str, list[torch.Tensor]] = {"ids": [], "place": [], "segment": [], "source": []}
+    for prompt, place, rows in zip(prompts, positions, groups, strict=True):
+        prompt, place = prompt.to(device), place.cpu()
+        n, after = len(prompt) - 1, int(place.max()) + 1
+        here = [kept[row].nonzero()[:, 0] for row in rows]
+        suffixes = [
+            torch.cat([prompt[-1:], completions[row, k.to(device)]]) for row, k in zip(rows, here, strict=True)
+        ]
+        columns["ids"].append(torch.cat([prompt[:-1], *suffixes]))
+        steps = [torch.cat([place[:, -1:], (after + torch.arange(len(k))).expand(len(place), -1)], 1) for k in here]
+        # Sequence first, so that rows of different length can be padded.
+        columns["place"].append(torch.cat([place[:, :-1], *steps], 1).T)
+        lengths = torch.tensor([n, *(len(k) + 1 for k in here)])
+        columns["segment"].append(torch.arange(len(lengths)).repeat_interleave(lengths))
+        last = torch.tensor([-1])
+        columns["source"].append(
+            torch.cat(
+                [last.expand(n), *(x for row, k in zip(rows, here, strict=True) for x in (last, row * width + k))]
+            )
+        )
+    fill = {"ids": pad_token_id, "place": 0, "segment": -1, "source": -1}
+    ids, place, segment, source = (
+        pad_sequence(columns[k], batch_first=True, padding_value=fill[k]).to(device) for k in columns
+    )
+    place = place.permute(2, 0, 1)
     labels = ids.masked_fill(source < 0, -100)
-    return PackedBatch(ids, place.to(device), labels, block_mask(segment), source)
+    return PackedBatch(ids, place[0] if len(place) == 1 else place, labels, segment, source)
 
 
 def block_mask(segment: torch.Tensor) -> torch.Tensor:
-    """Mask (b, 1, T, T) from segments (b, T): 0 prefix, 1..G suffixes, -1 padding, which sees only itself."""
+    """Mask (b, 1, T, T), True where a query may look, from segments (b, T); padding sees only itself."""
     query, key = segment[:, :, None], segment[:, None, :]
     length = segment.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
@@ -83,16 +97,64 @@ def block_mask(segment: torch.Tensor) -> torch.Tensor:
     return ((causal & (query >= 0) & ((key == 0) | (key == query))) | diagonal)[:, None]
 
 
-def by_length(lengths: Sequence[int], waste: float = 0.25, cap: int | None = None) -> Iterator[list[int]]:
-    """Indices in batches of like length: padding stays under `waste` of a batch, a batch under `cap` items."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+def flex_mask(segment: torch.Tensor) -> Any:
+    """The same as a `BlockMask` of FlexAttention, which skips blocks where nothing may look."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def allowed(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        own, seen = segment[b, q], segment[b, k]
+        return ((q >= k) & (own >= 0) & ((seen == 0) | (seen == own))) | (q == k)
+
+    count, length = segment.shape
+    return create_block_mask(allowed, count, None, length, length, device=str(segment.device))
+
+
+def attention_mask(segment: torch.Tensor, implementation: str, dtype: torch.dtype) -> Any:
+    """The mask in the form that an attention implementation of transformers takes.
+
+    Raises:
+        ValueError: the implementation takes no mask of blocks.
+    """
+    check_attention(implementation)
+    if implementation == "flex_attention":
+        return flex_mask(segment)
+    mask = block_mask(segment)
+    if implementation == "sdpa":
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def check_attention(implementation: str) -> None:
+    """Refuse an attention implementation that cannot keep the completions of a prompt apart.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    if implementation not in ("sdpa", "eager", "flex_attention"):
+        raise ValueError(
+            f"attn_implementation {implementation!r} takes no block mask, which a shared prompt needs: load the model "
+            "with 'sdpa' or 'flex_attention', or set shared_prefix to false"
+        )
+
+
+def chunks(sizes: Sequence[int], limit: int | None) -> list[list[int]]:
+    """Indices in order, cut so that the sizes of a chunk sum to `limit` at most; one that is larger stands alone."""
+    if limit is None:
+        return [list(range(len(sizes)))]
+    out: list[list[int]] = []
+    totals = list(accumulate(sizes))
     start = 0
-    while start < len(order):
-        longest, real, end = lengths[order[start]], 0, start
-        while end < len(order) and (cap is None or end - start < cap):
-            grown = real + lengths[order[end]]
-            if grown < (1 - waste) * longest * (end + 1 - start):
-                break
-            real, end = grown, end + 1
-        yield order[start:end]
-        start = end
+    for i in range(len(sizes)):
+        if not out or totals[i] - start > limit:
+            out.append([])
+            start = totals[i] - sizes[i]
+        out[-1].append(i)
+    return out
+
+
+def groups_of(index: Sequence[int]) -> list[list[int]]:
+    """Rows of each prompt, from the prompt's index of every row, in the order of their first rows."""
+    rows: dict[int, list[int]] = {}
+    for row, prompt in enumerate(index):
+        rows.setdefault(prompt, []).append(row)
+    return list(rows.values())

@@ -54,7 +54,6 @@ class Evaluation:
         self.val = stages.table("grpo", performer, "val")
         self.bootstrap = Bootstrap(self.test.patients, run.evaluation.bootstrap, run.grpo.seed)
         self.shape = performer.shape
-        self.aligner_flops = _aligner_flops(performer)
         self.stage1 = fitted.allocator.flops
         self.rung_cost = np.array(stages.rung_cost(performer))
         self.latency, self.look_ms = self._latency()
@@ -62,8 +61,8 @@ class Evaluation:
         self.values = predict(fitted.allocator, *look(stages.splits["test"]))
 
     def flops(self, table: ScoreTable) -> np.ndarray:
-        """FLOPs (N, K) of every answer, aligner included."""
-        return table.flops(self.shape) + self.aligner_flops * table.visual
+        """FLOPs (N, K) of every answer, aligner or vision tower included."""
+        return table.flops(self.shape) + np.vectorize(self.performer.seeing, otypes=[float])(table.visual)
 
     def static(self, table: ScoreTable) -> list[Point]:
         """A point for each budget of the ladder."""
@@ -255,11 +254,6 @@ class Evaluation:
             predict(self.fitted.allocator, *look([case]))
             times.append(1000 * (time.perf_counter() - start))
         return milliseconds, float(np.median(times))
-
-
-def _aligner_flops(performer: Performer) -> float:
-    """FLOPs of the aligner for one visual token."""
-    return 2.0 * sum(p.numel() for p in performer.model.model.aligner.parameters() if p.ndim == 2)
 
 
 def evaluate(stages: Stages, performer: Performer, start: ValueAllocator) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from trl import TrlParser
 
 from models.build import PerformerConfig
-from rl.trainer import FrugalConfig
+from rl.config import FrugalConfig
 from slides.errors import InputError
 
 T = TypeVar("T")

@@ -15,18 +15,18 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from models.allocator import AllocatorConfig, CheapLook, ValueAllocator
-from models.build import build_performer
+from models.build import build_performer, load_performer, lora_config
 from models.performer import Performer
 from models.visual import FeatureBank
 from rl.allocation import AllocatorLearner
 from rl.checkpoints import MarkWhole, is_done, last_whole, mark_done
 from rl.guards import CollapseGuard
+from rl.joint import FrugalTrainer
 from rl.prepare import load_cases, load_features, load_rewards
 from rl.recipe import Run
 from rl.scoring import SHAPING, Scorer, case_columns, extra_columns
 from rl.table import ScoreTable, score_table
-from rl.trainer import FrugalTrainer
-from sft.warm_start import sft_config, train_sft
+from sft.warm_start import merged, sft_config, train_sft
 
 logger = logging.getLogger(__name__)
 
@@ -107,12 +107,15 @@ class Stages:
             train_dataset=Dataset.from_list(rows),
             processing_class=performer.processor,
             callbacks=[guard, MarkWhole()],
+            peft_config=lora_config(self.run.performer.lora),
             performer=performer,
             cases=train,
             learner=learner,
             score_weights=[0.0 if r.__name__ in SHAPING else r.weight for r in self.rewards],
         )
         trainer.train(resume_from_checkpoint=last_whole(folder))
+        if self.run.performer.lora is not None:
+            performer.model = merged(trainer)
         self._finish(folder, parts, performer, trainer, allocator=allocator, warnings=guard.warnings)
         return self._load("grpo"), allocator
 
@@ -134,17 +137,10 @@ class Stages:
         """FLOPs of an answer at every rung, the largest = 1, for the mean training question."""
         sample = self.splits["train"][:: max(1, len(self.splits["train"]) // 100)]
         tokenizer = performer.processor.tokenizer
-        prompt = [
-            len(
-                tokenizer(performer.processor.apply_chat_template(performer.messages(c), add_generation_prompt=True))[
-                    "input_ids"
-                ]
-            )
-            for c in sample
-        ]
+        prompt = [len(performer.prompt(c, 0)) for c in sample]
         answer = [len(tokenizer(c.answer)["input_ids"]) + 5 for c in sample]
         text, written = sum(prompt) / len(prompt), sum(answer) / len(answer)
-        flops = [performer.shape.answer(b, text, written) for b in self.run.ladder]
+        flops = [performer.shape.answer(b, text, written) + performer.seeing(b) for b in self.run.ladder]
         return [f / flops[-1] for f in flops]
 
     def _new_allocator(self, performer: Performer) -> ValueAllocator:
@@ -170,7 +166,14 @@ class Stages:
         text_only = options.pop("text_only", 0.05)
         args = sft_config(folder, options, self.run.grpo.seed)
         trainer = train_sft(
-            performer, self.splits["train"], self.run.ladder, args, text_only, [MarkWhole()], last_whole(folder)
+            performer,
+            self.splits["train"],
+            self.run.ladder,
+            args,
+            text_only,
+            [MarkWhole()],
+            last_whole(folder),
+            lora_config(self.run.performer.lora),
         )
         self._finish(folder, parts, performer, trainer)
         return self._load(name)
@@ -188,8 +191,7 @@ class Stages:
         state.wait_for_everyone()
 
     def _load(self, name: str) -> Performer:
-        options = {"show_options": self.run.performer.show_options, "system": self.run.performer.system}
-        return Performer.load(self.run.folder / name, self.bank, **options)
+        return load_performer(self.run.folder / name, self.run.performer, self.bank)
 
     def _sft_parts(self, changed: dict[str, Any]) -> dict[str, Any]:
         run = self.run

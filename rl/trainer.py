@@ -1,149 +1,209 @@
-"""The overrides of TRL's GRPOTrainer: budgets drawn by the allocator, two policies from one set of rollouts.
+"""GRPO that does each piece of work once: the overrides of TRL's GRPOTrainer.
 
-Every image is drawn with M budgets and G completions each. A block of G rows shares image and budget and is TRL's
-advantage group; the allocator learns from the block's mean score.
+`GroupTrainer` takes the place of `GRPOTrainer` for Qwen2.5-VL, slide_vlm and text models, with the same arguments and
+the same results.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import gather
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOTrainer
+from trl.data_utils import prepare_multimodal_messages
 from trl.models import unwrap_model_for_generation
-from trl.trainer.utils import (
-    RepeatSampler,
-    pad,
-    split_pixel_values_by_grid,
-    split_tensor_dict,
-    unsplit_pixel_values_by_grid,
-)
+from trl.models.utils import disable_gradient_checkpointing
+from trl.trainer.utils import split_tensor_dict
 
-from envs.case import Case
-from models.performer import Performer
-from rewards.registry import gold_completion
-from rl.allocation import AllocatorLearner
-from rl.packing import by_length, pack
-from slides.errors import InputError
+from models.build import make_sight
+from models.feature_cache import FeatureCache
+from models.generation import by_length, generate, to_device
+from models.processor import token_types
+from models.sight import Prompt, read_prompt
+from rl.packing import attention_mask as packed_mask
+from rl.packing import check_attention, chunks, groups_of, pack
 
 
-@dataclass
-class FrugalConfig(GRPOConfig):
-    """`GRPOConfig` with the budgets of the joint step.
+class GroupTrainer(GRPOTrainer):
+    """`GRPOTrainer` that reads, sees and prefills each prompt once for all its completions.
 
     Args:
-        budgets_per_image: M, budgets drawn for each image in a joint step; each gets `num_generations` completions.
-        shared_prefix: log-probabilities from one packed row for a prompt and its G completions.
-        prefill_once: generation reads each prompt once and expands its cache to the G completions.
-        gold_rollout: the last of the G completions is the gold answer and not a sample (mixed-policy GRPO: Yan et al.
-            2025, LUFFY, section 3), so that a group of wrong answers still learns what is right. Rewards in the log
-            count it; the allocator's score does not.
-        disable_dropout: as in TRL, but on: with it the rollouts come from the policy that is updated.
+        args: TRL's own, with `args` a `GroupConfig`, whose switches turn the shortcuts off one by one.
     """
 
-    budgets_per_image: int = field(default=4, metadata={"help": "budgets (M) drawn for each image in a joint step"})
-    shared_prefix: bool = field(default=True, metadata={"help": "one packed row for a prompt and its G completions"})
-    prefill_once: bool = field(default=True, metadata={"help": "generation reads each prompt once, not G times"})
-    gold_rollout: bool = field(default=False, metadata={"help": "the last of the G completions is the gold answer"})
-    disable_dropout: bool = field(default=True, metadata={"help": "no dropout in rollouts and updates"})
-
-    def __post_init__(self) -> None:
-        # Otherwise several processes without an accelerator would not know of each other.
-        if not torch.accelerator.is_available():
-            self.use_cpu = True
-        super().__post_init__()
-        block = self.budgets_per_image * self.num_generations
-        local = self.per_device_train_batch_size * self.steps_per_generation
-        if local % block:
-            raise ValueError(
-                f"per_device_train_batch_size x steps_per_generation = {local} completions a process, but an image "
-                f"takes budgets_per_image x num_generations = {self.budgets_per_image} x {self.num_generations} = "
-                f"{block}; make the first a multiple of {block}"
-            )
-
-
-class FrugalTrainer(GRPOTrainer):
-    """GRPO of performer and allocator.
-
-    Args:
-        performer: what sees and answers; its model is trained.
-        cases: the training cases, by the `index` column of the training set.
-        learner: the allocator with its optimizer.
-        score_weights: weight of each reward in the score that the allocator learns from (0 for shaping rewards).
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        performer: Performer,
-        cases: Sequence[Case],
-        learner: AllocatorLearner,
-        score_weights: Sequence[float],
-        **kwargs: Any,
-    ):
-        self.performer, self.cases, self.learner = performer, cases, learner
-        self._parameters = performer.model.num_parameters(exclude_embeddings=True)
-        self._flops = 0
-        self._buffered_inputs: list[dict[str, Any]] | None
+    def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
-        if self.args.gold_rollout:
-            self._check_gold()
-        self.score_weights = torch.tensor(score_weights, dtype=torch.float32)
+        if self.tools or self.rollout_func is not None or self.environment_factories is not None:
+            raise ValueError("tools, environments and rollout_func make prompts of their own; use TRL's GRPOTrainer")
+        own = self.accelerator.unwrap_model(self.model)
+        self.sight = make_sight(own, self.processing_class)
+        self.sight.configure(own, self.args.see_once, self._vision_cache(), self.accelerator.autocast)
+        self._attention = own.config.get_text_config()._attn_implementation
+        if self.args.shared_prefix:
+            check_attention(self._attention)
+        if self.args.prefetch_images and self.args.dataloader_num_workers == 0:
+            self.data_collator = self._prefetch
+        counts = [p.numel() for n, p in own.named_parameters() if "visual" not in n and "embed_tokens" not in n]
+        trained = [p.numel() for n, p in own.named_parameters() if "visual" not in n and p.requires_grad]
+        self._parameters, self._trained = sum(counts), min(1.0, sum(trained) / sum(counts))
+        self._flops = 0.0
+        self._prompts: list[Prompt] = []
+        self._rows: list[int] = []
+        self._inputs: list[dict[str, Any]] = []
+        self._defer_old = False
+        self._fresh = torch.zeros(0)
+        """Log-probabilities of the last pass."""
+        self._buffered_inputs: list[dict[str, Any]] | None
 
-    def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
-        block = self.args.budgets_per_image * self.num_generations
-        return RepeatSampler(
-            dataset if dataset is not None else self.train_dataset,
-            mini_repeat_count=block,
-            batch_size=self.args.generation_batch_size // block,
-            repeat_count=self.num_iterations * self.args.steps_per_generation,
-            shuffle=self.shuffle_dataset,
-            seed=self.args.seed,
-        )
+    def _vision_cache(self) -> FeatureCache | None:
+        if self.args.vision_cache is None:
+            return None
+        kept = self.args.vision_cache_dtype
+        dtype = getattr(torch, kept) if kept else None
+        return FeatureCache(self.args.vision_cache, self.args.vision_cache_gb, dtype)
+
+    # Prompts: made once for all rows that share them.
+
+    def _with_views(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows with their images as `views`; equal rows side by side share theirs."""
+        out: list[dict[str, Any]] = []
+        for row in rows:
+            before = rows[len(out) - 1] if out else None
+            if before is not None and all(_same(row.get(k), before.get(k)) for k in ("prompt", "image", "images")):
+                views, prompt = out[-1]["views"], out[-1]["prompt"]
+            else:
+                single = [] if row.get("image") is None else [row["image"]]
+                views = [self.sight.view(i) for i in row.get("images") or single]
+                prompt = prepare_multimodal_messages(row["prompt"], images=views) if views else row["prompt"]
+            out.append({**row, "views": views, "prompt": prompt})
+        return out
+
+    def _prefetch(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Collator: the next batch's images are made ready while this one is trained on."""
+        rows = self._with_views(rows)
+        self.sight.prefetch([v for row in rows for v in row["views"]])
+        return rows
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list, None, dict]:
+        # Rows of one prompt hold the same object, also after TRL's deep copy.
+        options = {**self.chat_template_kwargs}
+        if self.chat_template is not None:
+            options["chat_template"] = self.chat_template
+        index: dict[int, int] = {}
+        self._prompts, self._rows = [], []
+        for prompt in prompts:
+            if id(prompt) not in index:
+                index[id(prompt)] = len(self._prompts)
+                self._prompts.append(read_prompt(self.processing_class, self.sight, prompt, **options))
+            self._rows.append(index[id(prompt)])
+        ids = [p.ids.tolist() for p in self._prompts]
+        return [ids[i] for i in self._rows], None, {}
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if self.model.training:
-            block = self.args.budgets_per_image * self.num_generations
-            cases = [self.cases[row["index"]] for row in inputs[::block]]
-            self._drawn = self.learner.draw(cases, self.args.budgets_per_image)
-            rungs = self._drawn.rungs.flatten().repeat_interleave(self.num_generations).tolist()
-        else:
-            rungs = [len(self.learner.ladder) - 1] * len(inputs)
-        if self.args.gold_rollout:
-            self._gold = [self._gold_ids(self.cases[row["index"]]) for row in inputs[:: self.num_generations]]
-        rows = []
-        for row, rung in zip(inputs, rungs, strict=True):
-            case, budget = self.cases[row["index"]], self.learner.ladder[rung]
-            seen = self.performer.see(case, budget)
-            extra = {"budget": budget, "tokens": sum(map(len, seen)), "max_budget": self.learner.ladder[-1]}
-            rows.append({**row, **extra, "prompt": self.performer.messages(case, seen)})
-        output = super()._generate_and_score_completions(rows)
-        passes = sum(key in output for key in ("old_per_token_logps", "ref_per_token_logps"))
-        tokens = self._tokens(output, self.args.prefill_once) + passes * self._tokens(output)
-        self._flops += 2 * self._parameters * tokens
-        return output
+        self._inputs = inputs if "views" in inputs[0] else self._with_views(inputs)
+        left_out = ("views", "image", "images")
+        every = self.args.steps_per_generation * self.num_iterations
+        corrected = self.use_vllm and self.vllm_importance_sampling_correction
+        aligned = every % self.args.gradient_accumulation_steps == 0 and self.args.disable_dropout
+        self._defer_old = (
+            self.args.reuse_old_logps
+            and self.model.training
+            and aligned
+            and not corrected
+            and self.args.gradient_accumulation_steps % every != 0
+        )
+        deferred = self._defer_old
+        output = super()._generate_and_score_completions(
+            [{k: v for k, v in row.items() if k not in left_out} for row in self._inputs]
+        )
+        if deferred:
+            del output["old_per_token_logps"]
+        return {**output, "prompt_index": torch.tensor(self._rows, device=output["prompt_ids"].device)}
 
-    def _tokens(self, batch: dict[str, torch.Tensor], shared: bool | None = None) -> int:
-        """Tokens of a pass over the batch: prompts counted once a group where they are shared."""
-        shared = self.args.shared_prefix if shared is None else shared
-        prompts = int(batch["prompt_mask"].sum())
-        return int(batch["completion_mask"].sum()) + (prompts // self.num_generations if shared else prompts)
+    def _calculate_rewards(self, inputs: list[dict], *rest: Any) -> torch.Tensor:
+        # Rewards may ask for any column, the images among them.
+        return super()._calculate_rewards([{k: v for k, v in r.items() if k != "views"} for r in self._inputs], *rest)
+
+    # Rollouts: each prompt is prefilled once.
+
+    def _generate_single_turn(
+        self,
+        prompt_ids: list,
+        images: Any,
+        multimodal_fields: dict,
+        num_generations: int,
+        has_tool_images: bool = False,
+    ) -> tuple[list, Any]:
+        if not self.use_vllm and self.args.prefill_once:
+            return self._generate_once([len(g) for g in groups_of(self._rows)]), None
+        fields: dict[str, Any] = {}
+        if self.use_vllm:
+            shown = [[v.image() for v in self._prompts[i].views] or None for i in self._rows]
+            images = shown if any(shown) else None
+        else:
+            fields = self._fields(self._rows)
+            fields.pop("num_images", None)
+            if self.sight.typed_tokens:
+                fields["mm_token_type_ids"] = token_types(prompt_ids, self.sight.image_token_id)
+        return super()._generate_single_turn(prompt_ids, images, fields, num_generations, has_tool_images)
+
+    def _generate_once(self, copies: Sequence[int]) -> list[list[int]]:
+        """Completions, `copies[i]` of the i-th prompt."""
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped,
+                self.accelerator,
+                gather_deepspeed3_params=self.args.ds3_gather_for_generation,
+                generation_kwargs=self.generation_kwargs,
+                gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+            ) as model,
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            was_training = model.training
+            model.eval()  # dropout, where it is kept, is for the update
+            out = generate(
+                model,
+                self.sight,
+                self._prompts,
+                copies,
+                self.generation_config,
+            )
+            model.train(was_training)
+        if was_training:
+            self._flops += 2 * self._parameters * (sum(map(len, self._prompts)) + sum(map(len, out)))
+        return out
+
+    def _fields(self, rows: Sequence[int]) -> dict[str, Any]:
+        """Visual inputs of rows as TRL carries them, repeated for every row."""
+        shown = [self._prompts[i].views for i in rows]
+        fields = dict(self.sight.fields([v for views in shown for v in views]))
+        return {**fields, "num_images": [len(v) for v in shown]} if fields else {}
+
+    # The update: one packed row for a prompt.
 
     def _prepare_inputs(self, generation_batch: Any) -> Any:
         # TRL shuffles rows here before it splits them into micro-batches; whole groups keep a prompt together.
         if not self.model.training:
             return super()._prepare_inputs(generation_batch)
-        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0 or self._buffered_inputs is None:
-            batch = split_pixel_values_by_grid(self._generate_and_score_completions(generation_batch))
-            batch = shuffle_groups(batch, self.num_generations)
-            parts = split_tensor_dict(batch, self.args.steps_per_generation)
-            self._buffered_inputs = [unsplit_pixel_values_by_grid(part) for part in parts]
-        inputs = self._buffered_inputs[self._step % self.args.steps_per_generation]
-        self._flops += 6 * self._parameters * self._tokens(inputs)
-        return inputs
+        steps = self.args.steps_per_generation
+        if self._step % (steps * self.num_iterations) == 0 or self._buffered_inputs is None:
+            batch = shuffle_groups(self._generate_and_score_completions(generation_batch))
+            self._buffered_inputs = split_tensor_dict(batch, steps)
+            if "old_per_token_logps" not in batch and self.args.gradient_accumulation_steps % steps != 0:
+                # Only the first optimizer step is on-policy; its own pass gives its old log-probabilities.
+                for part in self._buffered_inputs[self.args.gradient_accumulation_steps :]:
+                    part["old_per_token_logps"] = self._old_logps(part)
+        return self._buffered_inputs[self._step % steps]
+
+    @torch.no_grad()
+    def _old_logps(self, inputs: dict[str, Any]) -> torch.Tensor:
+        self._rows = inputs["prompt_index"].tolist()
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        with disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs):
+            return self._get_per_token_logps_and_entropies(self.model, ids, mask, inputs["completion_ids"].shape[1])[0]
 
     def _get_per_token_logps_and_entropies(
         self,
@@ -156,9 +216,18 @@ class FrugalTrainer(GRPOTrainer):
         compute_aux_loss: bool = False,
         **visual: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        group, count = self.num_generations, len(input_ids)
-        if not self.args.shared_prefix or not self.model.training or count % group:
-            return super()._get_per_token_logps_and_entropies(
+        start = input_ids.shape[1] - logits_to_keep
+        completions, valid = input_ids[:, start:], attention_mask[:, start:].bool()
+        if self._defer_old:
+            # The first pass after the rollouts is the old policy's; `_prepare_inputs` makes what is needed of it.
+            self._defer_old = False
+            return torch.zeros(completions.shape, device=input_ids.device), None, None
+        if not self.args.shared_prefix or compute_aux_loss:
+            fields = self._fields(self._rows)
+            if fields and self.sight.typed_tokens:
+                fields["mm_token_type_ids"] = token_types(input_ids, self.sight.image_token_id)
+            self._count(int(attention_mask.sum()))
+            stock = super()._get_per_token_logps_and_entropies(
                 model,
                 input_ids,
                 attention_mask,
@@ -166,174 +235,139 @@ class FrugalTrainer(GRPOTrainer):
                 batch_size,
                 compute_entropy,
                 compute_aux_loss,
-                **visual,
+                **to_device(fields, input_ids.device),
             )
-        start = input_ids.shape[1] - logits_to_keep
-        prompts = [input_ids[g, :start][attention_mask[g, :start].bool()] for g in range(0, count, group)]
-        completions, valid = input_ids[:, start:], attention_mask[:, start:].bool()
-        images = _by_sample(visual.get("pixel_values"), visual.get("image_grid_thw"), visual.get("num_images"), count)
+            self._fresh = stock[0].detach()
+            return stock
+        groups = groups_of(self._rows)
+        prompts = [self._prompts[self._rows[g[0]]] for g in groups]
+        written = valid.sum(1).tolist()
+        lengths = [len(p) - 1 + sum(written[row] + 1 for row in g) for p, g in zip(prompts, groups, strict=True)]
+        self._count(sum(lengths))
         logps = torch.zeros(completions.shape, device=input_ids.device)
         entropies = torch.zeros_like(logps)
-        lengths = [len(p) + int(valid[g * group : (g + 1) * group].sum()) + group for g, p in enumerate(prompts)]
-        cap = max(1, (batch_size or count) // group)
-        for chunk in by_length(lengths, cap=cap):
-            rows = torch.cat([torch.arange(g * group, (g + 1) * group) for g in chunk]).to(input_ids.device)
-            packed = pack([prompts[g] for g in chunk], completions[rows], valid[rows], self._tokenizer.pad_token_id)
-            seen = [images[g * group] for g in chunk if images[g * group] is not None]
+        for chunk in self._chunks(lengths, [len(g) for g in groups], batch_size):
+            rows = torch.tensor([row for g in chunk for row in groups[g]], device=input_ids.device)
+            local = iter(range(len(rows)))
+            read = [prompts[g] for g in chunk]
+            packed = pack(
+                [p.ids for p in read],
+                [p.positions for p in read],
+                [[next(local) for _ in groups[g]] for g in chunk],
+                completions[rows],
+                valid[rows],
+                self._tokenizer.pad_token_id,
+            )
+            seen = self.sight.inputs(model, [v for p in read for v in p.views])
             with self.accelerator.autocast():
                 out = model(
                     input_ids=packed.input_ids,
-                    attention_mask=packed.mask,
+                    attention_mask=packed_mask(packed.segment, self._attention, logps.dtype),
                     position_ids=packed.position_ids,
-                    pixel_values=torch.cat(seen) if seen else None,
                     labels=packed.labels,
                     fused_lm_head=True,
+                    **to_device(seen, input_ids.device),
                 )
             shape = (len(rows), logits_to_keep)
-            logps = logps.index_copy(0, rows, packed.scatter(out.log_probs, *shape).to(logps.dtype))
+            logps = logps.to(out.log_probs.dtype).index_copy(0, rows, packed.scatter(out.log_probs, *shape))
             if compute_entropy:
-                entropies = entropies.index_copy(0, rows, packed.scatter(out.entropy, *shape).to(logps.dtype))
+                entropies = entropies.to(out.entropy.dtype).index_copy(0, rows, packed.scatter(out.entropy, *shape))
+        self._fresh = logps.detach()
         return logps, entropies if compute_entropy else None, None
 
-    def _generate_single_turn(
-        self,
-        prompt_ids: list,
-        images: Any,
-        multimodal_fields: dict,
-        num_generations: int,
-        has_tool_images: bool = False,
-    ) -> tuple[list, Any]:
-        training = self.model.training
-        group = num_generations
-        if self.use_vllm or not self.args.prefill_once or not training or len(prompt_ids) % group:
-            completions, logps = super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
-        else:
-            completions, logps = self._generate_groups(prompt_ids, images, multimodal_fields, group), None
-        if self.args.gold_rollout and training:
-            completions[group - 1 :: group] = self._gold
-        return completions, logps
+    def _chunks(self, lengths: Sequence[int], sizes: Sequence[int], batch_size: int | None) -> Any:
+        """Groups of one forward: of like length, unless sharded weights need as many forwards on every process."""
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return chunks(sizes, batch_size)
+        return by_length(lengths, cap=None if batch_size is None else max(1, batch_size // max(sizes)))
 
-    def _check_gold(self) -> None:
-        """Refuse gold answers that would be cut off, before anything is trained."""
-        limit = self.args.max_completion_length
-        lengths = {case.id: len(self._gold_ids(case)) for case in self.cases}
-        longest = max(lengths, key=lengths.__getitem__)
-        if limit and lengths[longest] > limit:
-            raise InputError(
-                f"max_completion_length: {limit} tokens, but the gold answer of case {longest} takes "
-                f"{lengths[longest]}; raise it to at least that, or set gold_rollout to false"
-            )
+    def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
+        kept = self._teaching(inputs)
+        part = inputs if kept is None else {k: _take(v, kept, len(inputs["prompt_ids"])) for k, v in inputs.items()}
+        self._rows = part["prompt_index"].tolist()
+        loss = super()._compute_loss(model, part)
+        if self.num_iterations > 1 and self.model.training and "old_per_token_logps" not in inputs:
+            old = torch.zeros_like(inputs["completion_ids"], dtype=self._fresh.dtype)
+            inputs["old_per_token_logps"] = self._fresh if kept is None else old.index_copy(0, kept, self._fresh)
+        return loss if kept is None else loss * _share(self.loss_type, inputs, kept)
 
-    def _gold_ids(self, case: Case) -> list[int]:
-        text = gold_completion({"answer": case.answer}) + self._tokenizer.eos_token
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+    def _teaching(self, inputs: dict[str, Any]) -> torch.Tensor | None:
+        """Rows of the groups with some advantage, None for all.
 
-    def _generate_groups(
-        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: dict, group: int
-    ) -> list[list[int]]:
-        """Completions of prompts that come in groups of equal ones; a group's prompt is read once."""
-        sampled = group - 1 if self.args.gold_rollout else group
-        first = list(range(0, len(prompt_ids), group))
-        counts = [len(i) if i else 0 for i in images] if images is not None else None
-        patches = _by_sample(
-            multimodal_fields.get("pixel_values"), multimodal_fields.get("image_grid_thw"), counts, len(prompt_ids)
-        )
-        completions: list[list[int]] = [[]] * len(prompt_ids)
-        device = self.accelerator.device
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped, self.accelerator, generation_kwargs=self.generation_kwargs
-            ) as model,
-            torch.no_grad(),
+        At least one group stays, and as many on every process, so that all take part in every collective.
+        """
+        entropy = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
+        if (
+            not self.args.skip_zero_advantage
+            or not self.model.training
+            or self.beta != 0.0
+            or entropy
+            or self.aux_loss_enabled
         ):
-            model.eval()  # dropout, where the recipe keeps it, is for the update
-            for chunk in by_length([len(prompt_ids[i]) for i in first]):
-                rows = [first[c] for c in chunk]
-                text = [torch.tensor(prompt_ids[i]) for i in rows]
-                ids = pad(text, padding_value=self._tokenizer.pad_token_id, padding_side="left").to(device)
-                mask = pad([torch.ones_like(t) for t in text], padding_value=0, padding_side="left").to(device)
-                seen = [patches[i] for i in rows if patches[i] is not None]
-                prefill = model(
-                    input_ids=ids[:, :-1],
-                    attention_mask=mask[:, :-1],
-                    position_ids=(mask[:, :-1].cumsum(1) - 1).clamp_min(0),
-                    pixel_values=torch.cat(seen).to(device) if seen else None,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-                cache = prefill.past_key_values
-                cache.batch_repeat_interleave(sampled)
-                out = model.generate(
-                    input_ids=ids.repeat_interleave(sampled, 0),
-                    attention_mask=mask.repeat_interleave(sampled, 0),
-                    past_key_values=cache,
-                    generation_config=self.generation_config,
-                )[:, ids.shape[1] :].tolist()
-                for at, row in enumerate(rows):
-                    for k in range(sampled):
-                        tokens = out[at * sampled + k]
-                        ends = [j + 1 for j, t in enumerate(tokens) if t in self.eos_token_ids]
-                        completions[row + k] = tokens[: ends[0]] if ends else tokens
-            model.train()
-        return completions
+            return None
+        index = inputs["prompt_index"]
+        groups = groups_of(index.tolist())
+        if len({len(g) for g in groups}) > 1:
+            return None
+        flat = inputs["advantages"].reshape(len(index), -1).abs().amax(1).tolist()
+        teaching = [g for g in groups if any(flat[row] > 0 for row in g)]
+        silent = sorted(
+            (g for g in groups if not any(flat[row] > 0 for row in g)), key=lambda g: self._length(g, inputs)
+        )
+        count = torch.tensor(max(1, len(teaching)), device=index.device)
+        wanted = int(gather(count).max()) if self.accelerator.num_processes > 1 else int(count)
+        kept = teaching + silent[: wanted - len(teaching)]
+        if len(kept) == len(groups):
+            return None
+        return torch.tensor(sorted(row for g in kept for row in g), device=index.device)
+
+    def _length(self, rows: Sequence[int], inputs: dict[str, Any]) -> int:
+        return int(inputs["prompt_mask"][rows[0]].sum() + inputs["completion_mask"][list(rows)].sum())
+
+    def prediction_step(
+        self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, None, None]:
+        if not self.args.skip_eval_loss:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        with torch.no_grad():
+            self._prepare_inputs(inputs)
+        return None, None, None
+
+    def _count(self, tokens: int) -> None:
+        """Add the FLOPs of a pass: 2 a parameter and token; an update 2 more for inputs and 2 for trained weights."""
+        if self.model.training:
+            passes = 4 + 2 * self._trained if torch.is_grad_enabled() else 2
+            self._flops += passes * self._parameters * tokens
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """FLOPs since the last call: 2 a parameter and token in generation, 6 in the update, padding not counted."""
-        flops, self._flops = self._flops, 0
-        return flops
-
-    def _calculate_rewards(self, inputs: list[dict], *rest: Any) -> torch.Tensor:
-        rewards = super()._calculate_rewards(inputs, *rest)
-        if self.model.training:
-            local = rewards[len(inputs) * self.accelerator.process_index :][: len(inputs)]
-            weights = self.score_weights.to(local.device) * ~local.isnan()
-            score = (local.nan_to_num() * weights).sum(1) / weights.sum(1).clamp_min(1e-9)
-            score = score.view(*self._drawn.rungs.shape, self.num_generations)
-            score = score[..., : self.num_generations - self.args.gold_rollout].mean(-1)
-            # Every process updates on the rollouts of all, so that the allocators stay equal without DDP.
-            drawn = [
-                gather(t.to(local.device)) for t in (self._drawn.look, self._question(), self._drawn.rungs, score)
-            ]
-            for name, value in self.learner.update(*(t.cpu() for t in drawn)).items():
-                self._metrics["train"][f"allocator/{name}"].append(value)
-        return rewards
-
-    def _question(self) -> torch.Tensor:
-        return self.accelerator.pad_across_processes(self._drawn.question.to(self.accelerator.device), dim=1)
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        if self.args.should_save:
-            self.learner.save(f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}")
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.learner.load(resume_from_checkpoint)
+        """FLOPs of the language model since the last call, with rollouts; padding and attention are not counted."""
+        flops, self._flops = self._flops, 0.0
+        return int(flops)
 
 
-def shuffle_groups(batch: dict[str, Any], group: int) -> dict[str, Any]:
-    """Permute whole groups of `group` rows in every per-row entry of a batch."""
-    count = len(batch["completion_ids"])
-    order = torch.randperm(count // group)[:, None] * group + torch.arange(group)
-    index = order.flatten().tolist()
-
-    def permute(value: Any) -> Any:
-        if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
-            return value[index]
-        if isinstance(value, list) and len(value) == count:
-            return [value[i] for i in index]
-        return value
-
-    return {key: permute(value) for key, value in batch.items()}
+def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
+    """Permute the groups of rows that share a prompt (`prompt_index`) in every per-row entry of a batch."""
+    groups = groups_of(batch["prompt_index"].tolist())
+    order = torch.tensor([row for g in torch.randperm(len(groups)).tolist() for row in groups[g]])
+    return {key: _take(value, order, len(order)) for key, value in batch.items()}
 
 
-def _by_sample(
-    pixel_values: torch.Tensor | None, grid: torch.Tensor | None, counts: Sequence[int] | None, rows: int
-) -> list[torch.Tensor | None]:
-    """Visual rows of each of the samples, None for a sample without images."""
-    if pixel_values is None or grid is None or counts is None:
-        return [None] * rows
-    images = iter(pixel_values.split(grid.prod(-1).tolist()))
-    return [torch.cat([next(images) for _ in range(n)]) if n else None for n in counts]
+def _take(value: Any, rows: torch.Tensor, count: int) -> Any:
+    """The given rows of a per-row entry of a batch of `count` rows; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
+        return value[rows.to(value.device)]
+    return value
+
+
+def _share(loss_type: str, inputs: dict[str, Any], kept: torch.Tensor) -> float | torch.Tensor:
+    """What the loss over the kept rows is multiplied by, so that its denominator is that of all rows."""
+    if loss_type in ("cispo", "dapo", "vespo"):
+        return 1.0  # divided by the tokens of the whole generation batch in any case
+    if loss_type == "bnpo":
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        return mask[kept].sum().clamp(min=1.0) / mask.sum().clamp(min=1.0)
+    return len(kept) / len(inputs["prompt_ids"])
+
+
+def _same(one: Any, other: Any) -> bool:
+    return one is other or one == other

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
+from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -43,24 +45,25 @@ class BudgetCollator:
 
     def batch(self, cases: Sequence[Case], budget: int) -> dict[str, torch.Tensor]:
         """Model inputs of the cases at one budget, right-padded, with labels (B, T)."""
-        processor = self.performer.processor
-        tokenizer = processor.tokenizer
-        seen = [self.performer.see(c, budget) for c in cases]
-        prompts = [
-            processor.apply_chat_template(self.performer.messages(c, v), add_generation_prompt=True)
-            for c, v in zip(cases, seen, strict=True)
-        ]
-        texts = [
-            p + gold_completion({"answer": c.answer}) + tokenizer.eos_token
-            for p, c in zip(prompts, cases, strict=True)
-        ]
-        images = seen if any(seen) else None
-        inputs = processor(images=images, text=texts, padding=True, padding_side="right", return_tensors="pt")
-        lengths = [len(ids) for ids in processor(images=images, text=prompts)["input_ids"]]
-        labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
-        for row, length in zip(labels, lengths, strict=True):
-            row[:length] = -100
-        return {**inputs, "labels": labels}
+        performer = self.performer
+        tokenizer, sight = performer.processor.tokenizer, performer.processor.sight
+        prompts = [performer.prompt(c, budget) for c in cases]
+        gold = tokenizer(
+            [gold_completion({"answer": c.answer}) + tokenizer.eos_token for c in cases], add_special_tokens=False
+        )["input_ids"]
+        rows: dict[str, list[torch.Tensor]] = {"input_ids": [], "attention_mask": [], "position_ids": [], "labels": []}
+        for prompt, answer in zip(prompts, gold, strict=True):
+            written = torch.tensor(answer)
+            after = prompt.next_position + torch.arange(len(written))
+            rows["input_ids"].append(torch.cat([prompt.ids, written]))
+            rows["attention_mask"].append(torch.ones(len(prompt) + len(written), dtype=torch.long))
+            rows["position_ids"].append(torch.cat([prompt.positions, after.expand(len(prompt.positions), -1)], 1).T)
+            rows["labels"].append(torch.cat([torch.full_like(prompt.ids, -100), written]))
+        fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "position_ids": 0, "labels": -100}
+        inputs = {k: pad_sequence(v, batch_first=True, padding_value=fill[k]) for k, v in rows.items()}
+        places = inputs["position_ids"].permute(2, 0, 1)
+        inputs["position_ids"] = places[0] if len(places) == 1 else places
+        return {**inputs, **sight.inputs(performer.model, [v for p in prompts for v in p.views])}
 
 
 def train_sft(
@@ -71,8 +74,13 @@ def train_sft(
     text_only: float = 0.05,
     callbacks: Sequence[TrainerCallback] = (),
     resume: str | None = None,
+    lora: LoraConfig | None = None,
 ) -> SFTTrainer:
-    """Fine-tune the performer in place on the gold answers of `cases`; returns the trainer with its log."""
+    """Fine-tune the performer in place on the gold answers of `cases`; returns the trainer with its log.
+
+    Args:
+        lora: train through adapters, which are merged into the weights at the end.
+    """
     trainer = SFTTrainer(
         model=performer.model,
         args=args,
@@ -80,9 +88,17 @@ def train_sft(
         train_dataset=Dataset.from_dict({"index": list(range(len(cases)))}),
         processing_class=performer.processor,
         callbacks=list(callbacks),
+        peft_config=lora,
     )
     trainer.train(resume_from_checkpoint=resume)
+    if lora is not None:
+        performer.model = merged(trainer)
     return trainer
+
+
+def merged(trainer: Any) -> Any:
+    """The trained model without its adapters, their weights added to its own."""
+    return trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
 
 
 def sft_config(output_dir: str | Path, options: dict[str, Any], seed: int) -> SFTConfig:

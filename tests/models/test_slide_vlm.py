@@ -6,7 +6,7 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from models.build import PerformerConfig, build_performer
-from models.performer import Performer
+from models.performer import SlidePerformer
 from models.slide_vlm import SlideVLM, SlideVLMConfig
 from models.tokenizer import IMAGE_TOKEN, train_tokenizer
 from slides.errors import InputError
@@ -48,7 +48,7 @@ def qwen(tie: bool, vocab_size: int) -> Qwen2ForCausalLM:
 def test_a_saved_model_gives_equal_logits(performer, bank, inputs, tmp_path):
     performer.save(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
-    again = Performer.load(tmp_path, bank, show_options=False)
+    again = SlidePerformer.load(tmp_path, bank, show_options=False)
     again.model.eval()
     assert torch.equal(again.model(**inputs).logits, performer.model(**inputs).logits)
     assert torch.equal(again.model.model.aligner.mean, performer.model.model.aligner.mean)
@@ -143,7 +143,7 @@ def test_a_language_model_grows_for_the_image_token(tmp_path, bank, cases):
     answer = performer.answer(cases[:2], [4, 16], max_new_tokens=2)
     assert [a.visual for a in answer] == [4, 16]
     performer.save(tmp_path / "vlm")
-    again = Performer.load(tmp_path / "vlm", bank)
+    again = SlidePerformer.load(tmp_path / "vlm", bank)
     assert [a.text for a in again.answer(cases[:2], [4, 16], max_new_tokens=2)] == [a.text for a in answer]
 
 

@@ -12,8 +12,9 @@ from models.allocator import AllocatorConfig, CheapLook, ValueAllocator
 from models.performer import Performer
 from rewards.registry import get_rewards
 from rl.allocation import AllocatorLearner
+from rl.config import FrugalConfig
+from rl.joint import FrugalTrainer
 from rl.scoring import SHAPING, case_columns
-from rl.trainer import FrugalConfig, FrugalTrainer
 from tests.conftest import LADDER, WIDTH
 
 COST = (0.1, 0.3, 1.0)

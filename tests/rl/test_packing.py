@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
+from models.generation import by_length
 from models.slide_vlm import SlideVLM, SlideVLMConfig
 from models.visual import PLACE
-from rl.packing import block_mask, by_length, pack
+from rl.packing import block_mask, pack
 
 IMAGE, PAD, VOCABULARY, WIDTH = 3, 0, 40, 8
 

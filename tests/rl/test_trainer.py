@@ -7,9 +7,11 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from models.performer import Performer
+from models.performer import SlidePerformer
 from rewards.registry import gold_completion
-from rl.trainer import FrugalConfig, FrugalTrainer, shuffle_groups
+from rl.config import FrugalConfig
+from rl.joint import FrugalTrainer
+from rl.trainer import shuffle_groups
 from slides.errors import InputError
 from tests.conftest import LADDER
 from tests.rl.conftest import even_tokens
@@ -103,7 +105,7 @@ def test_training_with_shared_prefixes_takes_the_same_steps(
     logs = {}
     for shared in (False, True):
         # A penalty needs the reference loaded anew from the folder.
-        performer = Performer.load(tmp_path / "start", bank, show_options=False)
+        performer = SlidePerformer.load(tmp_path / "start", bank, show_options=False)
         changes = {"loss_type": loss_type, "beta": beta, "num_iterations": iterations}
         trainer = make_trainer(performer, shared_prefix=shared, prefill_once=False, **changes)
         trainer.train()

@@ -1,0 +1,380 @@
+"""Qwen2.5-VL: an image is resized once to its budget, so that tokens of 28 x 28 px are what the budget counts.
+
+A frozen vision tower sees each (image, budget) once in a run: its features are kept with the view and, if wanted, on
+disk. Works without torchvision; loads by `from_pretrained` or is made from a configuration.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
+
+from models.feature_cache import FeatureCache, cache_key, content_hash, module_revision
+from models.processor import ViewProcessor
+from models.sight import Sight, View
+from slides.errors import InputError
+
+VISION_MARKS = ("<|vision_start|>", "<|vision_end|>")
+TOWER_PATCHES = 32768
+"""Patches that the vision tower reads at a time."""
+
+
+class ImageView:
+    """One image at one budget.
+
+    Args:
+        source: path of the image, or the image.
+        grid: (t, h, w) patches after the resize.
+        merge: side of the square of patches that make one token.
+        resize: whether the image is resized here; otherwise by the image processor.
+        budget: tokens that were asked for, None where the processor's own limits hold.
+    """
+
+    def __init__(
+        self,
+        source: str | Image.Image,
+        grid: tuple[int, int, int],
+        merge: int,
+        resize: tuple[int, int] | None,
+        budget: int | None = None,
+    ):
+        self.source, self.grid, self.merge, self.resize, self.budget = source, grid, merge, resize, budget
+        self.features: torch.Tensor | None = None
+        self.job: Future | None = None
+
+    def __len__(self) -> int:
+        return self.grid[0] * self.grid[1] * self.grid[2] // self.merge**2
+
+    def __deepcopy__(self, memo: dict) -> ImageView:
+        # Trainers deep-copy whole prompts; a view is never changed but for what it remembers.
+        return self
+
+    def __reduce__(self) -> tuple:
+        # A trainer's log gathers prompts over processes: a description is enough there.
+        name = self.source if isinstance(self.source, str) else f"image of {self.source.width}x{self.source.height} px"
+        return str, (f"{name} as {len(self)} tokens",)
+
+    def image(self) -> Image.Image:
+        """The RGB image at the size of the budget."""
+        if isinstance(self.source, str):
+            with Image.open(self.source) as file:
+                image = file.convert("RGB")
+        else:
+            image = self.source.convert("RGB")
+        return image.resize(self.resize, Image.Resampling.BICUBIC) if self.resize else image
+
+
+class QwenSight(Sight):
+    """Of Qwen2.5-VL; a frozen vision tower sees each view once, unless `configure` says otherwise."""
+
+    typed_tokens = True
+
+    def __init__(self, image_token_id: int, image_processor: Any):
+        super().__init__(image_token_id)
+        self.processor = image_processor
+        self.once = True
+        self.cache: FeatureCache | None = None
+        self.autocast: Callable[[], AbstractContextManager] = nullcontext
+        self.pool = ThreadPoolExecutor(max_workers=max(1, min(4, (os.cpu_count() or 2) - 1)))
+        self.seen = 0
+        """Images that the tower has read."""
+        self._revision: str | None = None
+
+    def configure(
+        self, model: Any, once: bool, cache: FeatureCache | None, autocast: Callable[[], AbstractContextManager]
+    ) -> None:
+        self.once, self.cache, self.autocast = once and is_frozen(backbone(model).visual), cache, autocast
+
+    @property
+    def unit(self) -> int:
+        """Side in px of the square that is one token."""
+        return self.processor.patch_size * self.processor.merge_size
+
+    def view(self, image: Any) -> View:
+        """The view of an image as the image processor would resize it."""
+        if isinstance(image, ImageView):
+            return image
+        if isinstance(image, (str, Path)):
+            image = open_image(str(image))
+        if not isinstance(image, Image.Image):
+            raise InputError(f"an image of the training set is a {type(image).__name__}; give a PIL image or a path")
+        size = self.processor.size
+        height, width = smart_resize(image.height, image.width, self.unit, size["shortest_edge"], size["longest_edge"])
+        return self._view(image, height, width, None, None)
+
+    def view_at(self, path: str, budget: int) -> ImageView:
+        """The view of an image file at a budget of at least 1 token.
+
+        Raises:
+            InputError: not an image, or more than 200 times as long as wide; the message names the file.
+        """
+        with open_image(path) as file:
+            width, height = file.size
+        try:
+            rows, columns = fit(height, width, budget, self.unit)
+        except ValueError as error:
+            raise InputError(f"{path}: {error}; crop the image") from error
+        size = (columns * self.unit, rows * self.unit)
+        return self._view(path, size[1], size[0], size, budget)
+
+    def prefetch(self, views: Sequence[View]) -> None:
+        """Begin to read, resize and cut up the views on other threads."""
+        for view in views:
+            assert isinstance(view, ImageView)
+            if view.job is None and view.features is None:
+                view.job = self.pool.submit(self._patches, view)
+
+    def fields(self, views: Sequence[Any]) -> dict[str, torch.Tensor]:
+        if not views:
+            return {}
+        self.prefetch(views)
+        jobs = [v.job or self.pool.submit(self._patches, v) for v in views]
+        return {"pixel_values": torch.cat([j.result() for j in jobs]), "image_grid_thw": _grids(views)}
+
+    def inputs(self, model: Any, views: Sequence[Any]) -> dict[str, Any]:
+        base = backbone(model)
+        if not views or not self.once or not takes_features(base):
+            return dict(self.fields(views))
+        if any(v.features is None for v in views):
+            if not is_frozen(base.visual):
+                return dict(self.fields(views))
+            self.see(base, views)
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[v.features for v in views])}}
+
+    @torch.no_grad()
+    def see(self, base: Any, views: Sequence[ImageView]) -> None:
+        """Give every view its features (n, hidden): from the cache, else from the frozen tower."""
+        missing = list(dict.fromkeys(v for v in views if v.features is None))
+        keys = self._keys(base, missing)
+        if self.cache is not None:
+            for view, key in zip(missing, keys, strict=True):
+                view.features = self.cache.get(key)
+        todo = [(v, k) for v, k in zip(missing, keys, strict=True) if v.features is None]
+        self.prefetch([v for v, _ in todo])
+        weight = base.visual.patch_embed.proj.weight
+        for chunk in _chunks(todo):
+            seen = [v for v, _ in chunk]
+            fields = {k: x.to(weight.device) for k, x in self.fields(seen).items()}
+            with self.autocast():
+                out = base.get_image_features(fields["pixel_values"], fields["image_grid_thw"], return_dict=True)
+            for (view, key), features in zip(chunk, out.pooler_output, strict=True):
+                # Its own memory: a slice would keep the features of the whole batch alive.
+                view.features, view.job = features.clone(), None
+                self.seen += 1
+                if self.cache is not None:
+                    self.cache.put(key, features)
+
+    def positions(self, ids: torch.Tensor, views: Sequence[Any]) -> torch.Tensor:
+        """Multimodal RoPE (Qwen2-VL, section 2.1): text counts on, an image lies on a grid of time, height, width."""
+        places, at, text = [], 0, 0
+        is_image = ids == self.image_token_id
+        grids = iter((v.grid, v.merge) for v in views)
+        while at < len(ids):
+            if not is_image[at]:
+                end = at + int((torch.cat([is_image[at:], is_image.new_ones(1)]).int()).argmax())
+                places.append(torch.arange(text, text + end - at).expand(3, -1))
+                text += end - at
+            else:
+                (t, h, w), merge = next(grids)
+                axes = torch.meshgrid(*(torch.arange(n) for n in (t, h // merge, w // merge)), indexing="ij")
+                places.append(torch.stack(axes).reshape(3, -1) + text)
+                end = at + t * h * w // merge**2
+                text += max(h, w) // merge
+            at = end
+        return torch.cat(places, 1)
+
+    @contextmanager
+    def decoding(self, model: Any, offsets: torch.Tensor) -> Iterator[None]:
+        base = backbone(model)
+        base.rope_deltas = offsets[:, None]
+        try:
+            yield
+        finally:
+            # Left in place it would shift the positions of whatever is read next.
+            base.rope_deltas = None
+
+    def _view(
+        self, source: Any, height: int, width: int, resize: tuple[int, int] | None, budget: int | None
+    ) -> ImageView:
+        patch = self.processor.patch_size
+        return ImageView(source, (1, height // patch, width // patch), self.processor.merge_size, resize, budget)
+
+    def _patches(self, view: ImageView) -> torch.Tensor:
+        out = self.processor(images=[view.image()], return_tensors="pt", do_resize=view.resize is None)
+        if tuple(out["image_grid_thw"][0].tolist()) != view.grid:
+            raise InputError(
+                f"{view.source}: {len(view)} visual tokens were counted, but the image processor made a grid of "
+                f"{out['image_grid_thw'][0].tolist()} patches; its `size` was changed after the prompt was made"
+            )
+        return out["pixel_values"]
+
+    def _keys(self, base: Any, views: Sequence[ImageView]) -> list[str]:
+        if self.cache is None:
+            return [""] * len(views)
+        if self._revision is None:
+            self._revision = module_revision(base.visual)
+        hashes = self.pool.map(lambda v: content_hash(v.source), views)
+        return [
+            cache_key(h, v.grid, f"{self._revision}-{'own' if v.resize else 'processor'}")
+            for v, h in zip(views, hashes, strict=True)
+        ]
+
+
+class QwenProcessor(ViewProcessor):
+    """Processor of Qwen2.5-VL that needs neither torchvision nor a video processor.
+
+    Args:
+        image_processor: a `Qwen2VLImageProcessorPil`; its `size` limits images that come without a budget.
+    """
+
+    sight: QwenSight
+    attributes = ("image_processor", "tokenizer")
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None):
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        # Without marks between them two images side by side would be one to the model.
+        self.image_text = self.image_token.join(VISION_MARKS)
+        self.sight = QwenSight(self.image_token_id, image_processor)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> QwenProcessor:
+        """From a folder or a name that `from_pretrained` takes."""
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        return cls(Qwen2VLImageProcessorPil.from_pretrained(folder), tokenizer)
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Write the stock parts, so that any tool reads the folder."""
+        self.image_processor.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def backbone(model: Any) -> Any:
+    """The `Qwen2_5_VLModel` within wrappers of training and adapters."""
+    if hasattr(model, "visual"):
+        return model
+    if hasattr(model, "get_base_model"):  # adapters
+        return backbone(model.get_base_model())
+    return backbone(model.module if hasattr(model, "module") else model.model)
+
+
+def is_frozen(module: torch.nn.Module) -> bool:
+    """Whether none of its parameters is trained."""
+    return not any(p.requires_grad for p in module.parameters())
+
+
+def takes_features(base: Any) -> bool:
+    """Whether the model's forward takes precomputed features (transformers 5.18 and newer)."""
+    return "mm_encoder_outputs" in inspect.signature(type(base).forward).parameters
+
+
+def freeze_vision(model: Any) -> None:
+    """Exclude the vision tower from training."""
+    backbone(model).visual.requires_grad_(False)
+
+
+def fit(height: int, width: int, budget: int, unit: int = 28) -> tuple[int, int]:
+    """Rows and columns of tokens of an image at a budget: as many as fit, the aspect ratio kept where it can be.
+
+    Args:
+        height, width: px. budget: tokens, at least 1. unit: px of a token's side.
+    """
+    if budget < 1:
+        raise ValueError(f"a budget of {budget} tokens: at least 1 is needed")
+    tall, wide = smart_resize(height, width, unit, unit * unit, budget * unit * unit)
+    rows, columns = tall // unit, wide // unit
+    # A narrow image gets at least one token across, which may take it over the budget along.
+    return (min(rows, budget), columns) if columns == 1 else (rows, min(columns, budget // rows))
+
+
+def open_image(path: str) -> Image.Image:
+    """Open an image file.
+
+    Raises:
+        InputError: there is none, or it is not an image.
+    """
+    try:
+        return Image.open(path)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise InputError(
+            f"{path}: cannot be read as an image ({error}); mend or replace it, or drop its cases"
+        ) from error
+
+
+def load_qwen(name: str | Path, **options: Any) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL by `from_pretrained`."""
+    return Qwen2_5_VLForConditionalGeneration.from_pretrained(name, **options)
+
+
+def small_qwen(
+    tokenizer: Any, text: dict[str, Any], vision: dict[str, Any] | None = None, attention: str = "sdpa"
+) -> Qwen2_5_VLForConditionalGeneration:
+    """A Qwen2.5-VL from nothing.
+
+    Args:
+        tokenizer: with `VISION_MARKS`.
+        text: keys of its text configuration. vision: keys of its vision configuration; widths and depth follow the
+            language model's where they are not given.
+    """
+    width, heads = text["hidden_size"], text["num_attention_heads"]
+    half = width // heads // 2
+    rope = {
+        "rope_type": "default",
+        "rope_theta": 1e6,
+        "mrope_section": [half - 2 * (3 * half // 8), *[3 * half // 8] * 2],
+    }
+    depth = text["num_hidden_layers"]
+    tower = {
+        "hidden_size": width,
+        "intermediate_size": text["intermediate_size"],
+        "depth": depth,
+        "num_heads": heads,
+        "fullatt_block_indexes": [depth - 1],
+        **(vision or {}),
+    }
+    image, start, end = tokenizer.convert_tokens_to_ids([ViewProcessor.image_token, *VISION_MARKS])
+    config = Qwen2_5_VLConfig(
+        text_config={"rope_parameters": rope, **text},
+        vision_config={**tower, "out_hidden_size": width},
+        image_token_id=image,
+        # Videos are never shown, but the default of their token lies beyond a small vocabulary.
+        video_token_id=image,
+        vision_start_token_id=start,
+        vision_end_token_id=end,
+        tie_word_embeddings=text.get("tie_word_embeddings", False),
+    )
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation=attention)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model
+
+
+def _grids(views: Sequence[ImageView]) -> torch.Tensor:
+    return torch.tensor([v.grid for v in views])
+
+
+def _chunks(todo: Sequence[tuple[ImageView, str]]) -> Iterator[list[tuple[ImageView, str]]]:
+    chunk: list[tuple[ImageView, str]] = []
+    patches = 0
+    for view, key in todo:
+        size = view.grid[0] * view.grid[1] * view.grid[2]
+        if chunk and patches + size > TOWER_PATCHES:
+            yield chunk
+            chunk, patches = [], 0
+        chunk.append((view, key))
+        patches += size
+    if chunk:
+        yield chunk

@@ -1,0 +1,173 @@
+"""How a model takes in what it is shown: visual tokens, their place in the text, and positions.
+
+A `View` is one image or slide at one budget. A `Sight` is the family's way with views; everything else (packing,
+generation, training) is the same for all families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from models.feature_cache import FeatureCache
+from models.visual import VisualTokens
+from slides.errors import InputError
+
+
+class View(Protocol):
+    """One image or slide at one budget; `len(view)` is its realised number of visual tokens."""
+
+    def __len__(self) -> int: ...
+
+
+class Sight:
+    """A model family's way of taking in views.
+
+    Args:
+        image_token_id: token of the text that a visual token replaces; None for a text model.
+    """
+
+    typed_tokens = False
+    """Whether the family's own forward asks for `mm_token_type_ids`."""
+
+    def __init__(self, image_token_id: int | None):
+        self.image_token_id = image_token_id
+
+    def configure(
+        self, model: Any, once: bool, cache: FeatureCache | None, autocast: Callable[[], AbstractContextManager]
+    ) -> None:
+        """Set how a vision tower inside the model runs.
+
+        Args:
+            model: the policy. Its reference sees with the same tower where that is frozen.
+            once: a frozen tower sees a view once; otherwise it runs inside every forward.
+            cache: features that outlive the run.
+            autocast: context that the tower runs in.
+        """
+
+    def view(self, image: Any) -> View:
+        """The view of an image of a training set, made once; a view is returned as it is."""
+        raise NotImplementedError
+
+    def prefetch(self, views: Sequence[View]) -> None:
+        """Begin to make the views ready on other threads, where that takes work."""
+
+    def fields(self, views: Sequence[View]) -> dict[str, torch.Tensor]:
+        """What the family's processor gives for the views: `pixel_values` and `image_grid_thw`; empty for none."""
+        raise NotImplementedError
+
+    def inputs(self, model: Any, views: Sequence[View]) -> dict[str, Any]:
+        """Arguments of the model's forward that show the views, in the order of their tokens."""
+        return dict(self.fields(views))
+
+    def positions(self, ids: torch.Tensor, views: Sequence[View]) -> torch.Tensor:
+        """Positions (R, P) of a prompt (P,); R is 1, or 3 for multimodal RoPE."""
+        return torch.arange(len(ids))[None]
+
+    @contextmanager
+    def decoding(self, model: Any, offsets: torch.Tensor) -> Iterator[None]:
+        """Context of decoding after a prefill.
+
+        Args:
+            offsets: (B,) position of the first new token minus the length of its prompt.
+        """
+        yield
+
+
+class TextSight(Sight):
+    """Of a text model: there is nothing to see."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+
+    def view(self, image: Any) -> View:
+        raise InputError("the training set has images, but the model reads text only; use a vision-language model")
+
+    def fields(self, views: Sequence[View]) -> dict[str, torch.Tensor]:
+        return {}
+
+
+class SlideSight(Sight):
+    """Of `SlideVLM`: a view is the stored features of a field or slide, pooled to the budget."""
+
+    def view(self, image: Any) -> View:
+        if not isinstance(image, VisualTokens):
+            raise InputError(
+                f"an image of the training set is a {type(image).__name__}; slide_vlm reads stored features: "
+                "encode the image first and pass what `FeatureBank.see` gives"
+            )
+        return image
+
+    def fields(self, views: Sequence[Any]) -> dict[str, torch.Tensor]:
+        if not views:
+            return {}
+        return {
+            "pixel_values": torch.cat([v.rows for v in views]),
+            "image_grid_thw": torch.tensor([[1, 1, len(v)] for v in views]),
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Prompt:
+    """A prompt as the model reads it.
+
+    Args:
+        ids: (P,) token ids; every view has its image tokens.
+        views: in the order of their tokens.
+        positions: (R, P), see `Sight.positions`.
+    """
+
+    ids: torch.Tensor
+    views: tuple[Any, ...]
+    positions: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def next_position(self) -> int:
+        """Position of the first token after the prompt."""
+        return int(self.positions.max()) + 1
+
+
+def read_prompt(processor: Any, sight: Sight, messages: str | Sequence[dict], **template: Any) -> Prompt:
+    """Render and tokenize a conversation (or a text) once, its views laid out.
+
+    Args:
+        messages: text, or conversation whose image parts hold what `sight.view` takes.
+        template: further arguments of `apply_chat_template`.
+
+    Raises:
+        InputError: the text has an image token of its own.
+    """
+    tokenizer = getattr(processor, "tokenizer", processor)
+    if isinstance(messages, str):
+        return lay_out(sight, processor(text=[messages])["input_ids"][0], ())
+    views = tuple(sight.view(image) for image in images_of(messages))
+    text = processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False, **template)
+    token = tokenizer.convert_ids_to_tokens(sight.image_token_id) if sight.image_token_id is not None else None
+    if token is not None:
+        first, *rest = text.split(token)
+        if len(rest) != len(views):
+            raise InputError(
+                f"a prompt has {len(rest)} places for images and {len(views)} images; its text may hold "
+                f"{token!r}, which stands for an image: take it out"
+            )
+        text = first + "".join(token * len(v) + part for v, part in zip(views, rest, strict=True))
+    return lay_out(sight, tokenizer(text, add_special_tokens=False)["input_ids"], views)
+
+
+def lay_out(sight: Sight, ids: Sequence[int], views: Sequence[View]) -> Prompt:
+    """A prompt from its token ids."""
+    row = torch.tensor(ids, dtype=torch.long)
+    return Prompt(row, tuple(views), sight.positions(row, views))
+
+
+def images_of(messages: Sequence[dict]) -> list[Any]:
+    """What the image parts of a conversation hold, in order."""
+    parts = [p for m in messages if not isinstance(m["content"], str) for p in m["content"]]
+    return [p["image"] for p in parts if p["type"] == "image"]

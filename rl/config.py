@@ -1,0 +1,84 @@
+"""Arguments of the trainers: TRL's, a switch for each shortcut, and the budgets of the joint step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from trl import GRPOConfig
+
+
+def switch(text: str) -> bool:
+    """A shortcut that is on unless it is switched off."""
+    return field(default=True, metadata={"help": text})
+
+
+@dataclass
+class GroupConfig(GRPOConfig):
+    """`GRPOConfig` with a switch for each piece of work that is done once; none changes the result.
+
+    Args:
+        shared_prefix: log-probabilities from one packed row for a prompt and its completions.
+        prefill_once: generation reads each prompt once and expands its cache to the completions.
+        see_once: a frozen vision tower reads each view once in a run, not in every forward.
+        prefetch_images: images of the next batch are read and resized while this one is trained on.
+        skip_zero_advantage: groups without any advantage stay out of the update where their gradient is zero (no
+            KL term, no entropy term). Entropy and clip ratios in the log are then those of the other groups.
+        reuse_old_logps: old log-probabilities come from the update's own pass where the policy has not changed yet.
+        skip_eval_loss: evaluation generates and scores, without a forward for a loss that means nothing.
+        vision_cache: folder that keeps the features of a frozen vision tower over runs; null keeps none.
+        vision_cache_gb: size limit of that folder; the least recently used features go first.
+        vision_cache_dtype: "bfloat16" halves the space of float32 features; null keeps what the tower computes
+            (bfloat16 where it runs in it), so that a cached run equals one without.
+    """
+
+    shared_prefix: bool = switch("one packed row for a prompt and its G completions")
+    prefill_once: bool = switch("generation reads each prompt once, not G times")
+    see_once: bool = switch("a frozen vision tower reads each image and budget once")
+    prefetch_images: bool = switch("images of the next batch are prepared on other threads")
+    skip_zero_advantage: bool = switch("groups without advantage stay out of the update")
+    reuse_old_logps: bool = switch("old log-probabilities come from the update where it is on-policy")
+    skip_eval_loss: bool = switch("no loss forward in evaluation")
+    vision_cache: str | None = field(default=None, metadata={"help": "folder of cached vision features"})
+    vision_cache_gb: float = field(default=50.0, metadata={"help": "size limit of vision_cache"})
+    vision_cache_dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "dtype of cached features; null: as computed",
+            "choices": ["float32", "bfloat16"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        # Otherwise several processes without an accelerator would not know of each other.
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        super().__post_init__()
+
+
+@dataclass
+class FrugalConfig(GroupConfig):
+    """`GroupConfig` with the budgets of the joint step.
+
+    Args:
+        budgets_per_image: M, budgets drawn for each image in a joint step; each gets `num_generations` completions.
+        gold_rollout: the last of the G completions is the gold answer and not a sample (mixed-policy GRPO: Yan et al.
+            2025, LUFFY, section 3), so that a group of wrong answers still learns what is right. Rewards in the log
+            count it; the allocator's score does not.
+        disable_dropout: as in TRL, but on: with it the rollouts come from the policy that is updated.
+    """
+
+    budgets_per_image: int = field(default=4, metadata={"help": "budgets (M) drawn for each image in a joint step"})
+    gold_rollout: bool = field(default=False, metadata={"help": "the last of the G completions is the gold answer"})
+    disable_dropout: bool = switch("no dropout in rollouts and updates")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        block = self.budgets_per_image * self.num_generations
+        local = self.per_device_train_batch_size * self.steps_per_generation
+        if local % block:
+            raise ValueError(
+                f"per_device_train_batch_size x steps_per_generation = {local} completions a process, but an image "
+                f"takes budgets_per_image x num_generations = {self.budgets_per_image} x {self.num_generations} = "
+                f"{block}; make the first a multiple of {block}"
+            )

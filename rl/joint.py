@@ -1,0 +1,141 @@
+"""GRPO of two policies from one set of rollouts: the performer and the allocator of its budgets.
+
+Every image is drawn with M budgets and G completions each. The G rows that share image and budget are TRL's advantage
+group; the allocator learns from the group's mean score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import gather
+from trl.trainer.utils import RepeatSampler
+
+from envs.case import Case
+from models.performer import Performer
+from rewards.registry import gold_completion
+from rl.allocation import AllocatorLearner
+from rl.trainer import GroupTrainer
+from slides.errors import InputError
+
+
+class FrugalTrainer(GroupTrainer):
+    """GRPO of performer and allocator.
+
+    Args:
+        performer: what sees and answers; its model is trained.
+        cases: the training cases, by the `index` column of the training set.
+        learner: the allocator with its optimizer.
+        score_weights: weight of each reward in the score that the allocator learns from (0 for shaping rewards).
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        performer: Performer,
+        cases: Sequence[Case],
+        learner: AllocatorLearner,
+        score_weights: Sequence[float],
+        **kwargs: Any,
+    ):
+        self.performer, self.cases, self.learner = performer, cases, learner
+        super().__init__(*args, **kwargs)
+        if self.args.gold_rollout:
+            self._check_gold()
+        self.score_weights = torch.tensor(score_weights, dtype=torch.float32)
+
+    def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
+        block = self.args.budgets_per_image * self.num_generations
+        return RepeatSampler(
+            dataset if dataset is not None else self.train_dataset,
+            mini_repeat_count=block,
+            batch_size=self.args.generation_batch_size // block,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+        )
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        group = self.num_generations if self.model.training else self.num_generations_eval
+        first = inputs[::group]
+        if self.model.training:
+            cases = [self.cases[row["index"]] for row in inputs[:: self.args.budgets_per_image * group]]
+            self._drawn = self.learner.draw(cases, self.args.budgets_per_image)
+            rungs = self._drawn.rungs.flatten().tolist()
+        else:
+            rungs = [len(self.learner.ladder) - 1] * len(first)
+        rows: list[dict[str, Any]] = []
+        self._prompts = []
+        for at, (row, rung) in enumerate(zip(first, rungs, strict=True)):
+            case, budget = self.cases[row["index"]], self.learner.ladder[rung]
+            prompt = self.performer.prompt(case, budget)
+            self._prompts.append(prompt)
+            extra = {"budget": budget, "tokens": sum(map(len, prompt.views)), "max_budget": self.learner.ladder[-1]}
+            shared = {"prompt": self.performer.messages(case, prompt.views), "views": prompt.views, **extra}
+            rows += [{**member, **shared} for member in inputs[at * group : (at + 1) * group]]
+        self._rows = [at for at in range(len(first)) for _ in range(group)]
+        return super()._generate_and_score_completions(rows)
+
+    def _tokenize_prompts(self, prompts: list) -> tuple[list, None, dict]:
+        # The performer has read them, each case and budget once in the run.
+        ids = [p.ids.tolist() for p in self._prompts]
+        return [ids[i] for i in self._rows], None, {}
+
+    def _generate_single_turn(self, prompt_ids: list, *rest: Any) -> tuple[list, Any]:
+        if not (self.args.gold_rollout and self.model.training):
+            return super()._generate_single_turn(prompt_ids, *rest)
+        group = self.num_generations
+        gold = [self._gold_ids(self.cases[row["index"]]) for row in self._inputs[::group]]
+        if self.args.prefill_once and not self.use_vllm:
+            written = self._generate_once([group - 1] * len(self._prompts))
+            return [w for i, g in enumerate(gold) for w in (*written[i * (group - 1) :][: group - 1], g)], None
+        completions, logps = super()._generate_single_turn(prompt_ids, *rest)
+        completions[group - 1 :: group] = gold
+        return completions, logps
+
+    def _check_gold(self) -> None:
+        """Refuse gold answers that would be cut off, before anything is trained."""
+        limit = self.args.max_completion_length
+        lengths = {case.id: len(self._gold_ids(case)) for case in self.cases}
+        longest = max(lengths, key=lengths.__getitem__)
+        if limit and lengths[longest] > limit:
+            raise InputError(
+                f"max_completion_length: {limit} tokens, but the gold answer of case {longest} takes "
+                f"{lengths[longest]}; raise it to at least that, or set gold_rollout to false"
+            )
+        if self.use_vllm:
+            raise InputError("gold_rollout: vLLM has no log-probability of the gold answer; set use_vllm to false")
+
+    def _gold_ids(self, case: Case) -> list[int]:
+        text = gold_completion({"answer": case.answer}) + self._tokenizer.eos_token
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _calculate_rewards(self, inputs: list[dict], *rest: Any) -> torch.Tensor:
+        rewards = super()._calculate_rewards(inputs, *rest)
+        if self.model.training:
+            local = rewards[len(inputs) * self.accelerator.process_index :][: len(inputs)]
+            weights = self.score_weights.to(local.device) * ~local.isnan()
+            score = (local.nan_to_num() * weights).sum(1) / weights.sum(1).clamp_min(1e-9)
+            score = score.view(*self._drawn.rungs.shape, self.num_generations)
+            score = score[..., : self.num_generations - self.args.gold_rollout].mean(-1)
+            # Every process updates on the rollouts of all, so that the allocators stay equal without DDP.
+            drawn = [
+                gather(t.to(local.device)) for t in (self._drawn.look, self._question(), self._drawn.rungs, score)
+            ]
+            for name, value in self.learner.update(*(t.cpu() for t in drawn)).items():
+                self._metrics["train"][f"allocator/{name}"].append(value)
+        return rewards
+
+    def _question(self) -> torch.Tensor:
+        return self.accelerator.pad_across_processes(self._drawn.question.to(self.accelerator.device), dim=1)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            self.learner.save(f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self.learner.load(resume_from_checkpoint)
