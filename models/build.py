@@ -117,17 +117,21 @@ def make_sight(model: Any, processor: Any) -> Sight:
     return TextSight()
 
 
-def lora_config(options: dict[str, Any] | None) -> LoraConfig | None:
-    """Adapters of the language model's projections; the vision tower and the head have none.
+def lora_config(config: PerformerConfig) -> LoraConfig | None:
+    """Adapters of the language model's projections; the vision tower and the head have none, an aligner is trained.
 
     Raises:
-        InputError: an unknown key.
+        InputError: an unknown key, or a vision tower that is to be trained as well.
     """
-    if options is None:
+    if config.lora is None:
         return None
-    defaults = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": LORA_TARGETS}
+    if config.family == "qwen_vl" and not config.freeze_vision:
+        raise InputError("performer: lora trains adapters only, so freeze_vision must be true; or set lora to null")
+    defaults: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": LORA_TARGETS}
+    if config.family == "slide_vlm":
+        defaults["modules_to_save"] = ["aligner"]
     try:
-        return LoraConfig(task_type="CAUSAL_LM", **{**defaults, **options})
+        return LoraConfig(task_type="CAUSAL_LM", **{**defaults, **config.lora})
     except TypeError as error:
         raise InputError(f"performer.lora: {error}; its keys are those of peft's LoraConfig") from error
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
+from models.attention import as_mask, check_window, dense_attention, implementation
 from models.sight import Prompt, Sight
 
 
@@ -23,47 +25,128 @@ def generate(
 ) -> list[list[int]]:
     """Completions of the prompts: `copies[0]` of the first, then `copies[1]` of the second, and so on.
 
-    A prompt is prefilled once and its KV cache is repeated. Prompts of like length share a batch.
+    A prompt is prefilled once, and all its completions read that one KV cache: a step appends one token of each
+    completion to it, and a mask keeps them apart. Prompts of like length share a batch.
 
     Args:
-        config: of `model.generate`, with `pad_token_id` and `eos_token_id`.
+        config: as for `model.generate`, with `pad_token_id` and `eos_token_id`; sampling or greedy.
 
     Returns:
         Token ids up to and with the first end token.
+
+    Raises:
+        ValueError: the configuration asks for a search or a stop that is not made here.
     """
-    device = model.get_input_embeddings().weight.device
+    check(config)
     starts = [0, *accumulate(copies)]
     completions: list[list[int]] = [[] for _ in range(starts[-1])]
-    ends_at = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
-    for chunk in by_length([len(p) for p in prompts]):
-        read = [prompts[i] for i in chunk]
-        index = torch.tensor([k for k, i in enumerate(chunk) for _ in range(copies[i])], device=device)
-        ids = _left([p.ids for p in read], config.pad_token_id).to(device)
-        mask = _left([torch.ones_like(p.ids) for p in read], 0).to(device)
-        rows = [_left([p.positions[r] for p in read], 0) for r in range(len(read[0].positions))]
-        positions = (rows[0] if len(rows) == 1 else torch.stack(rows)).to(device)
-        prefill = model(
-            input_ids=ids[:, :-1],
-            attention_mask=mask[:, :-1],
-            position_ids=positions[..., :-1],
-            use_cache=True,
-            logits_to_keep=1,
-            **to_device(sight.inputs(model, [v for p in read for v in p.views]), device),
-        )
-        cache = prefill.past_key_values
-        cache.batch_select_indices(index)
-        offsets = torch.tensor([p.next_position - len(p) for p in read], device=device)[index]
-        with sight.decoding(model, offsets):
-            out = model.generate(
-                input_ids=ids[index], attention_mask=mask[index], past_key_values=cache, generation_config=config
-            )[:, ids.shape[1] :].tolist()
-        written = iter(out)
-        for i in chunk:
-            for row in range(starts[i], starts[i + 1]):
-                tokens = next(written)
-                ends = [k + 1 for k, t in enumerate(tokens) if t in ends_at]
-                completions[row] = tokens[: ends[0]] if ends else tokens
+    check_window(model, max(map(len, prompts), default=0) + config.max_new_tokens)
+    with dense_attention(model):
+        for chunk in by_length([len(p) for p in prompts]):
+            width = max(copies[i] for i in chunk)
+            written = _write(model, sight, [prompts[i] for i in chunk], width, config)
+            for i, rows in zip(chunk, written, strict=True):
+                completions[starts[i] : starts[i + 1]] = rows[: copies[i]]
     return completions
+
+
+def _write(
+    model: Any, sight: Sight, prompts: Sequence[Prompt], width: int, config: GenerationConfig
+) -> list[list[list[int]]]:
+    """`width` completions of each of the prompts, which share a batch."""
+    device = model.get_input_embeddings().weight.device
+    count, rows = len(prompts), len(prompts) * width
+    ids = _left([p.ids for p in prompts], config.pad_token_id).to(device)
+    prefix = _left([torch.ones_like(p.ids) for p in prompts], 0).to(device)
+    places = [_left([p.positions[r] for p in prompts], 0) for r in range(len(prompts[0].positions))]
+    out = model(
+        input_ids=ids,
+        attention_mask=prefix,
+        position_ids=(places[0] if len(places) == 1 else torch.stack(places)).to(device),
+        use_cache=True,
+        logits_to_keep=1,
+        **to_device(sight.inputs(model, [v for p in prompts for v in p.views]), device),
+    )
+    choose = _chooser(model, config, ids.repeat_interleave(width, 0))
+    logits = out.logits[:, -1].repeat_interleave(width, 0)
+    after = torch.tensor([p.next_position for p in prompts], device=device)[:, None].expand(count, width)
+    # A step's tokens see the prompt and what their own completion has so far, themselves included.
+    seen = prefix.bool()[:, None, :].expand(count, width, -1)
+    own = torch.eye(width, dtype=torch.bool, device=device).expand(count, width, width)
+    tokens: list[torch.Tensor] = []
+    done = torch.zeros(rows, dtype=torch.bool, device=device)
+    for step in range(config.max_new_tokens):
+        chosen, ended = choose(logits, tokens)
+        tokens.append(chosen.masked_fill(done, config.pad_token_id))
+        done |= ended
+        if step + 1 == config.max_new_tokens or bool(done.all()):
+            break
+        seen = torch.cat([seen, own], -1)
+        position = after + step
+        out = model(
+            input_ids=tokens[-1].view(count, width),
+            attention_mask=as_mask(seen[:, None], implementation(model), logits.dtype),
+            position_ids=position if len(places) == 1 else position.expand(len(places), -1, -1),
+            past_key_values=out.past_key_values,
+            use_cache=True,
+        )
+        logits = out.logits.reshape(rows, -1)
+    lengths = _ends(torch.stack(tokens, 1), config)
+    flat = [row[:n] for row, n in zip(torch.stack(tokens, 1).tolist(), lengths, strict=True)]
+    return [flat[i * width : (i + 1) * width] for i in range(count)]
+
+
+def _chooser(
+    model: Any, config: GenerationConfig, ids: torch.Tensor
+) -> Callable[[torch.Tensor, list[torch.Tensor]], tuple[torch.Tensor, torch.Tensor]]:
+    """Picks the next token of every row as transformers does, by all processors that the configuration asks for."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    # Unset values come from the model's own configuration, and the copy is changed in place below.
+    config, _ = base._prepare_generation_config(copy.deepcopy(config))
+    base._prepare_special_tokens(config, True, device=ids.device)
+    processors = base._get_logits_processor(config, ids.shape[1], ids, device=ids.device, logits_processor=[])
+    ends = torch.tensor(_end_ids(config), device=ids.device)
+
+    def choose(logits: torch.Tensor, tokens: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        written = torch.cat([ids, torch.stack(tokens, 1)], 1) if tokens else ids
+        scores = processors(written, logits.to(copy=True, dtype=torch.float32))
+        chosen = torch.multinomial(scores.softmax(-1), 1)[:, 0] if config.do_sample else scores.argmax(-1)
+        return chosen, torch.isin(chosen, ends)
+
+    return choose
+
+
+def check(config: GenerationConfig) -> None:
+    """Refuse what `generate` does not do.
+
+    Raises:
+        ValueError: with the remedy.
+    """
+    asked = {
+        "num_beams": (config.num_beams or 1) > 1,
+        "stop_strings": config.stop_strings is not None,
+        "max_time": config.max_time is not None,
+        "guidance_scale": config.guidance_scale not in (None, 1),
+        "max_new_tokens": config.max_new_tokens is None,
+    }
+    wrong = [name for name, bad in asked.items() if bad]
+    if wrong:
+        raise ValueError(
+            f"generation: {', '.join(wrong)} is {'missing' if wrong == ['max_new_tokens'] else 'not done'} where a "
+            "prompt is read once for all its completions; change generation_kwargs, or set prefill_once to false"
+        )
+
+
+def _end_ids(config: GenerationConfig) -> list[int]:
+    ends = config.eos_token_id
+    return ends if isinstance(ends, list) else [] if ends is None else [ends]
+
+
+def _ends(tokens: torch.Tensor, config: GenerationConfig) -> list[int]:
+    """Length of each row (rows, T) up to and with its first end token."""
+    ended = torch.isin(tokens, torch.tensor(_end_ids(config), device=tokens.device))
+    first = torch.where(ended.any(1), ended.int().argmax(1) + 1, tokens.shape[1])
+    return first.tolist()
 
 
 def by_length(lengths: Sequence[int], waste: float = 0.25, cap: int | None = None) -> Iterator[list[int]]:

@@ -23,6 +23,9 @@ from models.slide_vlm import SlideVLM
 from models.visual import FeatureBank
 from slides.errors import InputError
 
+PROMPTS_KEPT = 8192
+"""Rendered prompts that a performer remembers."""
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -69,8 +72,7 @@ class Performer(ABC):
     ):
         self.model, self.processor, self.bank = model, processor, bank
         self.show_options, self.system = show_options, system
-        # A prompt is rendered and tokenized once, however often its case is drawn.
-        self._ids = lru_cache(maxsize=8192)(self._read)
+        self._read: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def shape(self) -> DecoderShape:
@@ -104,14 +106,17 @@ class Performer(ABC):
         return [*system, {"role": "user", "content": parts}]
 
     def prompt(self, case: Case, budget: int) -> Prompt:
-        """The prompt of a case at a budget."""
+        """The prompt of a case at a budget; it is rendered and tokenized once, however often the case is drawn."""
         views = self.see(case, budget)
-        ids, positions = self._ids(_Question(case, self.messages(case, views), tuple(map(_shape, views))))
+        # Tokens depend on how many are shown, in what grid. The views are not kept: their features are large.
+        key = (case.id, *map(_shape, views))
+        if key not in self._read:
+            if len(self._read) == PROMPTS_KEPT:
+                del self._read[next(iter(self._read))]
+            read = read_prompt(self.processor, self.processor.sight, self.messages(case, views))
+            self._read[key] = read.ids, read.positions
+        ids, positions = self._read[key]
         return Prompt(ids, tuple(views), positions)
-
-    def _read(self, question: _Question) -> tuple[torch.Tensor, torch.Tensor]:
-        read = read_prompt(self.processor, self.processor.sight, question.messages)
-        return read.ids, read.positions
 
     @torch.no_grad()
     def answer(
@@ -207,21 +212,6 @@ class QwenPerformer(Performer):
         if frozen:
             freeze_vision(model)
         return cls(model, QwenProcessor.load(folder), bank, **options)
-
-
-@dataclass(frozen=True)
-class _Question:
-    """Key of a rendered prompt: messages depend on the case and on how many tokens, in what grid, are shown."""
-
-    case: Case
-    messages: list[dict]
-    shapes: tuple[Any, ...]
-
-    def __hash__(self) -> int:
-        return hash((self.case.id, self.shapes))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Question) and (self.case.id, self.shapes) == (other.case.id, other.shapes)
 
 
 def _shape(view: Any) -> tuple[int, ...]:

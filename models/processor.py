@@ -68,7 +68,6 @@ class ViewProcessor(ProcessorMixin):
         """Render one conversation or several; with `tokenize` their images are laid out too."""
         single = isinstance(conversation[0], dict)
         conversations = [conversation] if single else conversation
-        kwargs = {k: v for k, v in kwargs.items() if k in ("add_generation_prompt", "continue_final_message", "tools")}
         texts = [
             self.tokenizer.apply_chat_template(
                 [{**m, "content": self._flatten(m["content"])} for m in messages],

@@ -10,11 +10,13 @@ import inspect
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -51,6 +53,7 @@ class ImageView:
     ):
         self.source, self.grid, self.merge, self.resize, self.budget = source, grid, merge, resize, budget
         self.features: torch.Tensor | None = None
+        self.key = ""
         self.job: Future | None = None
 
     def __len__(self) -> int:
@@ -68,8 +71,11 @@ class ImageView:
     def image(self) -> Image.Image:
         """The RGB image at the size of the budget."""
         if isinstance(self.source, str):
-            with Image.open(self.source) as file:
-                image = file.convert("RGB")
+            with open_image(self.source) as file:
+                try:
+                    image = file.convert("RGB")
+                except (OSError, SyntaxError) as error:  # Pillow reads the pixels here, not when it opens the file
+                    raise unreadable(self.source, error) from error
         else:
             image = self.source.convert("RGB")
         return image.resize(self.resize, Image.Resampling.BICUBIC) if self.resize else image
@@ -85,16 +91,21 @@ class QwenSight(Sight):
         self.processor = image_processor
         self.once = True
         self.cache: FeatureCache | None = None
+        self.held: LRUCache = LRUCache(2e9, getsizeof=lambda features: features.nbytes)
+        """Features of the views seen last, in bytes."""
         self.autocast: Callable[[], AbstractContextManager] = nullcontext
         self.pool = ThreadPoolExecutor(max_workers=max(1, min(4, (os.cpu_count() or 2) - 1)))
         self.seen = 0
         """Images that the tower has read."""
-        self._revision: str | None = None
+        self._revision = ""
+        self._lock = Lock()
 
     def configure(
         self, model: Any, once: bool, cache: FeatureCache | None, autocast: Callable[[], AbstractContextManager]
     ) -> None:
         self.once, self.cache, self.autocast = once and is_frozen(backbone(model).visual), cache, autocast
+        self.held.clear()
+        self._revision = module_revision(backbone(model).visual) if cache is not None else ""
 
     @property
     def unit(self) -> int:
@@ -106,11 +117,20 @@ class QwenSight(Sight):
         if isinstance(image, ImageView):
             return image
         if isinstance(image, (str, Path)):
-            image = open_image(str(image))
-        if not isinstance(image, Image.Image):
+            # Not held open: a training set has more files than a process may open.
+            image = str(image)
+            with open_image(image) as file:
+                width, height = file.size
+        elif isinstance(image, Image.Image):
+            width, height = image.size
+        else:
             raise InputError(f"an image of the training set is a {type(image).__name__}; give a PIL image or a path")
         size = self.processor.size
-        height, width = smart_resize(image.height, image.width, self.unit, size["shortest_edge"], size["longest_edge"])
+        try:
+            height, width = smart_resize(height, width, self.unit, size["shortest_edge"], size["longest_edge"])
+        except ValueError as error:
+            name = image if isinstance(image, str) else "an image of the training set"
+            raise InputError(f"{name}: {error}; crop the image") from error
         return self._view(image, height, width, None, None)
 
     def view_at(self, path: str, budget: int) -> ImageView:
@@ -129,18 +149,23 @@ class QwenSight(Sight):
         return self._view(path, size[1], size[0], size, budget)
 
     def prefetch(self, views: Sequence[View]) -> None:
-        """Begin to read, resize and cut up the views on other threads."""
+        """Begin to look up, or else read, resize and cut up the views on other threads."""
         for view in views:
             assert isinstance(view, ImageView)
             if view.job is None and view.features is None:
-                view.job = self.pool.submit(self._patches, view)
+                view.job = self.pool.submit(self._ready, view)
 
     def fields(self, views: Sequence[Any]) -> dict[str, torch.Tensor]:
         if not views:
             return {}
         self.prefetch(views)
-        jobs = [v.job or self.pool.submit(self._patches, v) for v in views]
-        return {"pixel_values": torch.cat([j.result() for j in jobs]), "image_grid_thw": _grids(views)}
+        waiting = [v.job.result() if v.job is not None else None for v in views]
+        # Where features were found nobody has cut up the image yet.
+        again = {
+            v: self.pool.submit(self._patches, v) for v, found in zip(views, waiting, strict=True) if found is None
+        }
+        rows = [again[v].result() if found is None else found for v, found in zip(views, waiting, strict=True)]
+        return {"pixel_values": torch.cat(rows), "image_grid_thw": _grids(views)}
 
     def inputs(self, model: Any, views: Sequence[Any]) -> dict[str, Any]:
         base = backbone(model)
@@ -154,26 +179,23 @@ class QwenSight(Sight):
 
     @torch.no_grad()
     def see(self, base: Any, views: Sequence[ImageView]) -> None:
-        """Give every view its features (n, hidden): from the cache, else from the frozen tower."""
-        missing = list(dict.fromkeys(v for v in views if v.features is None))
-        keys = self._keys(base, missing)
-        if self.cache is not None:
-            for view, key in zip(missing, keys, strict=True):
-                view.features = self.cache.get(key)
-        todo = [(v, k) for v, k in zip(missing, keys, strict=True) if v.features is None]
-        self.prefetch([v for v, _ in todo])
-        weight = base.visual.patch_embed.proj.weight
-        for chunk in _chunks(todo):
-            seen = [v for v, _ in chunk]
-            fields = {k: x.to(weight.device) for k, x in self.fields(seen).items()}
+        """Give every view its features (n, hidden): what was seen before, in memory or on disk, else by the tower."""
+        self.prefetch(views)
+        for view in views:
+            if view.job is not None:
+                view.job.result()
+        device = base.visual.patch_embed.proj.weight.device
+        for chunk in _chunks(list(dict.fromkeys(v for v in views if v.features is None))):
+            fields = {k: x.to(device) for k, x in self.fields(chunk).items()}
             with self.autocast():
                 out = base.get_image_features(fields["pixel_values"], fields["image_grid_thw"], return_dict=True)
-            for (view, key), features in zip(chunk, out.pooler_output, strict=True):
+            for view, features in zip(chunk, out.pooler_output, strict=True):
                 # Its own memory: a slice would keep the features of the whole batch alive.
                 view.features, view.job = features.clone(), None
                 self.seen += 1
+                self._hold(view)
                 if self.cache is not None:
-                    self.cache.put(key, features)
+                    self.cache.put(view.key, features)
 
     def positions(self, ids: torch.Tensor, views: Sequence[Any]) -> torch.Tensor:
         """Multimodal RoPE (Qwen2-VL, section 2.1): text counts on, an image lies on a grid of time, height, width."""
@@ -194,16 +216,6 @@ class QwenSight(Sight):
             at = end
         return torch.cat(places, 1)
 
-    @contextmanager
-    def decoding(self, model: Any, offsets: torch.Tensor) -> Iterator[None]:
-        base = backbone(model)
-        base.rope_deltas = offsets[:, None]
-        try:
-            yield
-        finally:
-            # Left in place it would shift the positions of whatever is read next.
-            base.rope_deltas = None
-
     def _view(
         self, source: Any, height: int, width: int, resize: tuple[int, int] | None, budget: int | None
     ) -> ImageView:
@@ -219,16 +231,25 @@ class QwenSight(Sight):
             )
         return out["pixel_values"]
 
-    def _keys(self, base: Any, views: Sequence[ImageView]) -> list[str]:
-        if self.cache is None:
-            return [""] * len(views)
-        if self._revision is None:
-            self._revision = module_revision(base.visual)
-        hashes = self.pool.map(lambda v: content_hash(v.source), views)
-        return [
-            cache_key(h, v.grid, f"{self._revision}-{'own' if v.resize else 'processor'}")
-            for v, h in zip(views, hashes, strict=True)
-        ]
+    def _ready(self, view: ImageView) -> torch.Tensor | None:
+        """Patches of a view, or None where its features are there already."""
+        if self.once:
+            kind = "own" if view.resize else "processor"
+            view.key = cache_key(content_hash(view.source), view.grid, f"{self._revision}-{kind}")
+            with self._lock:
+                features = self.held.get(view.key)
+            if features is None and self.cache is not None:
+                features = self.cache.get(view.key)
+            if features is not None:
+                view.features = features
+                self._hold(view)
+                return None
+        return self._patches(view)
+
+    def _hold(self, view: ImageView) -> None:
+        if view.features is not None and view.features.nbytes < self.held.maxsize:
+            with self._lock:
+                self.held[view.key] = view.features
 
 
 class QwenProcessor(ViewProcessor):
@@ -294,7 +315,8 @@ def fit(height: int, width: int, budget: int, unit: int = 28) -> tuple[int, int]
     """
     if budget < 1:
         raise ValueError(f"a budget of {budget} tokens: at least 1 is needed")
-    tall, wide = smart_resize(height, width, unit, unit * unit, budget * unit * unit)
+    # The slack outweighs rounding, which would take a row and a column from one square image in nine.
+    tall, wide = smart_resize(height, width, unit, unit * unit, budget * unit * unit * (1 + 1e-9))
     rows, columns = tall // unit, wide // unit
     # A narrow image gets at least one token across, which may take it over the budget along.
     return (min(rows, budget), columns) if columns == 1 else (rows, min(columns, budget // rows))
@@ -309,9 +331,12 @@ def open_image(path: str) -> Image.Image:
     try:
         return Image.open(path)
     except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(
-            f"{path}: cannot be read as an image ({error}); mend or replace it, or drop its cases"
-        ) from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: str, error: Exception) -> InputError:
+    """What is said of a file that holds no whole image."""
+    return InputError(f"{path}: cannot be read as an image ({error}); mend or replace it, or drop its cases")
 
 
 def load_qwen(name: str | Path, **options: Any) -> Qwen2_5_VLForConditionalGeneration:
@@ -343,6 +368,7 @@ def small_qwen(
         "depth": depth,
         "num_heads": heads,
         "fullatt_block_indexes": [depth - 1],
+        "initializer_range": text.get("initializer_range", 0.02),
         **(vision or {}),
     }
     image, start, end = tokenizer.convert_tokens_to_ids([ViewProcessor.image_token, *VISION_MARKS])
@@ -366,15 +392,15 @@ def _grids(views: Sequence[ImageView]) -> torch.Tensor:
     return torch.tensor([v.grid for v in views])
 
 
-def _chunks(todo: Sequence[tuple[ImageView, str]]) -> Iterator[list[tuple[ImageView, str]]]:
-    chunk: list[tuple[ImageView, str]] = []
+def _chunks(views: Sequence[ImageView]) -> Iterator[list[ImageView]]:
+    chunk: list[ImageView] = []
     patches = 0
-    for view, key in todo:
+    for view in views:
         size = view.grid[0] * view.grid[1] * view.grid[2]
         if chunk and patches + size > TOWER_PATCHES:
             yield chunk
             chunk, patches = [], 0
-        chunk.append((view, key))
+        chunk.append(view)
         patches += size
     if chunk:
         yield chunk

@@ -6,8 +6,8 @@ generation, training) is the same for all families.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -67,15 +67,6 @@ class Sight:
     def positions(self, ids: torch.Tensor, views: Sequence[View]) -> torch.Tensor:
         """Positions (R, P) of a prompt (P,); R is 1, or 3 for multimodal RoPE."""
         return torch.arange(len(ids))[None]
-
-    @contextmanager
-    def decoding(self, model: Any, offsets: torch.Tensor) -> Iterator[None]:
-        """Context of decoding after a prefill.
-
-        Args:
-            offsets: (B,) position of the first new token minus the length of its prompt.
-        """
-        yield
 
 
 class TextSight(Sight):
@@ -145,10 +136,12 @@ def read_prompt(processor: Any, sight: Sight, messages: str | Sequence[dict], **
         InputError: the text has an image token of its own.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
+    views: tuple[View, ...] = ()
     if isinstance(messages, str):
-        return lay_out(sight, processor(text=[messages])["input_ids"][0], ())
-    views = tuple(sight.view(image) for image in images_of(messages))
-    text = processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False, **template)
+        text = messages
+    else:
+        views = tuple(sight.view(image) for image in images_of(messages))
+        text = processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False, **template)
     token = tokenizer.convert_ids_to_tokens(sight.image_token_id) if sight.image_token_id is not None else None
     if token is not None:
         first, *rest = text.split(token)
@@ -158,6 +151,8 @@ def read_prompt(processor: Any, sight: Sight, messages: str | Sequence[dict], **
                 f"{token!r}, which stands for an image: take it out"
             )
         text = first + "".join(token * len(v) + part for v, part in zip(views, rest, strict=True))
+    if isinstance(messages, str):
+        return lay_out(sight, processor(text=[text])["input_ids"][0], ())
     return lay_out(sight, tokenizer(text, add_special_tokens=False)["input_ids"], views)
 
 

@@ -26,6 +26,7 @@ class GroupConfig(GRPOConfig):
             KL term, no entropy term). Entropy and clip ratios in the log are then those of the other groups.
         reuse_old_logps: old log-probabilities come from the update's own pass where the policy has not changed yet.
         skip_eval_loss: evaluation generates and scores, without a forward for a loss that means nothing.
+        flex_attention: packed rows by FlexAttention, which skips the pairs that a mask only hides. For a GPU.
         vision_cache: folder that keeps the features of a frozen vision tower over runs; null keeps none.
         vision_cache_gb: size limit of that folder; the least recently used features go first.
         vision_cache_dtype: "bfloat16" halves the space of float32 features; null keeps what the tower computes
@@ -39,6 +40,7 @@ class GroupConfig(GRPOConfig):
     skip_zero_advantage: bool = switch("groups without advantage stay out of the update")
     reuse_old_logps: bool = switch("old log-probabilities come from the update where it is on-policy")
     skip_eval_loss: bool = switch("no loss forward in evaluation")
+    flex_attention: bool = field(default=False, metadata={"help": "FlexAttention for packed rows, on a GPU"})
     vision_cache: str | None = field(default=None, metadata={"help": "folder of cached vision features"})
     vision_cache_gb: float = field(default=50.0, metadata={"help": "size limit of vision_cache"})
     vision_cache_dtype: str | None = field(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -88,13 +87,21 @@ def pack(
     return PackedBatch(ids, place[0] if len(place) == 1 else place, labels, segment, source)
 
 
-def block_mask(segment: torch.Tensor) -> torch.Tensor:
-    """Mask (b, 1, T, T), True where a query may look, from segments (b, T); padding sees only itself."""
-    query, key = segment[:, :, None], segment[:, None, :]
-    length = segment.shape[1]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment.device).tril()
-    diagonal = torch.eye(length, dtype=torch.bool, device=segment.device)
-    return ((causal & (query >= 0) & ((key == 0) | (key == query))) | diagonal)[:, None]
+def prefix_length(segment: torch.Tensor) -> int:
+    """Leading positions that belong to the prefix of every row of segments (b, T)."""
+    return int((segment == 0).sum(1).min())
+
+
+def block_mask(segment: torch.Tensor, start: int = 0) -> torch.Tensor:
+    """Mask (b, 1, T - start, T), True where a query may look, from segments (b, T); padding sees only itself.
+
+    Args:
+        start: queries before it are left out.
+    """
+    query, key = segment[:, start:, None], segment[:, None, :]
+    place = torch.arange(segment.shape[1], device=segment.device)
+    before, here = place[None, :] <= place[start:, None], place[None, :] == place[start:, None]
+    return ((before & (query >= 0) & ((key == 0) | (key == query))) | here)[:, None]
 
 
 def flex_mask(segment: torch.Tensor) -> Any:
@@ -107,49 +114,6 @@ def flex_mask(segment: torch.Tensor) -> Any:
 
     count, length = segment.shape
     return create_block_mask(allowed, count, None, length, length, device=str(segment.device))
-
-
-def attention_mask(segment: torch.Tensor, implementation: str, dtype: torch.dtype) -> Any:
-    """The mask in the form that an attention implementation of transformers takes.
-
-    Raises:
-        ValueError: the implementation takes no mask of blocks.
-    """
-    check_attention(implementation)
-    if implementation == "flex_attention":
-        return flex_mask(segment)
-    mask = block_mask(segment)
-    if implementation == "sdpa":
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-
-
-def check_attention(implementation: str) -> None:
-    """Refuse an attention implementation that cannot keep the completions of a prompt apart.
-
-    Raises:
-        ValueError: with the remedy.
-    """
-    if implementation not in ("sdpa", "eager", "flex_attention"):
-        raise ValueError(
-            f"attn_implementation {implementation!r} takes no block mask, which a shared prompt needs: load the model "
-            "with 'sdpa' or 'flex_attention', or set shared_prefix to false"
-        )
-
-
-def chunks(sizes: Sequence[int], limit: int | None) -> list[list[int]]:
-    """Indices in order, cut so that the sizes of a chunk sum to `limit` at most; one that is larger stands alone."""
-    if limit is None:
-        return [list(range(len(sizes)))]
-    out: list[list[int]] = []
-    totals = list(accumulate(sizes))
-    start = 0
-    for i in range(len(sizes)):
-        if not out or totals[i] - start > limit:
-            out.append([])
-            start = totals[i] - sizes[i]
-        out[-1].append(i)
-    return out
 
 
 def groups_of(index: Sequence[int]) -> list[list[int]]:

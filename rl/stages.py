@@ -107,7 +107,7 @@ class Stages:
             train_dataset=Dataset.from_list(rows),
             processing_class=performer.processor,
             callbacks=[guard, MarkWhole()],
-            peft_config=lora_config(self.run.performer.lora),
+            peft_config=lora_config(self.run.performer),
             performer=performer,
             cases=train,
             learner=learner,
@@ -173,7 +173,7 @@ class Stages:
             text_only,
             [MarkWhole()],
             last_whole(folder),
-            lora_config(self.run.performer.lora),
+            lora_config(self.run.performer),
         )
         self._finish(folder, parts, performer, trainer)
         return self._load(name)

@@ -11,19 +11,21 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather
+from torch.utils.data import Dataset as TorchDataset
 from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import split_tensor_dict
 
+from models.attention import FLEX, SHARED_PREFIX, as_mask, check_window, share_prefix
 from models.build import make_sight
 from models.feature_cache import FeatureCache
 from models.generation import by_length, generate, to_device
 from models.processor import token_types
 from models.sight import Prompt, read_prompt
-from rl.packing import attention_mask as packed_mask
-from rl.packing import check_attention, chunks, groups_of, pack
+from rl.packing import block_mask, flex_mask, groups_of, pack, prefix_length
+from slides.errors import InputError
 
 
 class GroupTrainer(GRPOTrainer):
@@ -40,9 +42,10 @@ class GroupTrainer(GRPOTrainer):
         own = self.accelerator.unwrap_model(self.model)
         self.sight = make_sight(own, self.processing_class)
         self.sight.configure(own, self.args.see_once, self._vision_cache(), self.accelerator.autocast)
-        self._attention = own.config.get_text_config()._attn_implementation
         if self.args.shared_prefix:
-            check_attention(self._attention)
+            for model in (own, self.ref_model):
+                if model is not None:
+                    self._attention = share_prefix(model, self.args.flex_attention)
         if self.args.prefetch_images and self.args.dataloader_num_workers == 0:
             self.data_collator = self._prefetch
         counts = [p.numel() for n, p in own.named_parameters() if "visual" not in n and "embed_tokens" not in n]
@@ -52,10 +55,17 @@ class GroupTrainer(GRPOTrainer):
         self._prompts: list[Prompt] = []
         self._rows: list[int] = []
         self._inputs: list[dict[str, Any]] = []
-        self._defer_old = False
+        self._asked: list[dict[str, Any]] = []
+        self._shown: list[dict[str, Any]] = []
+        self._defer_old = self._without_loss = False
         self._fresh = torch.zeros(0)
         """Log-probabilities of the last pass."""
         self._buffered_inputs: list[dict[str, Any]] | None
+
+    @property
+    def _corrected(self) -> bool:
+        """Whether old log-probabilities correct for those of vLLM."""
+        return self.use_vllm and self.vllm_importance_sampling_correction
 
     def _vision_cache(self) -> FeatureCache | None:
         if self.args.vision_cache is None:
@@ -64,21 +74,38 @@ class GroupTrainer(GRPOTrainer):
         dtype = getattr(torch, kept) if kept else None
         return FeatureCache(self.args.vision_cache, self.args.vision_cache_gb, dtype)
 
+    def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        return super()._get_dataloader(
+            LoadedOnce(dataset) if hasattr(dataset, "__len__") else dataset, *args, **kwargs
+        )
+
     # Prompts: made once for all rows that share them.
 
     def _with_views(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows with their images as `views`; equal rows side by side share theirs."""
-        out: list[dict[str, Any]] = []
-        for row in rows:
-            before = rows[len(out) - 1] if out else None
-            if before is not None and all(_same(row.get(k), before.get(k)) for k in ("prompt", "image", "images")):
-                views, prompt = out[-1]["views"], out[-1]["prompt"]
-            else:
-                single = [] if row.get("image") is None else [row["image"]]
-                views = [self.sight.view(i) for i in row.get("images") or single]
-                prompt = prepare_multimodal_messages(row["prompt"], images=views) if views else row["prompt"]
-            out.append({**row, "views": views, "prompt": prompt})
-        return out
+        """Rows with their images as `views`; equal rows side by side share theirs.
+
+        Raises:
+            InputError: there are images, but prompts are texts.
+        """
+        asked = [{k: row.get(k) for k in ("prompt", "image", "images")} for row in rows]
+        # TRL loads a generation batch again for each of its micro-batches and iterations.
+        if asked != self._asked:
+            self._asked, self._shown = asked, []
+            images = [row["images"] or ([] if row["image"] is None else [row["image"]]) for row in asked]
+            for at, (row, own) in enumerate(zip(asked, images, strict=True)):
+                if at and row == asked[at - 1]:
+                    self._shown.append(self._shown[-1])
+                    continue
+                prompt, views = row["prompt"], [self.sight.view(i) for i in own]
+                if any(images):  # the log's column of prompts has one type
+                    if isinstance(prompt, str):
+                        raise InputError(
+                            f"the prompts of a training set with images are texts, such as {prompt[:80]!r}; give "
+                            "conversations and leave the chat template to the trainer"
+                        )
+                    prompt = prepare_multimodal_messages(prompt, images=views)
+                self._shown.append({"views": views, "prompt": prompt})
+        return [{**row, **shown} for row, shown in zip(rows, self._shown, strict=True)]
 
     def _prefetch(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Collator: the next batch's images are made ready while this one is trained on."""
@@ -87,17 +114,15 @@ class GroupTrainer(GRPOTrainer):
         return rows
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list, None, dict]:
-        # Rows of one prompt hold the same object, also after TRL's deep copy.
         options = {**self.chat_template_kwargs}
         if self.chat_template is not None:
             options["chat_template"] = self.chat_template
-        index: dict[int, int] = {}
         self._prompts, self._rows = [], []
-        for prompt in prompts:
-            if id(prompt) not in index:
-                index[id(prompt)] = len(self._prompts)
+        for at, prompt in enumerate(prompts):
+            # Equal and not identical: loaders and TRL copy prompts. Views are never copied.
+            if not at or prompt != prompts[at - 1]:
                 self._prompts.append(read_prompt(self.processing_class, self.sight, prompt, **options))
-            self._rows.append(index[id(prompt)])
+            self._rows.append(len(self._prompts) - 1)
         ids = [p.ids.tolist() for p in self._prompts]
         return [ids[i] for i in self._rows], None, {}
 
@@ -105,13 +130,12 @@ class GroupTrainer(GRPOTrainer):
         self._inputs = inputs if "views" in inputs[0] else self._with_views(inputs)
         left_out = ("views", "image", "images")
         every = self.args.steps_per_generation * self.num_iterations
-        corrected = self.use_vllm and self.vllm_importance_sampling_correction
         aligned = every % self.args.gradient_accumulation_steps == 0 and self.args.disable_dropout
         self._defer_old = (
             self.args.reuse_old_logps
             and self.model.training
             and aligned
-            and not corrected
+            and not self._corrected
             and self.args.gradient_accumulation_steps % every != 0
         )
         deferred = self._defer_old
@@ -218,7 +242,7 @@ class GroupTrainer(GRPOTrainer):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         start = input_ids.shape[1] - logits_to_keep
         completions, valid = input_ids[:, start:], attention_mask[:, start:].bool()
-        if self._defer_old:
+        if self._defer_old or self._without_loss:
             # The first pass after the rollouts is the old policy's; `_prepare_inputs` makes what is needed of it.
             self._defer_old = False
             return torch.zeros(completions.shape, device=input_ids.device), None, None
@@ -239,21 +263,17 @@ class GroupTrainer(GRPOTrainer):
             )
             self._fresh = stock[0].detach()
             return stock
-        groups = groups_of(self._rows)
-        prompts = [self._prompts[self._rows[g[0]]] for g in groups]
-        written = valid.sum(1).tolist()
-        lengths = [len(p) - 1 + sum(written[row] + 1 for row in g) for p, g in zip(prompts, groups, strict=True)]
-        self._count(sum(lengths))
         logps = torch.zeros(completions.shape, device=input_ids.device)
         entropies = torch.zeros_like(logps)
-        for chunk in self._chunks(lengths, [len(g) for g in groups], batch_size):
-            rows = torch.tensor([row for g in chunk for row in groups[g]], device=input_ids.device)
+        check_window(model, max(map(len, self._prompts)) + logits_to_keep)
+        for groups in self._forwards(valid.sum(1).tolist(), batch_size):
+            rows = torch.tensor([row for g in groups for row in g], device=input_ids.device)
             local = iter(range(len(rows)))
-            read = [prompts[g] for g in chunk]
+            read = [self._prompts[self._rows[g[0]]] for g in groups]
             packed = pack(
                 [p.ids for p in read],
                 [p.positions for p in read],
-                [[next(local) for _ in groups[g]] for g in chunk],
+                [[next(local) for _ in g] for g in groups],
                 completions[rows],
                 valid[rows],
                 self._tokenizer.pad_token_id,
@@ -262,10 +282,10 @@ class GroupTrainer(GRPOTrainer):
             with self.accelerator.autocast():
                 out = model(
                     input_ids=packed.input_ids,
-                    attention_mask=packed_mask(packed.segment, self._attention, logps.dtype),
                     position_ids=packed.position_ids,
                     labels=packed.labels,
                     fused_lm_head=True,
+                    **self._mask(packed.segment, logps.dtype),
                     **to_device(seen, input_ids.device),
                 )
             shape = (len(rows), logits_to_keep)
@@ -275,11 +295,32 @@ class GroupTrainer(GRPOTrainer):
         self._fresh = logps.detach()
         return logps, entropies if compute_entropy else None, None
 
-    def _chunks(self, lengths: Sequence[int], sizes: Sequence[int], batch_size: int | None) -> Any:
-        """Groups of one forward: of like length, unless sharded weights need as many forwards on every process."""
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return chunks(sizes, batch_size)
-        return by_length(lengths, cap=None if batch_size is None else max(1, batch_size // max(sizes)))
+    def _mask(self, segment: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
+        """What keeps the completions of packed rows apart, in the form that the model's attention takes."""
+        if self._attention == FLEX:
+            return {"attention_mask": flex_mask(segment)}
+        if self._attention != SHARED_PREFIX:
+            return {"attention_mask": as_mask(block_mask(segment), self._attention, dtype)}
+        n = prefix_length(segment)
+        return {"attention_mask": block_mask(segment, n), "prefix_length": n}
+
+    def _forwards(self, written: Sequence[int], batch_size: int | None) -> list[list[list[int]]]:
+        """Groups of rows for each forward over a batch, from the length of every row's completion."""
+
+        def length(group: Sequence[int]) -> int:
+            return len(self._prompts[self._rows[group[0]]]) - 1 + sum(written[row] + 1 for row in group)
+
+        if self.accelerator.num_processes > 1:
+            # As many forwards on every process: each is a collective, of buffers or of sharded weights.
+            size = batch_size or len(self._rows)
+            parts = [range(len(self._rows))[at : at + size] for at in range(0, len(self._rows), size)]
+            out = [[[part[row] for row in g] for g in groups_of([self._rows[row] for row in part])] for part in parts]
+        else:
+            groups = groups_of(self._rows)
+            cap = None if batch_size is None else max(1, batch_size // max(map(len, groups)))
+            out = [[groups[g] for g in chunk] for chunk in by_length([length(g) for g in groups], cap=cap)]
+        self._count(sum(length(g) for groups in out for g in groups))
+        return out
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         kept = self._teaching(inputs)
@@ -294,7 +335,7 @@ class GroupTrainer(GRPOTrainer):
     def _teaching(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """Rows of the groups with some advantage, None for all.
 
-        At least one group stays, and as many on every process, so that all take part in every collective.
+        At least one row stays, and as many on every process, as TRL gathers values of rows.
         """
         entropy = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
         if (
@@ -306,20 +347,16 @@ class GroupTrainer(GRPOTrainer):
         ):
             return None
         index = inputs["prompt_index"]
-        groups = groups_of(index.tolist())
-        if len({len(g) for g in groups}) > 1:
-            return None
         flat = inputs["advantages"].reshape(len(index), -1).abs().amax(1).tolist()
-        teaching = [g for g in groups if any(flat[row] > 0 for row in g)]
+        groups = groups_of(index.tolist())
+        teaching = [row for g in groups if any(flat[row] > 0 for row in g) for row in g]
         silent = sorted(
             (g for g in groups if not any(flat[row] > 0 for row in g)), key=lambda g: self._length(g, inputs)
         )
         count = torch.tensor(max(1, len(teaching)), device=index.device)
         wanted = int(gather(count).max()) if self.accelerator.num_processes > 1 else int(count)
-        kept = teaching + silent[: wanted - len(teaching)]
-        if len(kept) == len(groups):
-            return None
-        return torch.tensor(sorted(row for g in kept for row in g), device=index.device)
+        kept = teaching + [row for g in silent for row in g][: wanted - len(teaching)]
+        return None if len(kept) == len(index) else torch.tensor(sorted(kept), device=index.device)
 
     def _length(self, rows: Sequence[int], inputs: dict[str, Any]) -> int:
         return int(inputs["prompt_mask"][rows[0]].sum() + inputs["completion_mask"][list(rows)].sum())
@@ -327,11 +364,17 @@ class GroupTrainer(GRPOTrainer):
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, None, None]:
-        if not self.args.skip_eval_loss:
-            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        with torch.no_grad():
-            self._prepare_inputs(inputs)
-        return None, None, None
+        prompts = self._prompts
+        try:
+            if not self.args.skip_eval_loss:
+                return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            self._without_loss = not self._corrected
+            with torch.no_grad():
+                self._prepare_inputs(inputs)
+            return None, None, None
+        finally:
+            # Buffered training batches still hold indices of their prompts.
+            self._prompts, self._without_loss = prompts, False
 
     def _count(self, tokens: int) -> None:
         """Add the FLOPs of a pass: 2 a parameter and token; an update 2 more for inputs and 2 for trained weights."""
@@ -343,6 +386,25 @@ class GroupTrainer(GRPOTrainer):
         """FLOPs of the language model since the last call, with rollouts; padding and attention are not counted."""
         flops, self._flops = self._flops, 0.0
         return int(flops)
+
+
+class LoadedOnce(TorchDataset):
+    """A dataset that loads a row once for a batch that asks for it many times: images are decoded there."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+        self._last: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        # A generation batch is asked for again by each of its micro-batches.
+        self._last = {i: self._last[i] if i in self._last else self.dataset[i] for i in dict.fromkeys(indices)}
+        return [self._last[i] for i in indices]
 
 
 def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
@@ -367,7 +429,3 @@ def _share(loss_type: str, inputs: dict[str, Any], kept: torch.Tensor) -> float 
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
         return mask[kept].sum().clamp(min=1.0) / mask.sum().clamp(min=1.0)
     return len(kept) / len(inputs["prompt_ids"])
-
-
-def _same(one: Any, other: Any) -> bool:
-    return one is other or one == other

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from envs.case import Case
 from models.build import PerformerConfig, build_performer
-from models.performer import Performer
+from models.performer import Performer, QwenPerformer
 from models.visual import FeatureBank
 from slides.store import Features, write_features
 
@@ -89,6 +90,58 @@ def performer(make_performer) -> Performer:
     made = make_performer()
     made.model.eval()
     return made
+
+
+def noise(width: int, height: int, seed: int) -> Image.Image:
+    """An image that no other seed has."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.fixture(scope="session")
+def image_cases(tmp_path_factory) -> list[Case]:
+    """Questions about image files: prompts, sizes and numbers of images differ; one has none."""
+    folder: Path = tmp_path_factory.mktemp("images")
+    sizes = ([(112, 112)], [(150, 60)], [], [(84, 84), (56, 140)], [(60, 150)], [(112, 84), (112, 84), (30, 30)])
+    made = []
+    for i, each in enumerate(sizes):
+        images = tuple(str(folder / f"image{i}{k}.png") for k in range(len(each)))
+        for k, ((width, height), path) in enumerate(zip(each, images, strict=True)):
+            noise(width, height, 10 * i + k).save(path)
+        made.append(
+            Case(
+                id=f"case{i}",
+                patient=f"patient{i}",
+                task="choice",
+                prompt="Is this tissue normal or tumour?" + " Look well." * (i % 3),
+                answer=("normal", "tumour")[i % 2],
+                images=images,
+                options=("normal", "tumour"),
+            )
+        )
+    return made
+
+
+@pytest.fixture(scope="session")
+def make_qwen(make_performer) -> Callable[..., QwenPerformer]:
+    """Builds a small Qwen2.5-VL in eval mode: a new one each time, always of the same weights."""
+
+    def make(**changes) -> QwenPerformer:
+        made = make_performer(**{"family": "qwen_vl", "layers": 2, "ffn": 48, **changes})
+        made.model.eval()
+        if not {"pretrained", "checkpoint"} & set(changes):
+            # As large as the language model's, or images would hardly be heard.
+            for weight in made.model.model.visual.parameters():
+                if weight.ndim == 2:
+                    weight.data.mul_(9)
+        return made
+
+    return make
+
+
+@pytest.fixture
+def qwen(make_qwen) -> QwenPerformer:
+    """A new one whose vision tower is frozen."""
+    return make_qwen()
 
 
 @pytest.fixture(autouse=True)

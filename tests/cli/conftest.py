@@ -7,8 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -87,3 +89,24 @@ def finished(tmp_path_factory, slides) -> tuple[Path, subprocess.CompletedProces
     done = call("rl/grpo.py", recipe)
     assert done.returncode == 0, done.stderr[-3000:]
     return recipe, done
+
+
+@pytest.fixture(scope="session")
+def fields(tmp_path_factory) -> dict:
+    """`cases` of a recipe over 24 small images, dark ones and light ones, of 12 patients."""
+    folder = tmp_path_factory.mktemp("fields")
+    rng = np.random.default_rng(0)
+    lines = ["file,label,patient"]
+    for i in range(24):
+        pixels = rng.normal((120, 200)[i % 2], 30, (84, 112, 3)).clip(0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        lines.append(f"{i}.png,{('dark', 'light')[i % 2]},p{i // 2}")
+    (folder / "cases.csv").write_text("\n".join(lines))
+    return {
+        "name": "manifest",
+        "path": str(folder / "cases.csv"),
+        "task": "choice",
+        "prompt": "Dark or light?",
+        "val_fraction": 0.25,
+        "test_fraction": 0.25,
+    }

@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from models.cost import DecoderShape
+from models.cost import DecoderShape, TowerShape
 
 quick = settings(max_examples=25, deadline=None)
 shapes = st.builds(
@@ -84,3 +88,70 @@ def test_grouped_query_attention_is_read_off_the_configuration():
     assert DecoderShape.from_config(config) == DecoderShape(3, 64, 16, 96, 77)
     plain = AutoConfig.for_model("gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=50)
     assert DecoderShape.from_config(plain) == DecoderShape(2, 32, 32, 128, 50)
+
+
+towers = st.builds(
+    TowerShape,
+    layers=st.integers(4, 6),
+    full_layers=st.integers(0, 4),
+    hidden=st.integers(1, 8).map(lambda n: 16 * n),
+    ffn=st.integers(1, 200),
+    out=st.integers(1, 300),
+    patch=st.integers(1, 1200),
+    window=st.sampled_from([16, 64]),
+    merge=st.sampled_from([1, 4]),
+)
+
+
+@quick
+@given(towers, st.integers(1, 60))
+def test_seeing_is_the_sum_over_layers_and_patches(tower, tokens):
+    n, d = tokens * tower.merge, tower.hidden
+    total = matmul(n, tower.patch, d)
+    for layer in range(tower.layers):
+        keys = n if layer < tower.full_layers else min(tower.window, n)
+        for _ in range(n):
+            total += 3 * matmul(1, d, d) + matmul(1, d, keys) + matmul(1, keys, d) + matmul(1, d, d)
+            total += 2 * matmul(1, d, tower.ffn) + matmul(1, tower.ffn, d)  # gate and up, down
+    wide = tower.merge * d
+    total += matmul(tokens, wide, wide) + matmul(tokens, wide, tower.out)
+    assert tower.read(tokens) == pytest.approx(total, rel=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (2, 2), (2, 4), (4, 6)])
+@pytest.mark.parametrize("depth", [2, 5])
+def test_seeing_is_what_the_tower_does(rows, columns, depth):
+    """All products of the stock tower, counted as it runs, on images of whole windows (2 x 2 tokens)."""
+    config = Qwen2_5_VLVisionConfig(
+        depth=depth,
+        hidden_size=32,
+        intermediate_size=48,
+        num_heads=2,
+        out_hidden_size=24,
+        window_size=56,
+        fullatt_block_indexes=[0, 1],
+    )
+    tower = Qwen2_5_VisionTransformerPretrainedModel._from_config(config, attn_implementation="eager")
+    patches = 4 * rows * columns
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        tower(torch.randn(patches, 1176), grid_thw=torch.tensor([[1, 2 * rows, 2 * columns]]))
+    assert TowerShape.from_config(config).read(rows * columns) == counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("out", "tera"), [(2048, 5.63), (3584, 5.65)])
+def test_the_published_tower_takes_known_flops(out, tera):
+    """Qwen2.5-VL 3B and 7B at 1,024 tokens (896 x 896 px)."""
+    config = Qwen2_5_VLVisionConfig(
+        depth=32,
+        hidden_size=1280,
+        intermediate_size=3420,
+        num_heads=16,
+        out_hidden_size=out,
+        window_size=112,
+        patch_size=14,
+        spatial_merge_size=2,
+        fullatt_block_indexes=[7, 15, 23, 31],
+    )
+    tower = TowerShape.from_config(config)
+    assert tower == TowerShape(32, 4, 1280, 3420, out, 1176, 64, 4)
+    assert tower.read(1024) / 1e12 == pytest.approx(tera, abs=0.006)

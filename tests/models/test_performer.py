@@ -1,10 +1,17 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
+import torch
 
+from models import performer as module
+from models.cost import TowerShape
 from models.performer import question_text
+from slides.errors import InputError
+from tests.conftest import noise
 
 
 def test_answers_come_in_the_order_of_the_cases(performer, cases):
@@ -36,21 +43,42 @@ def test_several_images_share_the_budget(performer, cases):
     assert sum(map(len, performer.see(both, 16))) <= 16
 
 
-def test_an_answer_ends_with_its_end_token(performer, cases):
+@pytest.mark.parametrize("several", [False, True])
+def test_an_answer_ends_with_its_end_token(performer, cases, several):
     free = performer.answer(cases[:1], [4], max_new_tokens=6)[0]
     assert free.generated == 6
     # Whatever this model writes third becomes the end token.
-    inputs = performer.processor(
-        images=[performer.see(cases[0], 4)],
-        text=performer.processor.apply_chat_template(
-            [performer.messages(cases[0], performer.see(cases[0], 4))], add_generation_prompt=True
-        ),
-        return_tensors="pt",
-    )
+    prompt = performer.prompt(cases[0], 4)
+    inputs = {"input_ids": prompt.ids[None], **performer.processor.sight.fields(prompt.views)}
     written = performer.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, -6:].tolist()
     third = written[2]
-    performer.processor.tokenizer.eos_token_id = third
-    assert performer.answer(cases[:1], [4], max_new_tokens=6)[0].generated == written.index(third) + 1
+    unused = next(t for t in range(20, 200) if t not in written)
+    performer.model.generation_config.eos_token_id = [unused, third] if several else third
+    answer = performer.answer(cases[:1], [4], max_new_tokens=6)[0]
+    assert answer.generated == written.index(third) + 1
+    assert free.text.startswith(answer.text.rstrip("\ufffd"))
+
+
+def test_the_tokenizer_ends_answers_where_the_model_names_no_end(performer, cases):
+    prompt = performer.prompt(cases[0], 4)
+    inputs = {"input_ids": prompt.ids[None], **performer.processor.sight.fields(prompt.views)}
+    written = performer.model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, -6:].tolist()
+    performer.model.generation_config.eos_token_id = None
+    performer.processor.tokenizer.eos_token_id = written[1]
+    assert performer.answer(cases[:1], [4], max_new_tokens=6)[0].generated == written.index(written[1]) + 1
+
+
+def test_image_tokens_are_never_written(performer, cases):
+    image = performer.processor.image_token_id
+
+    def insist(module, inputs, logits):
+        logits[..., image] += 1e4
+
+    free = performer.answer(cases[:4], [4] * 4, max_new_tokens=3)
+    performer.model.lm_head.register_forward_hook(insist)
+    assert [a.text for a in performer.answer(cases[:4], [4] * 4, max_new_tokens=3)] == [a.text for a in free]
+    prompt = performer.prompt(cases[0], 4)
+    assert int(performer.model(prompt.ids[None]).logits[0, -1].argmax()) == image
 
 
 def test_answering_leaves_the_mode_and_draws_nothing(performer, cases):
@@ -74,3 +102,136 @@ def test_the_conversation_puts_images_before_the_question(performer, cases):
     assert system == {"role": "system", "content": "You are a pathologist."}
     assert [p["type"] for p in user["content"]] == ["image", "text"]
     assert user["content"][0]["image"] is seen[0]
+
+
+@pytest.fixture
+def read(monkeypatch) -> list:
+    """Messages of every prompt that is rendered."""
+    rendered = []
+
+    def count(processor, sight, messages):
+        rendered.append(messages)
+        return original(processor, sight, messages)
+
+    original = module.read_prompt
+    monkeypatch.setattr(module, "read_prompt", count)
+    return rendered
+
+
+@pytest.mark.parametrize("family", ["performer", "qwen"])
+def test_a_prompt_is_rendered_once(request, family, read, cases, image_cases):
+    made = request.getfixturevalue(family)
+    case, other = (image_cases[0], image_cases[4]) if family == "qwen" else (cases[0], cases[1])
+    first = made.prompt(case, 16)
+    assert made.prompt(case, 16).ids is first.ids
+    assert len(read) == 1
+    made.answer([case, case], [16, 16], max_new_tokens=1)
+    assert len(read) == 1
+    shorter, blank = made.prompt(case, 4), made.prompt(case, 0)
+    assert len(read) == 3
+    # Only the visual tokens differ.
+    image = made.processor.image_token_id
+    assert [int((p.ids == image).sum()) for p in (first, shorter, blank)] == [16, 4, 0]
+    texts = [[t for t in p.ids.tolist() if t != image] for p in (first, shorter)]
+    assert texts[0] == texts[1]
+    assert [sum(map(len, p.views)) for p in (first, shorter, blank)] == [16, 4, 0]
+    assert made.prompt(other, 16).ids.tolist() != first.ids.tolist()
+    assert len(read) == 4
+
+
+def test_equal_counts_in_another_grid_are_another_prompt(qwen, read, image_cases, tmp_path):
+    wide, tall = (str(tmp_path / f"{w}x{h}.png") for w, h in ((224, 56), (56, 224)))
+    noise(224, 56, 0).save(wide)
+    noise(56, 224, 1).save(tall)
+    first, second = (qwen.prompt(dataclasses.replace(image_cases[0], images=(path,)), 16) for path in (wide, tall))
+    assert torch.equal(first.ids, second.ids) and not torch.equal(first.positions, second.positions)
+    assert len(read) == 2
+
+
+def test_the_oldest_prompt_is_forgotten_first(performer, read, cases, monkeypatch):
+    monkeypatch.setattr(module, "PROMPTS_KEPT", 2)
+    for index in (0, 1, 0, 2, 1, 2):
+        performer.prompt(cases[index], 4)
+    assert len(read) == 3
+    performer.prompt(cases[0], 4)
+    assert len(read) == 4
+
+
+@pytest.mark.parametrize("family", ["performer", "qwen"])
+def test_a_rendered_prompt_keeps_no_view_alive(request, family, cases, image_cases):
+    made = request.getfixturevalue(family)
+    prompt = made.prompt((image_cases if family == "qwen" else cases)[0], 16)
+    view = weakref.ref(prompt.views[0])
+    del prompt
+    if family == "qwen":
+        made._view.cache_clear()
+    else:
+        made.bank._pooled.clear()
+        made.bank._held = 0
+    gc.collect()
+    assert view() is None
+
+
+# Qwen2.5-VL.
+
+
+def test_images_are_shown_at_their_budget(qwen, image_cases):
+    for budget in (1, 4, 16):
+        views = qwen.see(image_cases[0], budget)
+        assert [(v.source, len(v)) for v in views] == [(image_cases[0].images[0], budget)]
+    assert qwen.see(image_cases[0], 0) == [] == qwen.see(image_cases[2], 16)
+    assert qwen.see(image_cases[0], 4)[0] is qwen.see(image_cases[0], 4)[0], "what a view remembers serves again"
+
+
+def test_images_of_a_case_share_the_budget(qwen, image_cases):
+    views = qwen.see(image_cases[5], 18)
+    assert [v.source for v in views] == list(image_cases[5].images)
+    assert [v.budget for v in views] == [6, 6, 6]
+    assert [len(v) for v in views] == [4, 4, 1], "what an image can use of its share"
+
+
+def test_realised_tokens_are_reported(qwen, image_cases):
+    budgets = (16, 10, 16, 12, 0, 18)
+    answers = qwen.answer(image_cases, budgets, max_new_tokens=4, batch_size=4)
+    shown = [sum(map(len, qwen.see(c, b))) for c, b in zip(image_cases, budgets, strict=True)]
+    assert [a.visual for a in answers] == shown
+    assert shown[0] == 16 and shown[2] == shown[4] == 0 and shown[5] == 9
+    for case, budget, answer in zip(image_cases, budgets, answers, strict=True):
+        prompt = qwen.prompt(case, budget)
+        assert answer.prompt == len(prompt) - answer.visual
+        assert (qwen.answer([case], [budget], max_new_tokens=4)[0].text) == answer.text
+
+
+def test_slides_are_refused(qwen, image_cases):
+    case = dataclasses.replace(image_cases[0], slides=("slide.svs",))
+    for budget in (0, 16):
+        with pytest.raises(InputError, match=f"case {case.id}: it shows slides.*slide_vlm, or cut fields of view"):
+            qwen.see(case, budget)
+
+
+def test_a_case_whose_image_is_missing_is_named(qwen, image_cases, tmp_path):
+    case = dataclasses.replace(image_cases[0], images=(str(tmp_path / "gone.png"),))
+    with pytest.raises(InputError, match=r"gone\.png: cannot be read as an image"):
+        qwen.answer([case], [4])
+
+
+# What seeing costs.
+
+
+def test_seeing_costs_a_run_of_the_tower(qwen):
+    tower = TowerShape.from_config(qwen.model.config.vision_config)
+    assert [qwen.seeing(n) for n in (0, 1, 64)] == [tower.read(n) for n in (0, 1, 64)]
+    assert qwen.seeing(0) == 0 < qwen.seeing(1) < qwen.seeing(64)
+
+
+def test_stored_features_cost_the_aligner_alone(performer):
+    aligner = performer.model.model.aligner
+    products = [m for m in aligner.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(products) == 3
+    assert performer.seeing(7) == sum(2 * 7 * m.in_features * m.out_features for m in products)
+
+
+def test_the_language_model_alone_gives_the_shape(qwen, performer):
+    for made in (qwen, performer):
+        text = made.model.config.get_text_config()
+        assert made.shape.layers == text.num_hidden_layers and made.shape.vocab == len(made.processor.tokenizer)

@@ -1,8 +1,15 @@
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
+from transformers import Qwen2_5_VLForConditionalGeneration
 
+from models.build import PerformerConfig, lora_config
+from models.performer import QwenPerformer
+from models.processor import token_types
 from rewards.registry import gold_completion
 from sft.warm_start import BudgetCollator, sft_config, train_sft
 from tests.conftest import LADDER
@@ -88,3 +95,189 @@ def test_the_recipe_has_the_say_except_in_what_is_fixed(tmp_path):
     assert config.learning_rate == 1.0 and config.weight_decay == 0.01
     assert config.output_dir == str(tmp_path / "x") and config.seed == 5
     assert config.remove_unused_columns is False
+
+
+# Qwen2.5-VL.
+
+OPTIONS = {
+    "per_device_train_batch_size": 6,
+    "learning_rate": 3e-3,
+    "warmup_steps": 0,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "use_cpu": True,
+    "disable_tqdm": True,
+}
+
+
+def qwen_batch(performer, cases, budget) -> dict:
+    return BudgetCollator(performer, cases, LADDER, text_only=0.0, seed=0).batch(cases, budget)
+
+
+def gold_ids(performer, case) -> list[int]:
+    tokenizer = performer.processor.tokenizer
+    return tokenizer(gold_completion({"answer": case.answer}) + tokenizer.eos_token)["input_ids"]
+
+
+def stock_batch(performer, cases, budget) -> dict[str, torch.Tensor]:
+    """The same rows as stock inputs: pixels, grids and types of tokens; positions are the model's own."""
+    views = [performer.see(c, budget) for c in cases]
+    processor = performer.processor
+    texts = processor.apply_chat_template(
+        [performer.messages(c, v) for c, v in zip(cases, views, strict=True)], add_generation_prompt=True
+    )
+    eos = processor.tokenizer.eos_token
+    texts = [t + gold_completion({"answer": c.answer}) + eos for t, c in zip(texts, cases, strict=True)]
+    out = processor(
+        images=views if any(views) else None, text=texts, padding=True, padding_side="right", return_tensors="pt"
+    )
+    labels = torch.full_like(out["input_ids"], -100)
+    for row, mask, case in zip(labels, out["attention_mask"], cases, strict=True):
+        gold = gold_ids(performer, case)
+        row[int(mask.sum()) - len(gold) : int(mask.sum())] = torch.tensor(gold)
+    return {**out, "labels": labels}
+
+
+@pytest.mark.parametrize("budget", [0, 1, 12])
+def test_labels_of_image_prompts_are_on_the_answer_only(qwen, image_cases, budget):
+    batch = qwen_batch(qwen, image_cases, budget)
+    tokenizer, image = qwen.processor.tokenizer, qwen.processor.image_token_id
+    for row, labels, case in zip(batch["input_ids"], batch["labels"], image_cases, strict=True):
+        here = (labels != -100).nonzero()[:, 0]
+        assert labels[here].tolist() == row[here].tolist() == gold_ids(qwen, case)
+        assert here.tolist() == list(range(int(here[0]), int(here[-1]) + 1))
+        assert tokenizer.decode(row[: here[0]]).endswith("<|im_start|>assistant\n")
+        assert int((row == image).sum()) == sum(map(len, qwen.see(case, budget)))
+    assert (batch["input_ids"] == image).any() == (budget > 0)
+
+
+@pytest.mark.parametrize("budget", [0, 4, 16])
+def test_positions_of_a_batch_are_those_of_the_stock_model(qwen, image_cases, budget):
+    batch, stock = qwen_batch(qwen, image_cases, budget), stock_batch(qwen, image_cases, budget)
+    for key in ("input_ids", "attention_mask", "labels"):
+        assert torch.equal(batch[key], stock[key])
+    typed = token_types(batch["input_ids"], qwen.processor.image_token_id)
+    assert torch.equal(typed, stock["mm_token_type_ids"])
+    expected, _ = qwen.model.model.get_rope_index(
+        batch["input_ids"], typed, stock.get("image_grid_thw"), attention_mask=batch["attention_mask"]
+    )
+    assert batch["position_ids"].shape == (3, *batch["input_ids"].shape)
+    assert torch.equal(batch["position_ids"], expected)
+    assert (batch["attention_mask"] == 0).any(), "some rows are padded"
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_tower_gives_features_and_another_pixels(make_qwen, image_cases, frozen):
+    performer = make_qwen(freeze_vision=frozen)
+    count = sum(len(performer.see(c, 12)) for c in image_cases)
+    for _ in range(2):
+        batch = qwen_batch(performer, image_cases, 12)
+        assert ("pixel_values" in batch) == ("image_grid_thw" in batch) == (not frozen)
+        assert ("mm_encoder_outputs" in batch) == frozen
+        assert performer.processor.sight.seen == (count if frozen else 0)
+    blank = qwen_batch(performer, image_cases, 0)
+    assert set(blank) == {"input_ids", "attention_mask", "position_ids", "labels"}
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("budget", [0, 4, 16])
+def test_the_loss_is_that_of_the_stock_model(make_qwen, image_cases, frozen, budget):
+    performer = make_qwen(freeze_vision=frozen)
+    model = performer.model.train()
+    out = model(**qwen_batch(performer, image_cases, budget))
+    stock = model(**stock_batch(performer, image_cases, budget))
+    assert out.loss.item() == pytest.approx(stock.loss.item(), rel=1e-5)
+    head = model.lm_head.weight
+    ours, theirs = (torch.autograd.grad(x.loss, head)[0] for x in (out, stock))
+    assert torch.allclose(ours, theirs, atol=1e-6, rtol=1e-3)
+    blank = model(**qwen_batch(performer, image_cases, 0))
+    assert (out.loss.item() != blank.loss.item()) == (budget > 0), "images are heard"
+
+
+def tune(performer: QwenPerformer, cases, folder: Path, steps: int = 12, **options) -> list[float]:
+    """Losses of a short warm start."""
+    config = sft_config(folder, {**OPTIONS, "max_steps": steps}, seed=0)
+    trainer = train_sft(performer, cases, LADDER, config, text_only=0.0, **options)
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+def changed(before: dict[str, torch.Tensor], performer) -> set[str]:
+    after = performer.model.state_dict()
+    assert before.keys() == after.keys()
+    return {name for name, value in after.items() if not torch.equal(value, before[name])}
+
+
+def weights(performer) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in performer.model.state_dict().items()}
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_warm_start_of_all_weights(make_qwen, image_cases, tmp_path, frozen):
+    performer = make_qwen(freeze_vision=frozen)
+    before = weights(performer)
+    losses = tune(performer, image_cases, tmp_path / "run")
+    assert len(losses) == 12 and losses[-1] < 0.5 * losses[0]
+    names = changed(before, performer)
+    visual = {name for name in names if ".visual." in name}
+    if frozen:
+        assert not visual
+        assert performer.processor.sight.seen <= 3 * sum(len(c.images) for c in image_cases)
+    else:
+        matrices = {n for n, v in before.items() if ".visual." in n and v.ndim > 1}
+        assert matrices <= visual
+        assert performer.processor.sight.seen == 0
+    assert {n for n, v in before.items() if ".visual." not in n and v.ndim > 1} <= names
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_warm_start_through_adapters(make_qwen, image_cases, tmp_path, frozen):
+    performer = make_qwen(freeze_vision=frozen)
+    before = weights(performer)
+    lora = lora_config(PerformerConfig(family="qwen_vl", lora={"r": 8, "lora_alpha": 32}))
+    losses = tune(performer, image_cases, tmp_path / "run", steps=25, lora=lora)
+    assert losses[-1] < 0.8 * losses[0]
+    model = performer.model
+    assert type(model) is Qwen2_5_VLForConditionalGeneration
+    assert not any("lora" in name or "base_layer" in name for name, _ in model.named_modules())
+    names = changed(before, performer)
+    projections = {n for n in before if ".language_model.layers." in n and n.endswith("_proj.weight")}
+    assert names == projections and len(names) == 14, "merged into each projection, nothing else moved"
+    # What was trained is what is saved.
+    performer.save(tmp_path / "saved")
+    model.eval()
+    answers = performer.answer(image_cases, [16] * 6, max_new_tokens=6)
+    stock = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path / "saved").eval()
+    assert all(torch.equal(v, stock.state_dict()[n]) for n, v in model.state_dict().items())
+    inputs = stock_batch(performer, image_cases, 16)
+    with torch.no_grad():
+        assert stock(**inputs).loss.item() < 0.8 * losses[0]
+        assert stock(**inputs).loss.item() == pytest.approx(model(**inputs).loss.item(), rel=1e-6)
+    again = QwenPerformer.load(tmp_path / "saved", performer.bank, show_options=False)
+    again.model.eval()
+    assert [a.text for a in again.answer(image_cases, [16] * 6, max_new_tokens=6)] == [a.text for a in answers]
+
+
+def test_adapters_serve_the_other_family_as_well(make_performer, cases, tmp_path):
+    performer = make_performer(aligner_dropout=0.0)
+    before = weights(performer)
+    losses = tune(
+        performer, cases, tmp_path, steps=20, lora=lora_config(PerformerConfig(family="qwen_vl", lora={"r": 8}))
+    )
+    assert losses[-1] < losses[0]
+    assert not any("lora" in name for name in performer.model.state_dict())
+    names = changed(before, performer)
+    assert len(names) == 7 and all(".language_model.layers." in n for n in names)
+
+
+def test_what_the_images_show_is_learnt(make_qwen, image_cases, tmp_path):
+    """Two cases differ in their images alone."""
+    first, second = image_cases[0], image_cases[3]
+    alike = [
+        dataclasses.replace(first, answer="normal"),
+        dataclasses.replace(first, id="other", images=second.images[:1], answer="tumour"),
+    ]
+    performer = make_qwen()
+    config = sft_config(tmp_path, {**OPTIONS, "max_steps": 60, "per_device_train_batch_size": 2}, seed=0)
+    train_sft(performer, alike, [9], config, text_only=0.0)
+    texts = [a.text for a in performer.answer(alike, [9, 9], max_new_tokens=16)]
+    assert texts == [gold_completion({"answer": c.answer}) for c in alike]

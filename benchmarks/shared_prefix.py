@@ -1,0 +1,408 @@
+"""GRPO steps of TRL's GRPOTrainer and of ours: same model, prompts and completions, one process tree.
+
+    python benchmarks/shared_prefix.py
+    python benchmarks/shared_prefix.py --preset 3b --completion-tokens 128        # on a GPU
+    python benchmarks/shared_prefix.py --preset 7b --completion-tokens 128 --lora
+
+Each trainer runs in a process of its own, so that peak memory is its own. In its first step both get the same made-up
+completions and a learning rate of 0: their log-probabilities and gradients are compared (`max_logp_diff`,
+`max_grad_rel_diff`, the largest relative error among the tensors). The steps after it generate, of full length, and
+are timed: `train_step_ratio` is forward and backward, `generate_ratio` the rollouts, `step_ratio` a whole step of
+`train()` with image processing, rewards and optimizer, `memory_ratio` peak memory (resident set on a CPU, allocated on
+a GPU). Ratios are TRL over ours, medians over the steps; `*_flops_ratio` is what the formula of methods 9.2 gives.
+
+A frozen vision tower reads an image once in a run. The ratios are of steps whose images the run has seen before, as in
+every epoch but the first; those under `first_sight` are of steps with new images. TRL's steps cost the same in both.
+
+Both read images by the same processor (PIL), see the frozen vision tower of a randomly made Qwen2.5-VL, and write
+sampled tokens by `generate` of transformers. `others_busy` is the fraction of the cores' time that other processes
+took: above a few per cent the ratios are not to be trusted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "small": {},
+    "3b": {
+        "hidden": 2048, "layers": 36, "heads": 16, "kv_heads": 2, "ffn": 11008, "vocab": 151936, "tied": True,
+        "tower": {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16,
+                  "fullatt_block_indexes": [7, 15, 23, 31]},
+    },
+    "7b": {
+        "hidden": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "ffn": 18944, "vocab": 152064, "tied": False,
+        "tower": {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16,
+                  "fullatt_block_indexes": [7, 15, 23, 31]},
+    },
+}  # fmt: skip
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
+"""Dense bf16 FLOPs a second, by name of the GPU."""
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--group", type=int, default=8, help="completions of a prompt (G)")
+    parser.add_argument("--prompts", type=int, default=1, help="prompts of a step")
+    parser.add_argument("--image-tokens", type=int, default=1024, help="a square number")
+    parser.add_argument("--text-tokens", type=int, default=64)
+    parser.add_argument("--completion-tokens", type=int, default=64)
+    parser.add_argument("--preset", choices=list(PRESETS), default="small")
+    parser.add_argument("--hidden", type=int, default=512, help="width of language model and vision tower (small)")
+    parser.add_argument("--layers", type=int, default=8, help="depth of both (small)")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
+    parser.add_argument("--attention", choices=["sdpa", "flex_attention"], default="sdpa", help="of ours")
+    parser.add_argument("--beta", type=float, default=0.0, help="weight of the KL term")
+    parser.add_argument("--lora", action="store_true", help="train adapters of rank 16")
+    parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="default: on a GPU")
+    parser.add_argument("--steps", type=int, default=3, help="timed steps of each trainer")
+    parser.add_argument("--cores", type=int, default=2, help="CPU cores that the benchmark may use")
+    parser.add_argument("--worker", choices=["stock", "ours"], help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def shape(options: argparse.Namespace) -> dict[str, Any]:
+    """Shape of the model: a preset's, or the small one's."""
+    width, layers = options.hidden, options.layers
+    small = {
+        "hidden": width, "layers": layers, "heads": width // 64, "kv_heads": max(1, width // 128), "ffn": 3 * width,
+        "vocab": 0, "tied": False, "tower": {"intermediate_size": 3 * width, "fullatt_block_indexes": [layers - 1]},
+    }  # fmt: skip
+    return {**small, **PRESETS[options.preset]}
+
+
+def build(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Model with random weights and its processor."""
+    import torch
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from models.qwen_vl import VISION_MARKS, QwenProcessor, freeze_vision, small_qwen
+    from models.tokenizer import train_tokenizer
+
+    torch.manual_seed(0)
+    size, made = {"shortest_edge": 784, "longest_edge": 784 * options.image_tokens}, shape(options)
+    tokenizer = train_tokenizer(["Which grade has this tumour?"], 400, VISION_MARKS)
+    processor = QwenProcessor(Qwen2VLImageProcessorPil(size=size), tokenizer)
+    text = {
+        "hidden_size": made["hidden"],
+        "intermediate_size": made["ffn"],
+        "num_hidden_layers": made["layers"],
+        "num_attention_heads": made["heads"],
+        "num_key_value_heads": made["kv_heads"],
+        "vocab_size": made["vocab"] or len(tokenizer),
+        "tie_word_embeddings": made["tied"],
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    attention = options.attention if options.worker == "ours" else "sdpa"
+    with torch.device(options.device):
+        model = small_qwen(tokenizer, text, made["tower"], attention)
+    freeze_vision(model)
+    return model.to(getattr(torch, options.dtype)), processor
+
+
+def prompts(options: argparse.Namespace, processor: Any, count: int) -> Any:
+    """Training set: noise of the asked number of tokens, and a question that brings the text to its length."""
+    import numpy as np
+    from datasets import Dataset
+    from PIL import Image
+
+    side = round(options.image_tokens**0.5) * 28
+    if (side // 28) ** 2 != options.image_tokens:
+        raise SystemExit(f"--image-tokens {options.image_tokens}: take a square number, such as {(side // 28) ** 2}")
+
+    def text_tokens(words: int) -> int:
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": " a" * words}]}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        return len(processor.tokenizer(text)["input_ids"]) - 1
+
+    # The template takes some of them.
+    words = options.text_tokens - text_tokens(0)
+    while text_tokens(words) > options.text_tokens:
+        words -= 1
+    rng = np.random.default_rng(0)
+    images = [Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
+    return Dataset.from_list([{"prompt": [{"role": "user", "content": " a" * words}], "image": i} for i in images])
+
+
+def trainer_of(options: argparse.Namespace) -> type:
+    """The trainer with clocks on its parts; its first step takes made-up completions."""
+    import torch
+    from trl import GRPOTrainer
+
+    from rl.trainer import GroupTrainer
+
+    base: Any = GroupTrainer if options.worker == "ours" else GRPOTrainer
+
+    class Timed(base):
+        """Seconds of each call, by part."""
+
+        def clock(self, part: str, call: Callable[[], Any]) -> Any:
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            out = call()
+            if options.device == "cuda":
+                torch.cuda.synchronize()
+            self.times.setdefault(part, []).append(time.perf_counter() - start)
+            return out
+
+        def _generate_single_turn(self, prompt_ids: list, *rest: Any) -> Any:
+            if self.state.global_step:
+                return self.clock("generate", lambda: super(Timed, self)._generate_single_turn(prompt_ids, *rest))
+            draw = torch.Generator().manual_seed(0)
+            shape = (len(prompt_ids), options.completion_tokens)
+            return torch.randint(10, 250, shape, generator=draw).tolist(), None
+
+        def _generate_and_score_completions(self, inputs: list) -> Any:
+            return self.clock("rollouts", lambda: super(Timed, self)._generate_and_score_completions(inputs))
+
+        def training_step(self, *args: Any) -> Any:
+            return self.clock("micro_step", lambda: super(Timed, self).training_step(*args))
+
+        def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
+            out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
+            if self.state.global_step == 0:
+                self.first_logps = out[0].detach().float().cpu()
+            return out
+
+    Timed.times = {}
+    return Timed
+
+
+def work(options: argparse.Namespace) -> dict[str, Any]:
+    """Train with one trainer; its times, memory and, in a file, log-probabilities and gradients of the first step."""
+    import torch
+    from peft import LoraConfig
+    from safetensors.torch import save_file
+    from transformers import TrainerCallback
+
+    from models.build import LORA_TARGETS
+    from models.qwen_vl import freeze_vision, load_qwen
+    from rl.config import GroupConfig
+
+    torch.set_num_threads(options.cores)
+    model, processor = build(options)
+    steps = 1 + options.steps
+    folder = Path(options.folder)
+    if options.beta and not options.lora:
+        # The reference is loaded anew from where the model came from.
+        model.save_pretrained(folder / "start")
+        model = load_qwen(folder / "start", dtype=model.dtype, device_map=options.device)
+        freeze_vision(model)
+    rows = prompts(options, processor, options.prompts * steps)
+    cuda = options.device == "cuda"
+    config = GroupConfig(
+        output_dir=str(folder / options.worker),
+        per_device_train_batch_size=options.group * options.prompts,
+        num_generations=options.group,
+        max_completion_length=options.completion_tokens,
+        generation_kwargs={"min_new_tokens": options.completion_tokens},
+        max_steps=steps if options.worker == "stock" else 2 * steps,
+        shuffle_dataset=False,  # the second half of our steps goes over the images of the first again
+        learning_rate=0.0,
+        beta=options.beta,
+        bf16=options.dtype == "bfloat16",
+        use_cpu=not cuda,
+        gradient_checkpointing=options.checkpointing,
+        disable_dropout=True,
+        logging_steps=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        seed=0,
+    )
+    trainer = trainer_of(options)(
+        model=model,
+        reward_funcs=lambda completion_ids, **_: [sum(t % 2 for t in ids) / len(ids) for ids in completion_ids],
+        args=config,
+        train_dataset=rows,
+        processing_class=processor,
+        peft_config=LoraConfig(r=16, lora_alpha=32, target_modules=LORA_TARGETS, task_type="CAUSAL_LM")
+        if options.lora
+        else None,
+    )
+    starts: list[float] = []
+
+    class Watch(TrainerCallback):
+        """Keeps the gradients of the first step and the time at which each step ends."""
+
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 0:
+                kept, size = {"logps": trainer.first_logps}, 0
+                for name, parameter in trainer.model.named_parameters():
+                    if parameter.grad is not None and size < 5e8:
+                        kept[name] = parameter.grad.detach().float().cpu().contiguous()
+                        size += kept[name].nbytes
+                save_file(kept, folder / f"{options.worker}.safetensors")
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if cuda:
+                torch.cuda.synchronize()
+            starts.append(time.perf_counter())
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    parts = {k: v[-len(starts) :] for k, v in trainer.times.items()}
+    parts["train_step"] = [a - b for a, b in zip(parts["micro_step"], parts["rollouts"], strict=True)]
+    parts["step"] = [0.0, *(after - before for before, after in itertools.pairwise(starts))]
+    parts["generate"] = [0.0, *parts["generate"]][-len(starts) :]
+    first = {k: parts[k][1:steps] for k in ("train_step", "generate", "step")}
+    last = {k: parts[k][-options.steps :] for k in first}
+    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {
+        **last,
+        "first_sight": first,
+        "peak_gb": peak / 1e9,
+        "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
+    }
+
+
+def flops(options: argparse.Namespace, shared: bool) -> dict[str, float]:
+    """FLOPs of a group's rollouts and update (methods 9.2), by formula; ours has seen the image before."""
+    from models.cost import DecoderShape, TowerShape
+
+    made = shape(options)
+    width = made["hidden"] // made["heads"] * made["kv_heads"]
+    text = DecoderShape(made["layers"], made["hidden"], width, made["ffn"], made["vocab"] or 400)
+    tower = {"hidden_size": made["hidden"], "depth": made["layers"], **made["tower"]}
+    sight = TowerShape(
+        tower["depth"], len(tower["fullatt_block_indexes"]), tower["hidden_size"], tower["intermediate_size"],
+        made["hidden"], 3 * 2 * 14**2, 64, 4,
+    )  # fmt: skip
+    group, prompt, written = options.group, options.image_tokens + options.text_tokens, options.completion_tokens
+    image = sight.read(options.image_tokens)
+    pairs = prompt * (prompt + 1) / 2 + written * prompt + written * (written + 1) / 2
+    rows, tokens = group, prompt + written
+    forward = rows * (tokens * text.per_token + 4.0 * text.layers * text.hidden * pairs)
+    if shared:
+        own = written * prompt + written * (written + 1) / 2
+        pairs = prompt * (prompt + 1) / 2 + group * own
+        forward = (prompt + group * written) * text.per_token + 4.0 * text.layers * text.hidden * pairs
+    forward += group * written * 2.0 * text.hidden * text.vocab
+    # A frozen weight has no gradient of its own; checkpointing repeats the forward; a KL term adds the reference's.
+    passes = 1 + (1 if options.lora else 2) + bool(options.checkpointing) + bool(options.beta)
+    sights = 0 if shared else group * (1 + bool(options.beta))
+    decode = group * text.decode(written, prompt)
+    generate = text.prefill(prompt) + decode if shared else group * (image + text.prefill(prompt)) + decode
+    train = passes * forward + sights * image
+    return {"train_step": train, "generate": generate, "step": train + generate}
+
+
+def compare(folder: str) -> dict[str, float]:
+    """Largest differences of the first step's log-probabilities and gradients."""
+    from safetensors.torch import load_file
+
+    stock, own = (load_file(Path(folder) / f"{name}.safetensors") for name in ("stock", "ours"))
+    logps = (stock.pop("logps") - own.pop("logps")).abs().max().item()
+    if stock.keys() != own.keys():
+        raise RuntimeError(f"gradients of different tensors: {sorted(stock.keys() ^ own.keys())}")
+    largest = max(g.norm().item() for g in stock.values())
+    # A tensor without any effect, such as the bias of keys, has a gradient of rounding only.
+    errors = [
+        (own[k] - g).norm().item() / max(g.norm().item(), 1e-4 * largest) for k, g in stock.items() if g.norm() > 0
+    ]
+    return {"max_logp_diff": logps, "max_grad_rel_diff": max(errors)}
+
+
+def busy(cores: int) -> tuple[float, float]:
+    """Seconds that all cores of the machine worked, and that passed."""
+    import psutil
+
+    times = psutil.cpu_times(percpu=True)
+    return sum(sum(t) - t.idle - getattr(t, "iowait", 0.0) for t in times), time.perf_counter()
+
+
+def main() -> None:
+    """Run both trainers and print one JSON line."""
+    import torch
+    import transformers
+    import trl
+
+    options = parse()
+    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    if options.checkpointing is None:
+        options.checkpointing = options.device == "cuda"
+    if hasattr(os, "sched_setaffinity") and options.device == "cpu":
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
+    if options.worker:
+        print("RESULT " + json.dumps(work(options)))
+        return
+    found: dict[str, dict[str, Any]] = {}
+    before = busy(options.cores)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    with tempfile.TemporaryDirectory() as folder:
+        for worker in ("stock", "ours"):
+            command = [sys.executable, __file__, *sys.argv[1:], "--worker", worker, "--folder", folder]
+            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            if done.returncode or not lines:
+                raise SystemExit(f"the {worker} trainer failed:\n{done.stderr[-4000:]}")
+            found[worker] = json.loads(lines[0][len("RESULT ") :])
+        equality = compare(folder)
+    worked, wall = (now - then for now, then in zip(busy(options.cores), before, strict=True))
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    own = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
+    result: dict[str, Any] = {}
+    formula = {name: flops(options, name == "ours") for name in found}
+    for part in ("train_step", "generate", "step"):
+        middle = {name: statistics.median(found[name][part]) for name in found}
+        result[f"{part}_ratio"] = round(middle["stock"] / middle["ours"], 2)
+        result[f"{part}_seconds"] = {name: [round(s, 3) for s in found[name][part]] for name in found}
+        result[f"{part}_flops_ratio"] = round(formula["stock"][part] / formula["ours"][part], 2)
+    for part in ("generate", "step"):
+        new = statistics.median(found["ours"]["first_sight"][part])
+        result.setdefault("first_sight", {})[f"{part}_ratio"] = round(statistics.median(found["stock"][part]) / new, 2)
+    result["first_sight"]["seconds"] = {
+        part: [round(s, 3) for s in found["ours"]["first_sight"][part]] for part in ("generate", "step")
+    }
+    result["memory_ratio"] = round(found["stock"]["peak_gb"] / found["ours"]["peak_gb"], 2)
+    result["peak_gb"] = {name: round(found[name]["peak_gb"], 2) for name in found}
+    device = found["ours"]["device"]
+    peak = next((v for k, v in PEAK_FLOPS.items() if k in device), None)
+    if peak:
+        result["train_step_mfu"] = {
+            name: round(options.prompts * formula[name]["train_step"] / middle[name] / peak, 3) for name in found
+        }
+    settings = {k: v for k, v in vars(options).items() if k not in ("worker", "folder")}
+    versions = {"python": platform.python_version()} | {
+        module.__name__: module.__version__ for module in (torch, transformers, trl)
+    }
+    result |= {
+        **equality,
+        "n": options.steps,
+        "statistic": "median of steps",
+        "others_busy": round(max(0.0, worked - own) / (wall * (os.cpu_count() or 1)), 3),
+        "device_name": device,
+        "options": settings,
+        "versions": versions,
+        "command": " ".join(["python", "benchmarks/shared_prefix.py", *sys.argv[1:]]),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

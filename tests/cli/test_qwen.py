@@ -1,0 +1,54 @@
+"""A whole run of a small Qwen2.5-VL, which sees the images themselves."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+import rl.grpo
+from tests.cli.conftest import RECIPE, command, write_recipe
+
+PERFORMER = {**RECIPE["performer"], "family": "qwen_vl"}
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_qwen_runs_to_the_report(tmp_path, fields, monkeypatch, capsys, lora):
+    recipe = write_recipe(
+        tmp_path,
+        tmp_path,
+        cases=fields,
+        encoder={"field_side": 112},
+        performer={**PERFORMER, "lora": lora},
+        ladder=[1, 4, 12],
+        sft={**RECIPE["sft"], "max_steps": 20},
+        max_steps=4,
+        max_completion_length=16,
+        gold_rollout=True,  # so that there is something to learn from
+        vision_cache=str(tmp_path / "vision"),
+    )
+    monkeypatch.setattr(sys, "argv", command("rl/grpo.py", recipe)[3:])
+    rl.grpo.main()
+    summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
+    # 112 x 84 px are 4 x 3 tokens; at a budget of 4 they are shown as 2 x 1 or 2 x 2.
+    assert [p["budget"] for p in summary["static"]] == [1, 4, 12]
+    assert [p["tokens"] for p in summary["static"]][::2] == [1.0, 12.0]
+    assert 1 < summary["static"][1]["tokens"] <= 4
+    costs = [p["flops"] for p in summary["static"]]
+    assert costs == sorted(costs), "the vision tower is counted"
+    assert list((tmp_path / "vision").rglob("*.safetensors")), "the tower's features are kept"
+    states = {name: load_file(tmp_path / "run" / name / "model.safetensors") for name in ("sft", "grpo")}
+    assert not any("lora" in key for key in states["grpo"])
+    moved = {key for key, value in states["sft"].items() if not value.equal(states["grpo"][key])}
+    assert moved and not any("visual" in key for key in moved), "the tower is frozen"
+    assert "report:" in capsys.readouterr().out
+
+
+def test_slides_are_not_for_qwen(tmp_path, slides, monkeypatch, capsys):
+    recipe = write_recipe(tmp_path, slides, performer=PERFORMER)
+    monkeypatch.setattr(sys, "argv", command("rl/grpo.py", recipe)[3:])
+    with pytest.raises(SystemExit) as stopped:
+        rl.grpo.main()
+    assert stopped.value.code == 2 and "qwen_vl reads images" in capsys.readouterr().err

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from models.performer import SlidePerformer
+from rewards.registry import gold_completion
+from rl.config import FrugalConfig
+from slides.errors import InputError
+from tests.conftest import LADDER
+from tests.rl.conftest import even_tokens
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "beta", "iterations"),
+    [("grpo", 0.0, 1), ("dapo", 0.0, 2), ("dr_grpo", 0.05, 2), ("bnpo", 0.05, 1)],
+)
+def test_training_with_shared_prefixes_takes_the_same_steps(
+    make_performer, make_trainer, bank, tmp_path, loss_type, beta, iterations
+):
+    make_performer().save(tmp_path / "start")
+    logs = {}
+    for shared in (False, True):
+        # A penalty needs the reference loaded anew from the folder.
+        performer = SlidePerformer.load(tmp_path / "start", bank, show_options=False)
+        changes = {"loss_type": loss_type, "beta": beta, "num_iterations": iterations}
+        trainer = make_trainer(performer, shared_prefix=shared, prefill_once=False, **changes)
+        trainer.train()
+        logs[shared] = [row for row in trainer.state.log_history if "grad_norm" in row]
+    assert len(logs[True]) == len(logs[False]) == 3
+    assert max(row["grad_norm"] for row in logs[False]) > 1e-3, "there was something to learn"
+    assert logs[False][0]["completions/min_length"] < logs[False][0]["completions/max_length"]
+    for own, stock in zip(logs[True], logs[False], strict=True):
+        for key in ("loss", "grad_norm", "entropy", *(["kl"] if beta else [])):
+            assert own[key] == pytest.approx(stock[key], rel=1e-5, abs=1e-5), key
+    if beta:
+        assert logs[False][-1]["kl"] > 0
+
+
+def test_performer_and_allocator_both_learn(make_performer, make_trainer):
+    performer = make_performer()
+    trainer = make_trainer(performer)
+    before = copy.deepcopy(performer.model.state_dict())
+    allocator = copy.deepcopy(trainer.learner.allocator.state_dict())
+    trainer.train()
+    after, learnt = performer.model.state_dict(), trainer.learner.allocator.state_dict()
+    for part in ("aligner.place", "aligner.features", "embed_tokens", "layers.0", "lm_head"):
+        assert any(not torch.equal(after[n], before[n]) for n in after if part in n), part
+    assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+    for name in ("see.weight", "question.weight", "head.4.weight"):
+        assert not torch.equal(learnt[name], allocator[name]), name
+    row = next(r for r in trainer.state.log_history if "allocator/loss" in r)
+    assert min(LADDER) <= row["allocator/drawn_tokens"] <= max(LADDER)
+    assert 0 < row["allocator/largest_share"] <= 1
+    assert trainer.state.total_flos > 0
+
+
+def test_a_step_takes_every_image_with_its_budgets_and_completions(make_performer, make_trainer, cases):
+    trainer = make_trainer(make_performer(), budgets_per_image=2, num_generations=2)
+    order = list(trainer._get_train_sampler())
+    for start in range(0, len(order), 8):
+        first, second = order[start : start + 4], order[start + 4 : start + 8]
+        assert len(set(first)) == len(set(second)) == 1 and first != second
+    assert sorted(set(order)) == list(range(len(cases)))
+
+
+@pytest.mark.parametrize("once", [True, False])
+def test_the_gold_rollout_closes_every_group_and_is_not_scored_for_the_allocator(
+    make_performer, make_trainer, cases, monkeypatch, once
+):
+    trainer = make_trainer(
+        make_performer(), gold_rollout=True, num_generations=4, prefill_once=once, per_device_train_batch_size=16
+    )
+    tokenizer = trainer.performer.processor.tokenizer
+    order = list(trainer._get_train_sampler())[:16]
+    seen = {}
+    monkeypatch.setattr(trainer.learner, "update", lambda *drawn: seen.update(score=drawn[-1]) or {})
+    trainer.model.train()
+    out = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in order])
+    written = tokenizer.batch_decode(out["completion_ids"], skip_special_tokens=True)
+    gold = [gold_completion({"answer": cases[i].answer}) for i in order]
+    assert written[3::4] == gold[3::4]
+    assert not set(written[::4]) & set(gold), "an untrained performer does not write the answer"
+    assert out["completion_mask"][3].sum() == len(tokenizer(gold[3])["input_ids"]) + 1, "it is ended"
+    # No sample is right, so that a score is half the share of even tokens, its mean over the three samples.
+    ids = [row[mask.bool()].tolist() for row, mask in zip(out["completion_ids"], out["completion_mask"], strict=True)]
+    even = torch.tensor(even_tokens([None] * 16, ids)).view(2, 2, 4)
+    torch.testing.assert_close(seen["score"], even[..., :3].mean(-1) / 2)
+    assert (out["advantages"].view(4, 4).argmax(1) == 3).all()
+
+
+def test_a_gold_answer_that_would_be_cut_off_is_refused(make_performer, make_trainer):
+    with pytest.raises(InputError, match=r"max_completion_length: 3 tokens, but the gold answer of case case\d takes"):
+        make_trainer(make_performer(), gold_rollout=True, max_completion_length=3)
+
+
+def test_a_batch_that_splits_an_image_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"= 12 completions .* 4 x 2 = 8; make the first a multiple of 8"):
+        FrugalConfig(
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=12,
+            num_generations=2,
+            budgets_per_image=4,
+            bf16=False,
+        )
+
+
+def test_a_resumed_run_ends_where_the_whole_run_ends(make_performer, make_trainer, tmp_path):
+    ends = []
+    for cut in (False, True):
+        options = {
+            "output_dir": str(tmp_path / f"cut{cut}"),
+            "max_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 2,
+        }
+        if cut:
+            make_trainer(make_performer(), **{**options, "max_steps": 2}).train()
+        trainer = make_trainer(make_performer(), **options)
+        trainer.train(resume_from_checkpoint=f"{options['output_dir']}/checkpoint-2" if cut else None)
+        ends.append((trainer.model.state_dict(), trainer.learner.allocator.state_dict()))
+    for whole, resumed in zip(*ends, strict=True):
+        for name, value in whole.items():
+            torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
