@@ -184,8 +184,11 @@ def trainer_of(options: argparse.Namespace) -> type:
 
         def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
             out = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-            if self.state.global_step == 0:
-                self.first_logps = out[0].detach().float().cpu()
+            if self.state.global_step == 0 and torch.is_grad_enabled():
+                # TRL shuffles the rows of a batch, ours its groups.
+                written = args[1][:, -options.completion_tokens :].tolist()
+                order = sorted(range(len(written)), key=written.__getitem__)
+                self.first_logps = out[0].detach().float().cpu()[order]
             return out
 
     Timed.times = {}

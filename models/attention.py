@@ -35,10 +35,12 @@ def shared_prefix_attention(
     """Attention (B, T, heads, d) of query (B, heads, T, d).
 
     Args:
-        attention_mask: (B, 1, T - prefix_length, T), True where the queries after the prefix may look.
+        attention_mask: (B, 1, T - prefix_length, T) of the queries after the prefix; True or 0 where they may look.
         prefix_length: leading positions that see what is before them; 0 is attention as usual.
     """
     attend = _grouped if query.device.type == "cpu" else _stock
+    if attention_mask is not None and attention_mask.is_floating_point():
+        attention_mask = attention_mask.to(query.dtype)  # autocast may have changed the queries
     n = prefix_length
     if not n:
         return attend(module, query, key, value, attention_mask, **kwargs), None
@@ -158,8 +160,12 @@ def dense_attention(model: Any) -> Iterator[None]:
         decoder(model).set_attn_implementation(before)
 
 
-def as_mask(allowed: torch.Tensor, name: str, dtype: torch.dtype) -> torch.Tensor:
-    """A mask, True where a query may look, in the form that an implementation takes: eager adds it to the scores."""
-    if name != "eager":
-        return allowed
+def as_mask(allowed: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A mask, True where a query may look, as what is added to the scores.
+
+    All implementations of `MASKED` take that; of a boolean one each layer would make, and keep, its own.
+
+    Args:
+        dtype: of the queries.
+    """
     return torch.zeros(allowed.shape, dtype=dtype, device=allowed.device).masked_fill(~allowed, torch.finfo(dtype).min)

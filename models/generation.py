@@ -11,7 +11,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from models.attention import as_mask, check_window, dense_attention, implementation
+from models.attention import as_mask, check_window, dense_attention
 from models.sight import Prompt, Sight
 
 
@@ -85,7 +85,7 @@ def _write(
         position = after + step
         out = model(
             input_ids=tokens[-1].view(count, width),
-            attention_mask=as_mask(seen[:, None], implementation(model), logits.dtype),
+            attention_mask=as_mask(seen[:, None], logits.dtype),
             position_ids=position if len(places) == 1 else position.expand(len(places), -1, -1),
             past_key_values=out.past_key_values,
             use_cache=True,

@@ -285,7 +285,7 @@ class GroupTrainer(GRPOTrainer):
                     position_ids=packed.position_ids,
                     labels=packed.labels,
                     fused_lm_head=True,
-                    **self._mask(packed.segment, logps.dtype),
+                    **self._mask(packed.segment, self._dtype()),
                     **to_device(seen, input_ids.device),
                 )
             shape = (len(rows), logits_to_keep)
@@ -295,14 +295,17 @@ class GroupTrainer(GRPOTrainer):
         self._fresh = logps.detach()
         return logps, entropies if compute_entropy else None, None
 
+    def _dtype(self) -> torch.dtype:
+        """Of the queries in a forward."""
+        device = self.accelerator.device.type
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
+
     def _mask(self, segment: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
         """What keeps the completions of packed rows apart, in the form that the model's attention takes."""
         if self._attention == FLEX:
             return {"attention_mask": flex_mask(segment)}
-        if self._attention != SHARED_PREFIX:
-            return {"attention_mask": as_mask(block_mask(segment), self._attention, dtype)}
-        n = prefix_length(segment)
-        return {"attention_mask": block_mask(segment, n), "prefix_length": n}
+        n = prefix_length(segment) if self._attention == SHARED_PREFIX else 0
+        return {"attention_mask": as_mask(block_mask(segment, n), dtype), **({"prefix_length": n} if n else {})}
 
     def _forwards(self, written: Sequence[int], batch_size: int | None) -> list[list[list[int]]]:
         """Groups of rows for each forward over a batch, from the length of every row's completion."""

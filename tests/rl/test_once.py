@@ -138,8 +138,8 @@ def test_loss_and_gradients_are_those_of_trl(pair, loss_type, level):
         {"importance_sampling_level": "sequence", "num_iterations": 2},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "rows": "images"},
         {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 8, "rows": "images", "silent": 5},
-        # At most quantiles a threshold lies between tokens of like entropy and rounding does not move it.
-        {"temperature": 0.7, "top_entropy_quantile": 0.3, "entropy_coef": 0.01},
+        # First tokens of a group have one entropy. This quantile is none of them, where rounding would choose.
+        {"temperature": 0.7, "top_entropy_quantile": 0.75, "entropy_coef": 0.01},
         {"entropy_coef": 0.01, "silent": 3},
         {"scale_rewards": "batch", "silent": 3},
         {"mask_truncated_completions": True, "pad_to_multiple_of": 8},
@@ -230,7 +230,7 @@ def test_weights_move_on_where_nothing_is_taught(tmp_path, silent):
     for name, weight in stock.items():
         # The gradient of a bias of keys is rounding, of which Adam makes whole steps.
         if not name.endswith("k_proj.bias"):
-            torch.testing.assert_close(ours[name], weight, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            assert (ours[name] - weight).norm() <= 1e-3 * (weight - start[name]).norm(), name
 
 
 def test_evaluation_between_the_steps_of_a_generation_changes_none(stock_logs, tmp_path):
@@ -271,10 +271,8 @@ def test_two_processes_take_the_steps_of_trl():
         {"per_device_train_batch_size": 8},
         {"per_device_train_batch_size": 8, "silent": 5},
         {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "rows": "images", "freeze": False},
-        {"per_device_train_batch_size": 6, "lora": True, "beta": 0.05, "rows": "images"},
-        {"per_device_train_batch_size": 6, "silent": 3, "rows": "images", "loss_type": "bnpo"},
-        {"per_device_train_batch_size": 4, "steps_per_generation": 2, "gradient_accumulation_steps": 1}
-        | {"num_iterations": 2, "silent": 3, "rows": "images"},
+        {"per_device_train_batch_size": 6, "num_iterations": 2, "lora": True, "beta": 0.05, "rows": "images"},
+        {"per_device_train_batch_size": 6, "num_iterations": 2, "silent": 3, "rows": "images", "loss_type": "bnpo"},
     ]
     launch = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch"]
     launch += ["--config_file", str(ROOT / "configs/accelerate/cpu.yaml"), "--main_process_port", "0"]

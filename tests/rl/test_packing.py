@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from models.attention import SHARED_PREFIX, decoder, share_prefix
+from models.attention import SHARED_PREFIX, check_window, decoder, share_prefix
 from models.processor import token_types
 from models.sight import lay_out
 from models.slide_vlm import SlideVLM, SlideVLMConfig
@@ -94,7 +94,7 @@ def log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 def read_packed(model: Any, packed: PackedBatch, shape: tuple[int, int], **visual: Any) -> torch.Tensor:
     """Log-probabilities of the completions (rows, C), under the mask that the trainer gives to the model."""
     trainer = SimpleNamespace(_attention=decoder(model).config._attn_implementation)
-    mask = GroupTrainer._mask(trainer, packed.segment, torch.float32)
+    mask = GroupTrainer._mask(trainer, packed.segment, model.dtype)
     out = model(input_ids=packed.input_ids, position_ids=packed.position_ids, **mask, **visual)
     return packed.scatter(log_probs(out.logits, packed.input_ids), *shape)
 
@@ -192,28 +192,35 @@ def test_eager_attention_gives_the_same():
 
 @torch.no_grad()
 def test_flex_attention_gives_the_same():
-    """Of a text model, as transformers has no FlexAttention for Qwen2.5-VL; not compiled, which would take 20 s."""
-    spec = [(0, 6, [4, 2]), (0, 3, [3, 1, 5])]
-    _, ids, valid, _, packed = packed_of(spec, 0)
-    stock, flex = (make_model(PROCESSOR, attention=n, text_only=True).eval() for n in ("sdpa", "flex_attention"))
-    expected = read_packed(stock, packed, ids.shape)
+    """Not compiled, which would take 20 s."""
+    prompts, ids, valid, groups = draw_shown(MIXED, 0)
+    packed = pack([p.ids for p in prompts], [p.positions for p in prompts], groups, ids, valid, PAD)
+    fields = pixels([v for p in prompts for v in p.views], torch.float32)
+    expected = read_packed(QWENS[torch.float32], packed, ids.shape, **fields)
+    flex = make_model(PROCESSOR).eval()
+    share_prefix(flex, flex=True)
     with torch.compiler.set_stance("force_eager"):
-        found = read_packed(flex, packed, ids.shape)
+        found = read_packed(flex, packed, ids.shape, **fields)
     assert (found - expected).abs().max() < 1e-5
-    assert expected[valid].max() < 0
 
 
 def test_attention_that_cannot_keep_completions_apart_is_refused():
     model = make_model(PROCESSOR, text_only=True)
     model.config._attn_implementation_internal = "flash_attention_2"
-    with pytest.raises(ValueError, match=r"'flash_attention_2' .*load the model with 'sdpa' .*shared_prefix to false"):
-        share_prefix(model)
-    model = make_model(PROCESSOR, text_only=True)
-    model.config.layer_types = ["full_attention", "sliding_attention"]
     with pytest.raises(
-        ValueError, match=r"qwen2 has layers of sliding_attention, .*set shared_prefix and prefill_once"
+        ValueError, match=r"'flash_attention_2' .*load the model with 'sdpa', .*shared_prefix to false"
     ):
         share_prefix(model)
+    model = make_model(PROCESSOR, text_only=True)
+    model.config.layer_types, model.config.sliding_window = ["full_attention", "sliding_attention"], 64
+    check_window(model, 64)
+    with pytest.raises(ValueError, match=r"qwen2 has layers of sliding_attention, .* 65 tokens .*set shared_prefix"):
+        ValueError, match=r"qwen2 has layers of sliding_attention, .* 65 tokens .*set shared_prefix and"
+    ):
+        check_window(model, 65)
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ValueError, match="qwen2 has layers of linear_attention"):
+        check_window(model, 5)
 
 
 @settings(max_examples=50, deadline=None)
