@@ -248,18 +248,24 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         else None,
     )
     starts: list[float] = []
+    kept = folder / f"{options.worker}-first"
+    kept.mkdir()
+
+    def keep(name: str, values: torch.Tensor) -> int:
+        """Write a tensor to a file of its own, so that keeping them takes no memory; returns its bytes."""
+        save_file({"values": values.detach().float().cpu().contiguous()}, kept / f"{name}.safetensors")
+        return 4 * values.numel()
 
     class Watch(TrainerCallback):
         """Keeps the gradients of the first step and the time at which each step ends."""
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == 0:
-                kept, size = {"logps": trainer.first_logps}, 0
+                size = 0
+                keep("logps", trainer.first_logps)
                 for name, parameter in trainer.model.named_parameters():
                     if parameter.grad is not None and size < 5e8:
-                        kept[name] = parameter.grad.detach().float().cpu().contiguous()
-                        size += kept[name].nbytes
-                save_file(kept, folder / f"{options.worker}.safetensors")
+                        size += keep(name, parameter.grad)
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if cuda:
@@ -318,7 +324,9 @@ def compare(folder: str) -> dict[str, float]:
     """Largest differences of the first step's log-probabilities and gradients."""
     from safetensors.torch import load_file
 
-    stock, own = (load_file(Path(folder) / f"{name}.safetensors") for name in ("stock", "ours"))
+    stock, own = (
+        {p.stem: load_file(p)["values"] for p in Path(folder, f"{name}-first").iterdir()} for name in ("stock", "ours")
+    )
     logps = (stock.pop("logps") - own.pop("logps")).abs().max().item()
     if stock.keys() != own.keys():
         raise RuntimeError(f"gradients of different tensors: {sorted(stock.keys() ^ own.keys())}")

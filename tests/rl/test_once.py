@@ -241,7 +241,7 @@ def test_evaluation_between_the_steps_of_a_generation_changes_none(stock_logs, t
 
 
 def test_bfloat16_is_close(stock_logs, tmp_path):
-    """Grad norms differ by 0.3 % here, as sums of other order are rounded to 8 bits."""
+    """Grad norms differ by 0.3 % here, as sums in another order are rounded to 8 bits."""
     ours, stock = train(Ours, str(tmp_path), bf16=True), stock_logs(bf16=True)
     assert_same(ours, stock, rel=0.01, floor=1e-3)
     exact = stock_logs()
@@ -250,19 +250,19 @@ def test_bfloat16_is_close(stock_logs, tmp_path):
 
 @pytest.mark.parametrize("kept", [None, "float32", "bfloat16"])
 def test_a_cache_of_features_changes_no_step(stock_logs, tmp_path, kept):
-    """bfloat16 features move grad norms by under 0.5 % here."""
+    """Features rounded to bfloat16 move grad norms by 0.03 % here."""
     changes = {"vision_cache": str(tmp_path / "cache"), "vision_cache_dtype": kept}
-    first = make_trainer(Ours, str(tmp_path / "first"), **changes)
-    second = make_trainer(Ours, str(tmp_path / "second"), **changes)
-    watches = [Watch(first), Watch(second)]
-    first.train()
-    second.train()
-    # 4 images, of which the first step fills the cache.
-    assert sum(watches[0].tower) == sum(4 * len(v) for r in first._shown[::4] for v in r["views"])
-    assert not watches[1].tower
-    rel, floor = (0.02, 5e-3) if kept == "bfloat16" else (1e-4, 1e-6)
-    for trainer in (first, second):
-        assert_same(steps(trainer), stock_logs(), rel=rel, floor=floor)
+    cold, warm = (make_trainer(Ours, str(tmp_path / name), **changes) for name in ("cold", "warm"))
+    watches = [Watch(cold), Watch(warm)]
+    cold.train()
+    warm.train()
+    assert watches[0].tower and not watches[1].tower
+    assert_same(steps(cold), stock_logs())
+    if kept != "bfloat16":
+        assert_same(steps(warm), stock_logs())
+        return
+    assert_same(steps(warm), stock_logs(), rel=2e-3, floor=1e-5)
+    assert [row["grad_norm"] for row in steps(warm)] != [row["grad_norm"] for row in steps(cold)]
 
 
 def test_two_processes_take_the_steps_of_trl():
