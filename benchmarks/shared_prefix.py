@@ -62,7 +62,7 @@ def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--group", type=int, default=8, help="completions of a prompt (G)")
-    parser.add_argument("--prompts", type=int, default=1, help="prompts of a step")
+    parser.add_argument("--prompts", type=int, default=2, help="prompts of a step")
     parser.add_argument("--image-tokens", type=int, default=1024, help="a square number")
     parser.add_argument("--text-tokens", type=int, default=64)
     parser.add_argument("--completion-tokens", type=int, default=64)
@@ -75,7 +75,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--beta", type=float, default=0.0, help="weight of the KL term")
     parser.add_argument("--lora", action="store_true", help="train adapters of rank 16")
     parser.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help="default: on a GPU")
-    parser.add_argument("--steps", type=int, default=3, help="timed steps of each trainer")
+    parser.add_argument("--steps", type=int, default=2, help="timed steps of each trainer")
     parser.add_argument("--cores", type=int, default=2, help="CPU cores that the benchmark may use")
     parser.add_argument("--worker", choices=["stock", "ours"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)

@@ -39,6 +39,9 @@ class GroupTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         if self.tools or self.rollout_func is not None or self.environment_factories is not None:
             raise ValueError("tools, environments and rollout_func make prompts of their own; use TRL's GRPOTrainer")
+        if self.is_fsdp_enabled or not self.args.ds3_gather_for_generation:
+            # Weights are then gathered in every forward, of which processes may need different numbers.
+            self.args.prefill_once = self.args.see_once = False
         own = self.accelerator.unwrap_model(self.model)
         self.sight = make_sight(own, self.processing_class)
         self.sight.configure(own, self.args.see_once, self._vision_cache(), self.accelerator.autocast)
