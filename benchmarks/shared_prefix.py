@@ -239,7 +239,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     )
     trainer = trainer_of(options)(
         model=model,
-        reward_funcs=lambda completion_ids, **_: [sum(t % 2 for t in ids) / len(ids) for ids in completion_ids],
+        reward_funcs=lambda completion_ids, **_: [sum(ids) % 97 / 97 for ids in completion_ids],
         args=config,
         train_dataset=rows,
         processing_class=processor,

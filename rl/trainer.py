@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather
-from torch.utils.data import Dataset as TorchDataset
 from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.models import unwrap_model_for_generation
@@ -24,6 +23,7 @@ from models.feature_cache import FeatureCache
 from models.generation import by_length, generate, to_device
 from models.processor import token_types
 from models.sight import Prompt, read_prompt
+from rl.batches import LoadedOnce, share, shuffle_groups, take
 from rl.packing import block_mask, flex_mask, groups_of, pack, prefix_length
 from slides.errors import InputError
 
@@ -45,6 +45,8 @@ class GroupTrainer(GRPOTrainer):
         own = self.accelerator.unwrap_model(self.model)
         self.sight = make_sight(own, self.processing_class)
         self.sight.configure(own, self.args.see_once, self._vision_cache(), self.accelerator.autocast)
+        if self.sight.image_token_id is not None:
+            self._ban(self.sight.image_token_id)
         if self.args.shared_prefix:
             for model in (own, self.ref_model):
                 if model is not None:
@@ -64,6 +66,18 @@ class GroupTrainer(GRPOTrainer):
         self._fresh = torch.zeros(0)
         """Log-probabilities of the last pass."""
         self._buffered_inputs: list[dict[str, Any]] | None
+
+    def _ban(self, token: int) -> None:
+        """Keep a token out of completions: a written image token has no image.
+
+        TRL bans it unless the caller's `generation_kwargs` ban others, and not with vLLM.
+        """
+        if self.use_vllm:
+            options = self.vllm_generation.generation_kwargs
+            options["logit_bias"] = {**(options.get("logit_bias") or {}), token: -100.0}
+        else:
+            banned = sorted({*(self.generation_config.suppress_tokens or []), token})
+            self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = banned
 
     @property
     def _corrected(self) -> bool:
@@ -330,13 +344,13 @@ class GroupTrainer(GRPOTrainer):
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         kept = self._teaching(inputs)
-        part = inputs if kept is None else {k: _take(v, kept, len(inputs["prompt_ids"])) for k, v in inputs.items()}
+        part = inputs if kept is None else {k: take(v, kept, len(inputs["prompt_ids"])) for k, v in inputs.items()}
         self._rows = part["prompt_index"].tolist()
         loss = super()._compute_loss(model, part)
         if self.num_iterations > 1 and self.model.training and "old_per_token_logps" not in inputs:
             old = torch.zeros_like(inputs["completion_ids"], dtype=self._fresh.dtype)
             inputs["old_per_token_logps"] = self._fresh if kept is None else old.index_copy(0, kept, self._fresh)
-        return loss if kept is None else loss * _share(self.loss_type, inputs, kept)
+        return loss if kept is None else loss * share(self.loss_type, inputs, kept)
 
     def _teaching(self, inputs: dict[str, Any]) -> torch.Tensor | None:
         """Rows of the groups with some advantage, None for all.
@@ -392,46 +406,3 @@ class GroupTrainer(GRPOTrainer):
         """FLOPs of the language model since the last call, with rollouts; padding and attention are not counted."""
         flops, self._flops = self._flops, 0.0
         return int(flops)
-
-
-class LoadedOnce(TorchDataset):
-    """A dataset that loads a row once for a batch that asks for it many times: images are decoded there."""
-
-    def __init__(self, dataset: Any):
-        self.dataset = dataset
-        self._last: dict[int, Any] = {}
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.dataset[index]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
-        # A generation batch is asked for again by each of its micro-batches.
-        self._last = {i: self._last[i] if i in self._last else self.dataset[i] for i in dict.fromkeys(indices)}
-        return [self._last[i] for i in indices]
-
-
-def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
-    """Permute the groups of rows that share a prompt (`prompt_index`) in every per-row entry of a batch."""
-    groups = groups_of(batch["prompt_index"].tolist())
-    order = torch.tensor([row for g in torch.randperm(len(groups)).tolist() for row in groups[g]])
-    return {key: _take(value, order, len(order)) for key, value in batch.items()}
-
-
-def _take(value: Any, rows: torch.Tensor, count: int) -> Any:
-    """The given rows of a per-row entry of a batch of `count` rows; anything else as it is."""
-    if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
-        return value[rows.to(value.device)]
-    return value
-
-
-def _share(loss_type: str, inputs: dict[str, Any], kept: torch.Tensor) -> float | torch.Tensor:
-    """What the loss over the kept rows is multiplied by, so that its denominator is that of all rows."""
-    if loss_type in ("cispo", "dapo", "vespo"):
-        return 1.0  # divided by the tokens of the whole generation batch in any case
-    if loss_type == "bnpo":
-        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
-        return mask[kept].sum().clamp(min=1.0) / mask.sum().clamp(min=1.0)
-    return len(kept) / len(inputs["prompt_ids"])

@@ -128,11 +128,6 @@ def make_qwen(make_performer) -> Callable[..., QwenPerformer]:
     def make(**changes) -> QwenPerformer:
         made = make_performer(**{"family": "qwen_vl", "layers": 2, "ffn": 48, **changes})
         made.model.eval()
-        if not {"pretrained", "checkpoint"} & set(changes):
-            # As large as the language model's, or images would hardly be heard.
-            for weight in made.model.model.visual.parameters():
-                if weight.ndim == 2:
-                    weight.data.mul_(9)
         return made
 
     return make

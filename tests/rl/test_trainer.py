@@ -8,7 +8,8 @@ import torch
 from trl import GRPOTrainer
 
 from rl.joint import FrugalTrainer
-from rl.trainer import GroupTrainer, shuffle_groups
+from rl.trainer import GroupTrainer
+from tests.rl.qwen import make_trainer
 
 # Parameters of TRL 1.16's methods that GroupTrainer and FrugalTrainer override, `self` left out.
 OVERRIDDEN = {
@@ -121,25 +122,8 @@ def test_rollouts_of_a_prompt_read_once_are_those_of_separate_prompts(make_perfo
     assert len({tuple(row) for row in written[True]}) > 1, "what is written depends on the prompt"
 
 
-def test_shuffling_keeps_groups_together():
-    index = [4, 4, 4, 0, 0, 0, 0, 2]
-    batch = {
-        "completion_ids": torch.arange(8)[:, None],
-        "advantages": torch.arange(8) * 10,
-        "prompt_index": torch.tensor(index),
-        "num_items_in_batch": torch.tensor(7),
-        "nothing": None,
-    }
-    orders = set()
-    for _ in range(40):
-        out = shuffle_groups(batch)
-        order = out["completion_ids"][:, 0]
-        orders.add(tuple(order.tolist()))
-        assert sorted(order.tolist()) == list(range(8))
-        for group in ([0, 1, 2], [3, 4, 5, 6], [7]):
-            at = order.tolist().index(group[0])
-            assert order[at : at + len(group)].tolist() == group
-        assert torch.equal(out["advantages"], order * 10)
-        assert out["prompt_index"].tolist() == [index[row] for row in order]
-        assert out["num_items_in_batch"] == 7 and out["nothing"] is None
-    assert len(orders) == 6
+def test_an_image_token_is_never_written_whatever_else_is_banned(tmp_path):
+    trainer = make_trainer(GroupTrainer, str(tmp_path), generation_kwargs={"suppress_tokens": [7, 5]})
+    image = trainer.processing_class.image_token_id
+    assert trainer.generation_config.suppress_tokens == sorted([5, 7, image])
+    assert trainer.generation_kwargs["suppress_tokens"] == sorted([5, 7, image])

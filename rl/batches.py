@@ -1,0 +1,54 @@
+"""Rows of a batch: loaded once, shuffled by groups, left out without a change of the loss."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from rl.packing import groups_of
+
+
+class LoadedOnce(Dataset):
+    """A dataset that loads a row once for a batch that asks for it many times: images are decoded there."""
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+        self._last: dict[int, Any] = {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Any]:
+        # A generation batch is asked for again by each of its micro-batches.
+        self._last = {i: self._last[i] if i in self._last else self.dataset[i] for i in dict.fromkeys(indices)}
+        return [self._last[i] for i in indices]
+
+
+def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:
+    """Permute the groups of rows that share a prompt (`prompt_index`) in every per-row entry of a batch."""
+    groups = groups_of(batch["prompt_index"].tolist())
+    order = torch.tensor([row for g in torch.randperm(len(groups)).tolist() for row in groups[g]])
+    return {key: take(value, order, len(order)) for key, value in batch.items()}
+
+
+def take(value: Any, rows: torch.Tensor, count: int) -> Any:
+    """The given rows of a per-row entry of a batch of `count` rows; anything else as it is."""
+    if isinstance(value, torch.Tensor) and value.ndim and len(value) == count:
+        return value[rows.to(value.device)]
+    return value
+
+
+def share(loss_type: str, inputs: dict[str, Any], kept: torch.Tensor) -> float | torch.Tensor:
+    """What the loss over the kept rows is multiplied by, so that its denominator is that of all rows."""
+    if loss_type in ("cispo", "dapo", "vespo"):
+        return 1.0  # divided by the tokens of the whole generation batch in any case
+    if loss_type == "bnpo":
+        mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)
+        return mask[kept].sum().clamp(min=1.0) / mask.sum().clamp(min=1.0)
+    return len(kept) / len(inputs["prompt_ids"])
