@@ -163,7 +163,9 @@ def _tokenizer_for(config: PerformerConfig, cases: list[Case]) -> Any:
 def _build_qwen(config: PerformerConfig, cases: list[Case], bank: FeatureBank) -> QwenPerformer:
     options: dict[str, Any] = {"show_options": config.show_options, "system": config.system}
     if config.pretrained:
-        return QwenPerformer.load(config.pretrained, bank, frozen=config.freeze_vision, **options)
+        # Small steps would be rounded away in bfloat16 weights; frozen ones may stay in it.
+        dtype = torch.float32 if config.lora is None else "auto"
+        return QwenPerformer.load(config.pretrained, bank, config.freeze_vision, dtype, **options)
     tokenizer = _tokenizer_for(config, cases)
     model = small_qwen(tokenizer, _small_text(config, tokenizer))
     if config.freeze_vision:

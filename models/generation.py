@@ -85,7 +85,7 @@ def _write(
         position = after + step
         out = model(
             input_ids=tokens[-1].view(count, width),
-            attention_mask=as_mask(seen[:, None], logits.dtype),
+            attention_mask=as_mask(seen[:, None], model.get_input_embeddings().weight.dtype),
             position_ids=position if len(places) == 1 else position.expand(len(places), -1, -1),
             past_key_values=out.past_key_values,
             use_cache=True,
@@ -126,6 +126,9 @@ def check(config: GenerationConfig) -> None:
         "num_beams": (config.num_beams or 1) > 1,
         "stop_strings": config.stop_strings is not None,
         "max_time": config.max_time is not None,
+        "num_return_sequences": (config.num_return_sequences or 1) > 1,
+        "cache_implementation": config.cache_implementation is not None,
+        "prompt_lookup_num_tokens": config.prompt_lookup_num_tokens is not None,
         "guidance_scale": config.guidance_scale not in (None, 1),
         "max_new_tokens": config.max_new_tokens is None,
     }

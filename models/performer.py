@@ -202,13 +202,21 @@ class QwenPerformer(Performer):
         return TowerShape.from_config(self.model.config.vision_config).read(visual)
 
     @classmethod
-    def load(cls, folder: str | Path, bank: FeatureBank, frozen: bool = True, **options: Any) -> QwenPerformer:
+    def load(
+        cls,
+        folder: str | Path,
+        bank: FeatureBank,
+        frozen: bool = True,
+        dtype: torch.dtype | str = "auto",
+        **options: Any,
+    ) -> QwenPerformer:
         """From a folder that `save` wrote, or anything that `from_pretrained` takes.
 
         Args:
             frozen: leave the vision tower as it is.
+            dtype: of the weights; "auto" keeps what was saved.
         """
-        model = load_qwen(folder)
+        model = load_qwen(folder, dtype=dtype)
         if frozen:
             freeze_vision(model)
         return cls(model, QwenProcessor.load(folder), bank, **options)

@@ -6,7 +6,9 @@ disk. Works without torchvision; loads by `from_pretrained` or is made from a co
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -105,7 +107,20 @@ class QwenSight(Sight):
     ) -> None:
         self.once, self.cache, self.autocast = once and is_frozen(backbone(model).visual), cache, autocast
         self.held.clear()
-        self._revision = module_revision(backbone(model).visual) if cache is not None else ""
+        self._revision = self._made_by(backbone(model).visual, cache) if cache is not None else ""
+
+    def _made_by(self, tower: Any, cache: FeatureCache) -> str:
+        """What features on disk depend on beside the image: weights, preprocessing and precision."""
+        kind = tower.patch_embed.proj.weight.device.type
+        with self.autocast():
+            lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tower.dtype
+        settings = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
+        return f"{module_revision(tower)}-{digest}-{lower}-{cache.dtype}"
+
+    def __deepcopy__(self, memo: dict) -> QwenSight:
+        # Whoever copies a processor, to print it for instance, gets by with this one's threads and features.
+        return self
 
     @property
     def unit(self) -> int:

@@ -21,11 +21,13 @@ class GroupConfig(GRPOConfig):
         shared_prefix: log-probabilities from one packed row for a prompt and its completions.
         prefill_once: generation reads each prompt once and expands its cache to the completions.
         see_once: a frozen vision tower reads each view once in a run, not in every forward.
-        prefetch_images: images of the next batch are read and resized while this one is trained on.
+        prefetch_images: images of the next batch are read and resized while this one is trained on; not in the
+            joint step, where the budget is drawn first.
         skip_zero_advantage: groups without any advantage stay out of the update where their gradient is zero (no
             KL term, no entropy term). Entropy and clip ratios in the log are then those of the other groups.
         reuse_old_logps: old log-probabilities come from the update's own pass where the policy has not changed yet.
-        skip_eval_loss: evaluation generates and scores, without a forward for a loss that means nothing.
+        skip_eval_loss: evaluation generates and scores, without a forward for a loss that means nothing; `eval_loss`,
+            entropy, KL and clip ratios are then not logged. Off where `eval_loss` chooses the best checkpoint.
         flex_attention: packed rows by FlexAttention, which skips the pairs that a mask only hides. For a GPU.
         vision_cache: folder that keeps the features of a frozen vision tower over runs; null keeps none.
         vision_cache_gb: size limit of that folder; the least recently used features go first.
@@ -56,6 +58,8 @@ class GroupConfig(GRPOConfig):
         if not torch.accelerator.is_available():
             self.use_cpu = True
         super().__post_init__()
+        if self.metric_for_best_model in ("loss", "eval_loss") or self.lr_scheduler_type == "reduce_lr_on_plateau":
+            self.skip_eval_loss = False
 
 
 @dataclass

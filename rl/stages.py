@@ -191,7 +191,9 @@ class Stages:
         state.wait_for_everyone()
 
     def _load(self, name: str) -> Performer:
-        return load_performer(self.run.folder / name, self.run.performer, self.bank)
+        performer = load_performer(self.run.folder / name, self.run.performer, self.bank)
+        performer.model.to(PartialState().device)
+        return performer
 
     def _sft_parts(self, changed: dict[str, Any]) -> dict[str, Any]:
         run = self.run

@@ -42,6 +42,8 @@ class GroupTrainer(GRPOTrainer):
         if self.is_fsdp_enabled or not self.args.ds3_gather_for_generation:
             # Weights are then gathered in every forward, of which processes may need different numbers.
             self.args.prefill_once = self.args.see_once = False
+        if self.is_deepspeed_enabled and (self.use_vllm or not self.args.prefill_once):
+            self.args.see_once = False  # only our generation sees while weights are gathered
         own = self.accelerator.unwrap_model(self.model)
         self.sight = make_sight(own, self.processing_class)
         self.sight.configure(own, self.args.see_once, self._vision_cache(), self.accelerator.autocast)
@@ -53,9 +55,11 @@ class GroupTrainer(GRPOTrainer):
                     self._attention = share_prefix(model, self.args.flex_attention)
         if self.args.prefetch_images and self.args.dataloader_num_workers == 0:
             self.data_collator = self._prefetch
-        counts = [p.numel() for n, p in own.named_parameters() if "visual" not in n and "embed_tokens" not in n]
-        trained = [p.numel() for n, p in own.named_parameters() if "visual" not in n and p.requires_grad]
-        self._parameters, self._trained = sum(counts), min(1.0, sum(trained) / sum(counts))
+        # Of a partitioned parameter (ZeRO-3) `numel` is 0.
+        sizes = {n: (getattr(p, "ds_numel", p.numel()), p.requires_grad) for n, p in own.named_parameters()}
+        self._parameters = sum(size for n, (size, _) in sizes.items() if "visual" not in n and "embed_tokens" not in n)
+        trained = sum(size for n, (size, is_trained) in sizes.items() if "visual" not in n and is_trained)
+        self._trained = min(1.0, trained / max(1, self._parameters))
         self._flops = 0.0
         self._prompts: list[Prompt] = []
         self._rows: list[int] = []
@@ -177,7 +181,7 @@ class GroupTrainer(GRPOTrainer):
         num_generations: int,
         has_tool_images: bool = False,
     ) -> tuple[list, Any]:
-        if not self.use_vllm and self.args.prefill_once:
+        if not self.use_vllm and not self.use_transformers_continuous_batching and self.args.prefill_once:
             return self._generate_once([len(g) for g in groups_of(self._rows)]), None
         fields: dict[str, Any] = {}
         if self.use_vllm:

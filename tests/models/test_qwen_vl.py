@@ -450,7 +450,11 @@ def test_kept_features_may_be_rounded(make_qwen, image_cases, tmp_path):
     sight, _ = cached(first, tmp_path, dtype=torch.bfloat16)
     (view,) = views_of(first, image_cases[0], 16)
     sight.see(first.model.model, [view])
-    later, none = cached(second, tmp_path)
+    third = make_qwen()
+    exact_sight, ran = cached(third, tmp_path)
+    exact_sight.see(third.model.model, views_of(third, image_cases[0], 16))
+    assert len(ran) == 1, "rounded features do not pass for exact ones"
+    later, none = cached(second, tmp_path, dtype=torch.bfloat16)
     (again,) = views_of(second, image_cases[0], 16)
     inputs = later.inputs(second.model, [again])
     assert none == [] and again.features.dtype == torch.bfloat16
