@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from rewards.bootstrap import Bootstrap
+
 
 @dataclass(frozen=True)
 class Point:
@@ -37,39 +39,6 @@ class Point:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it; what does not apply is left out."""
         return {k: v for k, v in asdict(self).items() if v is not None or k == "latency_ms"}
-
-
-class Bootstrap:
-    """Resamples of patients, drawn once, so that every difference is paired.
-
-    Args:
-        patients: patient of every case; cases of one patient are drawn together.
-        resamples: number of resamples. seed: of the draws.
-    """
-
-    def __init__(self, patients: Sequence[str], resamples: int = 2000, seed: int = 0):
-        _, self.group = np.unique(np.asarray(patients), return_inverse=True)
-        groups = int(self.group.max()) + 1
-        draws = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=resamples)
-        self.weight = draws.astype(np.float32)
-        self.size = np.bincount(self.group, minlength=groups).astype(np.float32)
-
-    def interval(self, values: np.ndarray) -> tuple[float, float]:
-        """95 % percentile interval of the mean of per-case values (N,)."""
-        low, high = np.quantile(self._means(values), [0.025, 0.975])
-        return float(low), float(high)
-
-    def _means(self, values: np.ndarray) -> np.ndarray:
-        sums = np.bincount(self.group, weights=values, minlength=len(self.size))
-        return (self.weight @ sums) / (self.weight @ self.size)
-
-    def error(self, values: np.ndarray) -> float:
-        """Standard error of the mean of per-case values (N,)."""
-        return float(self._means(values).std())
-
-    def difference(self, values: np.ndarray) -> dict[str, Any]:
-        """Mean of paired per-case differences (N,) with its interval."""
-        return {"value": float(values.mean()), "ci95": list(self.interval(values))}
 
 
 def point(

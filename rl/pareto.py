@@ -17,11 +17,11 @@ import numpy as np
 from models.allocator import CheapLook, ValueAllocator
 from models.build import build_performer
 from models.performer import Performer
+from rewards.bootstrap import Bootstrap
 from rewards.registry import gold_completion
 from rl.allocate import Fitted, fit_allocator
 from rl.allocation import predict
 from rl.frontier import (
-    Bootstrap,
     Point,
     chosen,
     cost_at_accuracy,

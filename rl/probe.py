@@ -12,7 +12,8 @@ from sklearn.preprocessing import StandardScaler
 
 from envs.case import Case
 from models.visual import PLACE, FeatureBank
-from rl.frontier import Bootstrap, chosen
+from rewards.bootstrap import Bootstrap
+from rl.frontier import chosen
 from rl.stages import Stages
 from rl.table import ScoreTable
 

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from rewards.bootstrap import Bootstrap
 from rl.frontier import (
-    Bootstrap,
     Point,
     chosen,
     cost_at_accuracy,
