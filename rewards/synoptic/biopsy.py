@@ -59,7 +59,8 @@ _TAKE: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
         (("cin",), r"[;,(]?\s*\bCIN[ -]?([1-3]|I{1,3})\b"),
         (("certainty", "grade"), r",?\s*\b(probably )?(?:histologic |nottingham )?grade\s*(I{1,3}|IV|[1-4])\b"),
         (("grade",), r",?\s*\bG([1-4])\b"),
-        (("differentiation",), r",?\s*\b((?:(?:well|moderately|poorly) to )?(?:well|moderately|poorly)[ -]differentiated"
+        (("differentiation",), r",?\s*\b((?:(?:well|moderately|poorly) to )?(?:well|moderately|poorly)[ -]"
+         r"differentiated"
          r"|undifferentiated(?=\s*(?:,|$)))"),
         (("dysplasia",), r",?\s*\bwith (low|high|indefinite)[ -](?:grade|for) dysplasia"),
         (("tier",), r",\s*(low|high)[ -]grade\b(?! dysplasia)"),
