@@ -17,7 +17,7 @@ import numpy as np
 
 from envs.case import Case
 from envs.simulator_folder import SlideSpec, fill_folder
-from envs.simulator_questions import QUESTIONS, ask, synoptic
+from envs.simulator_questions import PROTOCOL, QUESTIONS, ask, synoptic
 from envs.splits import assign_splits
 from slides.errors import InputError, entry
 from slides.whole import write_text
@@ -59,14 +59,14 @@ def build(
         size_mm: side of the square slide, 0.4 to 20. The shapes scale with it, cells keep their real size.
         mpp: micrometres per pixel of the base level, 0.2 to 4; further levels halve it.
         questions: kinds to ask (default all): diagnosis, grade, necrosis, size, margin, quadrant, boxes,
-            mitoses.
+            mitoses, synoptic.
         questions_per_slide: at most so many a slide, drawn at random (default all that apply).
         val_fraction, test_fraction: shares of the slides, split by patient and spread over the diagnoses.
         workers: processes that draw.
 
     Returns:
-        Choice and detection cases, one a question; `question` is its kind, `extra["truth"]` all known about the slide
-        as JSON text.
+        Choice, detection and synoptic cases, one a question; `question` is its kind, `extra["truth"]` all known about
+        the slide as JSON text.
 
     Raises:
         InputError: a parameter is out of range, or the folder holds slides of other parameters or other files.
@@ -95,10 +95,11 @@ def build(
             Case(
                 id=f"{spec.name}-{kind}",
                 patient=spec.patient,
-                task="choice" if found.options else "detection",
+                task=found.task,
                 prompt=found.prompt,
                 answer=found.answer,
                 options=found.options,
+                protocol=PROTOCOL if found.task == "synoptic" else None,
                 slides=(str(root / row["slide"]),),
                 split=split,
                 question=kind,

@@ -12,17 +12,19 @@ from typing import Any
 from envs.boxes import boxes_text
 from envs.specimen import DIAGNOSES, MITOSES_CUT, QUADRANTS, close_cut, size_cuts
 
-QUESTIONS = ("diagnosis", "grade", "necrosis", "size", "margin", "quadrant", "boxes", "mitoses")
+QUESTIONS = ("diagnosis", "grade", "necrosis", "size", "margin", "quadrant", "boxes", "mitoses", "synoptic")
+PROTOCOL = "simulator"  # of the answers to `synoptic`
 STEP = 20  # of box coordinates, in thousandths of the slide: a tenth of a small focus
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question as it is put, its options (None for boxes) and its answer."""
+    """A question as it is put, its options (None for boxes and reports), its answer and its task."""
 
     prompt: str
     options: tuple[str, ...] | None
     answer: str
+    task: str = "choice"
 
 
 def ask(kind: str, truth: Mapping[str, Any], size_mm: float) -> Asked | None:
@@ -62,11 +64,23 @@ def ask(kind: str, truth: Mapping[str, Any], size_mm: float) -> Asked | None:
         )
     if kind == "boxes":
         prompt = f"Give a box [x1, y1, x2, y2] in 0..1000, to the nearest {STEP}, for each focus of the lesion."
-        return Asked(prompt, None, boxes_text([[STEP * round(v / STEP) for v in box] for box in truth["boxes"]]))
+        return Asked(
+            prompt, None, boxes_text([[STEP * round(v / STEP) for v in box] for box in truth["boxes"]]), "detection"
+        )
     if kind == "mitoses" and cancer:
         prompt = f"Is the mitotic count of the tumour low or high? High: at least {MITOSES_CUT:g} per mm2."
         return Asked(prompt, ("low", "high"), "high" if truth["mitoses_per_mm2"] >= MITOSES_CUT else "low")
+    if kind == "synoptic" and (truth["quadrant"] is not None or not lesion):
+        return Asked("Write the synoptic report of this slide.", None, report_text(truth, size_mm), "synoptic")
     return None
+
+
+def report_text(truth: Mapping[str, Any], size_mm: float) -> str:
+    """The report of a slide in the lines of the protocol `simulator`; fields that do not apply have no line."""
+    known = synoptic(truth, size_mm)
+    names = ("diagnosis", "grade", "necrosis", "quadrant", "margin_status")
+    lines = [f"{name.partition('_')[0].capitalize()}: {known[name]}" for name in names if known[name] is not None]
+    return "\n".join(lines)
 
 
 def margin_status(truth: Mapping[str, Any], size_mm: float) -> str:

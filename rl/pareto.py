@@ -21,6 +21,7 @@ from rewards.bootstrap import Bootstrap
 from rewards.registry import gold_completion
 from rl.allocate import Fitted, fit_allocator
 from rl.allocation import predict
+from rl.fields import field_results
 from rl.frontier import (
     Point,
     chosen,
@@ -146,7 +147,8 @@ class Evaluation:
         equal = cost_at_accuracy(static, own.accuracy)
         gained = chosen(test.score, rungs)
         random_gain = gained - mixed(test.score, rungs)
-        attribution, scores = self._attribution(own)
+        attribution, scores, texts = self._attribution(own)
+        evaluation = self.stages.run.evaluation
         headline = {
             "price": price,
             "best_static_budget": self.ladder[k],
@@ -175,17 +177,20 @@ class Evaluation:
             "attribution": attribution,
             "headline": headline,
             "by_question": self._by_question(rungs, test),
+            "synoptic": field_results(
+                self.stages.splits["test"], texts, evaluation.bootstrap, self.stages.run.grpo.seed
+            ),
             "linear_probe": linear_probe(self.stages, self.test, rungs, k, self.bootstrap),
             "chosen": {str(b): int((rungs == j).sum()) for j, b in enumerate(self.ladder)},
         }
 
-    def _attribution(self, own: Point) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Points of the stages, each at the static budget that its own validation table prefers."""
+    def _attribution(self, own: Point) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, list[str]]]:
+        """Points, scores and completions of the stages, each at the static budget that its validation prefers."""
         stages, names = self.stages, ["sft"]
         if stages.run.evaluation.sft_continued:
             names.append("sft_continued")
         points: dict[str, Any] = {"base": self._base().to_dict()}
-        scores = {}
+        scores, texts = {}, {}
         for name in [*names, "grpo"]:
             if name == "grpo":
                 tables = {"val": self.val, "test": self.test}
@@ -195,11 +200,12 @@ class Evaluation:
             k = self.best_static(tables["val"])
             table = tables["test"].at([self.ladder[k]])
             scores[name] = table.score[:, 0]
+            texts[name] = [row[0] for row in table.text]
             points[name] = point(
                 table.score[:, 0], table.visual[:, 0], self.flops(table)[:, 0], self.bootstrap, budget=self.ladder[k]
             ).to_dict()
         points["grpo_allocator"] = own.to_dict()
-        return points, scores
+        return points, scores, texts
 
     def _base(self) -> Point:
         """The performer before any training here, at the largest budget."""

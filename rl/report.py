@@ -17,6 +17,7 @@ from accelerate import PartialState
 from matplotlib import pyplot as plt
 
 from rl.checkpoints import is_done
+from rl.fields import print_fields
 from slides.whole import whole, write_text
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
     for question, row in (summary["linear_probe"] or {}).items():
         values = ", ".join(f"{k} {row[k]['value']:.3f}" for k in ("linear_probe", "best_static", "allocator"))
         print(f"balanced accuracy, {question} (n={row['n']}): {values}")
+    print_fields(summary["synoptic"])
     for warning in summary["warnings"]:
         print(f"warning: {warning}")
     print(f"report: {folder}")

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 
 from envs.case import Case
+from rewards.answer import SHAPING
 from rewards.registry import RewardFunction
 from slides.errors import InputError
-
-SHAPING = {"format", "soft_format"}
-"""Rewards that shape the answer but do not say whether it is right."""
 
 
 def case_columns(case: Case, extra: Sequence[str] = ()) -> dict[str, Any]:

@@ -18,13 +18,14 @@ from models.allocator import AllocatorConfig, CheapLook, ValueAllocator
 from models.build import build_performer, load_performer, lora_config
 from models.performer import Performer
 from models.visual import FeatureBank
+from rewards.answer import SHAPING
 from rl.allocation import AllocatorLearner
 from rl.checkpoints import MarkWhole, is_done, last_whole, mark_done
 from rl.guards import CollapseGuard
 from rl.joint import FrugalTrainer
 from rl.prepare import load_cases, load_features, load_rewards
 from rl.recipe import Run
-from rl.scoring import SHAPING, Scorer, case_columns, extra_columns
+from rl.scoring import Scorer, case_columns, extra_columns
 from rl.table import ScoreTable, score_table
 from sft.warm_start import merged, sft_config, train_sft
 

@@ -50,8 +50,8 @@ _TAKE: tuple[tuple[tuple[str, ...], re.Pattern[str]], ...] = tuple(
         (("gleason_primary", "gleason_secondary", "gleason_score"),
          r",?\s*gleason(?:['’`]?s)?(?: score)?:?\s*([1-5])\s*\+\s*([1-5])(?:\s*=\s*([0-9]{1,2}))?"),
         (("grade_group",), r",?\s*(?:isup )?grade group:?\s*([1-5])"),
-        (("pattern_4",), r"[,(]*\s*gleason pattern 4:?\s*([<>]?\s*[0-9.]+)\s*%"),
-        (("pattern_5",), r"[,(]*\s*gleason pattern 5:?\s*([<>]?\s*[0-9.]+)\s*%"),
+        (("pattern_4",), r"[,(]{0,2}\s*gleason pattern 4:?\s*([<>]?\s*[0-9.]+)\s*%"),
+        (("pattern_5",), r"[,(]{0,2}\s*gleason pattern 5:?\s*([<>]?\s*[0-9.]+)\s*%"),
         (("tumour_volume",), r",?\s*tumou?r volume:?\s*([<>]?\s*[0-9.]+)\s*%"),
         (("tubule_score",), r"[,(]?\s*tubul(?:e|ar) (?:formation|differentiation):?\s*([1-3])\b"),
         (("nuclear_score",), r"[,(]?\s*nuclear (?:grade|pleomorphism):?\s*([1-3])\b"),
@@ -145,7 +145,7 @@ def _words(text: str) -> list[str]:
 # Words of fixed phrases, which a field stands for.
 _FILLING = {
     "the", "specimen", "includes", "include", "contains", "contain", "muscle", "proper", "muscularis", "propria", "a",
-    "score", "gleasons", "gleason", "s", "nos", "not", "otherwise", "specified",
+    "score", "gleasons", "gleason", "s", "nos", "not", "otherwise", "specified", "and",
 }  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def _entry(item: str, field: Field, report: Report) -> dict[str, Any]:
                 entry[inner.id] = _spelt(inner, raw[inner.id])
             except Unreadable as error:
                 report.unknown.append(str(error))
-    return entry
+    return entry if "diagnosis" in entry else {}
 
 
 def _particulars(text: str, raw: dict[str, str]) -> str:
@@ -236,10 +236,11 @@ def _particulars(text: str, raw: dict[str, str]) -> str:
     if match := _NOS.search(text):
         raw.setdefault("subtype", "not otherwise specified")
         text = text[: match.start()] + text[match.end() :]
-    text = re.sub(r"\(\s*[,;]?\s*", "(", text)
-    text = re.sub(r"\s*[,;]?\s*\)", ")", re.sub(r"\(\s*\)", " ", text))
-    text = re.sub(r"\(\s*(?=$|,)", " ", text)
-    return clean(re.sub(r"\s+,", ",", re.sub(r"\)\s*\)", ")", re.sub(r"(?<![\w)])\)", "", text))))
+    # White space is made single first: a pattern that starts with much of it would take quadratic time.
+    text = re.sub(r"\( ?[,;]? ?", "(", clean(text))
+    text = clean(re.sub(r" ?[,;]? ?\)", ")", clean(re.sub(r"\( ?\)", " ", text))))
+    text = clean(re.sub(r"\( ?(?=$|,)", " ", text))
+    return clean(re.sub(r" ,", ",", re.sub(r"\) ?\)", ")", clean(re.sub(r"(?<![\w)])\)", "", text)))))
 
 
 def _name_and_rest(text: str, raw: dict[str, str]) -> tuple[str, list[str]]:
@@ -257,7 +258,7 @@ def _name_and_rest(text: str, raw: dict[str, str]) -> tuple[str, list[str]]:
             raw["invasion"] = involved[0][len("involvement of ") :]
             listed.remove(involved[0])
         if listed:
-            raw["with_findings"] = "; ".join(listed)
+            raw["with_findings"] = ", ".join(listed)
     name, *rest = [clean(part) for part in head.split(",")]
     return name, [part for part in rest if part]
 
@@ -360,7 +361,7 @@ def _item_lines(entry: Mapping[str, Any], field: Field) -> list[str]:
             else " with indefinite for dysplasia"
         )
     others = [f"involvement of {entry['invasion']}"] if get("invasion") else []
-    others += entry["with_findings"].split("; ") if get("with_findings") else []
+    others += get("with_findings") or []
     if others:
         text += ", with " + (others[0] if len(others) == 1 else " ".join(f"{i}) {o}" for i, o in enumerate(others, 1)))
     lines = []

@@ -19,10 +19,13 @@ from envs.checks import check_cases
 from envs.manifest import read_manifest
 from envs.registry import make_env
 from envs.simulator import build, cohort, main
-from envs.simulator_questions import QUESTIONS, ask, synoptic
+from envs.simulator_questions import PROTOCOL, QUESTIONS, ask, synoptic
 from envs.specimen import inked_edge, make_plan
 from envs.stain import draw_stain, to_rgb
 from rewards.detection import parse_boxes, valid
+from rewards.synoptic.check import check_record
+from rewards.synoptic.parse import parse_report
+from rewards.synoptic.protocol import load_protocol
 from slides.errors import InputError
 
 SMALL = {"size_mm": 0.5, "mpp": 4.0, "workers": 1, "val_fraction": 0.0, "test_fraction": 0.0}
@@ -231,7 +234,7 @@ def test_options_are_balanced():
             if (asked := ask(kind, plan.truth.as_dict(), 0.9)) is not None and asked.options:
                 options[kind] = set(asked.options)
                 answers[kind][asked.answer] += 1
-    assert set(answers) == set(QUESTIONS) - {"boxes"}
+    assert set(answers) == set(QUESTIONS) - {"boxes", "synoptic"}
     for kind, counts in answers.items():
         assert max(counts.values()) <= 0.62 * counts.total(), (kind, counts)
         assert set(counts) == options[kind]
@@ -388,6 +391,12 @@ def test_any_seed_and_size(seed, size_mm, kind):
         if question == "boxes":
             boxes = parse_boxes(asked.answer)
             assert len(boxes) == truth["foci"] and valid(boxes).all()
+        elif question == "synoptic":
+            protocol = load_protocol(PROTOCOL)
+            read = parse_report(asked.answer, protocol)
+            assert not read.problems
+            assert not check_record(read.record, protocol, complete=True)
+            assert {k: str(report[k]) for k in read.record} == read.record
         else:
             assert asked.answer in asked.options
             assert len(set(asked.options)) == len(asked.options)
