@@ -88,7 +88,7 @@ class FrugalTrainer(GroupTrainer):
             return super()._generate_single_turn(prompt_ids, *rest)
         group = self.num_generations
         gold = [self._gold_ids(self.cases[row["index"]]) for row in self._inputs[::group]]
-        if self.args.prefill_once and not self.use_vllm:
+        if self._prefills_once:
             written = self._generate_once([group - 1] * len(self._prompts))
             return [w for i, g in enumerate(gold) for w in (*written[i * (group - 1) :][: group - 1], g)], None
         completions, logps = super()._generate_single_turn(prompt_ids, *rest)

@@ -42,7 +42,7 @@ class GroupTrainer(GRPOTrainer):
         if self.is_fsdp_enabled or not self.args.ds3_gather_for_generation:
             # Weights are then gathered in every forward, of which processes may need different numbers.
             self.args.prefill_once = self.args.see_once = False
-        if self.is_deepspeed_enabled and (self.use_vllm or not self.args.prefill_once):
+        if self.is_deepspeed_enabled and not self._prefills_once:
             self.args.see_once = False  # only our generation sees while weights are gathered
         own = self.accelerator.unwrap_model(self.model)
         self.sight = make_sight(own, self.processing_class)
@@ -82,6 +82,11 @@ class GroupTrainer(GRPOTrainer):
         else:
             banned = sorted({*(self.generation_config.suppress_tokens or []), token})
             self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = banned
+
+    @property
+    def _prefills_once(self) -> bool:
+        """Whether completions come from our own generation, which reads each prompt once."""
+        return self.args.prefill_once and not self.use_vllm and not self.use_transformers_continuous_batching
 
     @property
     def _corrected(self) -> bool:
@@ -181,7 +186,7 @@ class GroupTrainer(GRPOTrainer):
         num_generations: int,
         has_tool_images: bool = False,
     ) -> tuple[list, Any]:
-        if not self.use_vllm and not self.use_transformers_continuous_batching and self.args.prefill_once:
+        if self._prefills_once:
             return self._generate_once([len(g) for g in groups_of(self._rows)]), None
         fields: dict[str, Any] = {}
         if self.use_vllm:
@@ -208,13 +213,7 @@ class GroupTrainer(GRPOTrainer):
         ):
             was_training = model.training
             model.eval()  # dropout, where it is kept, is for the update
-            out = generate(
-                model,
-                self.sight,
-                self._prompts,
-                copies,
-                self.generation_config,
-            )
+            out = generate(model, self.sight, self._prompts, copies, self.generation_config)
             model.train(was_training)
         if was_training:
             self._flops += 2 * self._parameters * (sum(map(len, self._prompts)) + sum(map(len, out)))
