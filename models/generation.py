@@ -91,8 +91,8 @@ def _write(
             use_cache=True,
         )
         logits = out.logits.reshape(rows, -1)
-    lengths = _ends(torch.stack(tokens, 1), config)
-    flat = [row[:n] for row, n in zip(torch.stack(tokens, 1).tolist(), lengths, strict=True)]
+    written = torch.stack(tokens, 1)
+    flat = [row[:n] for row, n in zip(written.tolist(), _ends(written, config), strict=True)]
     return [flat[i * width : (i + 1) * width] for i in range(count)]
 
 

@@ -329,10 +329,6 @@ class GroupTrainer(GRPOTrainer):
 
     def _forwards(self, written: Sequence[int], batch_size: int | None) -> list[list[list[int]]]:
         """Groups of rows for each forward over a batch, from the length of every row's completion."""
-
-        def length(group: Sequence[int]) -> int:
-            return len(self._prompts[self._rows[group[0]]]) - 1 + sum(written[row] + 1 for row in group)
-
         if self.accelerator.num_processes > 1:
             # As many forwards on every process: each is a collective, of buffers or of sharded weights.
             size = batch_size or len(self._rows)
@@ -341,9 +337,14 @@ class GroupTrainer(GRPOTrainer):
         else:
             groups = groups_of(self._rows)
             cap = None if batch_size is None else max(1, batch_size // max(map(len, groups)))
-            out = [[groups[g] for g in chunk] for chunk in by_length([length(g) for g in groups], cap=cap)]
-        self._count(sum(length(g) for groups in out for g in groups))
+            lengths = [self._packed_length(g, self._rows, written) for g in groups]
+            out = [[groups[g] for g in chunk] for chunk in by_length(lengths, cap=cap)]
+        self._count(sum(self._packed_length(g, self._rows, written) for groups in out for g in groups))
         return out
+
+    def _packed_length(self, group: Sequence[int], prompts: Sequence[int], written: Sequence[int]) -> int:
+        """Tokens of a group's packed row, from the prompt of every row and the length of its completion."""
+        return len(self._prompts[prompts[group[0]]]) - 1 + sum(written[row] + 1 for row in group)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         kept = self._teaching(inputs)
@@ -369,20 +370,21 @@ class GroupTrainer(GRPOTrainer):
             or self.aux_loss_enabled
         ):
             return None
-        index = inputs["prompt_index"]
-        flat = inputs["advantages"].reshape(len(index), -1).abs().amax(1).tolist()
-        groups = groups_of(index.tolist())
-        teaching = [row for g in groups if any(flat[row] > 0 for row in g) for row in g]
-        silent = sorted(
-            (g for g in groups if not any(flat[row] > 0 for row in g)), key=lambda g: self._length(g, inputs)
-        )
-        count = torch.tensor(max(1, len(teaching)), device=index.device)
+        device, prompts = inputs["prompt_index"].device, inputs["prompt_index"].tolist()
+        written = inputs["completion_mask"].sum(1).tolist()
+        advantage = (inputs["advantages"].reshape(len(prompts), -1).abs().amax(1) > 0).tolist()
+        teaching: list[int] = []
+        silent: list[list[int]] = []
+        for group in groups_of(prompts):
+            if any(advantage[row] for row in group):
+                teaching += group
+            else:
+                silent.append(group)
+        silent.sort(key=lambda g: self._packed_length(g, prompts, written))
+        count = torch.tensor(max(1, len(teaching)), device=device)
         wanted = int(gather(count).max()) if self.accelerator.num_processes > 1 else int(count)
         kept = teaching + [row for g in silent for row in g][: wanted - len(teaching)]
-        return None if len(kept) == len(index) else torch.tensor(sorted(kept), device=index.device)
-
-    def _length(self, rows: Sequence[int], inputs: dict[str, Any]) -> int:
-        return int(inputs["prompt_mask"][rows[0]].sum() + inputs["completion_mask"][list(rows)].sum())
+        return None if len(kept) == len(prompts) else torch.tensor(sorted(kept), device=device)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
