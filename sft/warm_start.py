@@ -20,6 +20,12 @@ from models.sight import stack_positions
 from rewards.registry import gold_completion
 
 
+def gold_ids(tokenizer: Any, case: Case) -> list[int]:
+    """Token ids of a case's gold completion, its end token with them."""
+    text = gold_completion({"answer": case.answer}) + tokenizer.eos_token
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
 class BudgetCollator:
     """Cases as an SFT batch: prompt at a drawn budget, gold completion, labels on the completion only.
 
@@ -49,13 +55,10 @@ class BudgetCollator:
         performer = self.performer
         tokenizer, sight = performer.processor.tokenizer, performer.processor.sight
         prompts = [performer.prompt(c, budget) for c in cases]
-        gold = tokenizer(
-            [gold_completion({"answer": c.answer}) + tokenizer.eos_token for c in cases], add_special_tokens=False
-        )["input_ids"]
         rows: dict[str, list[torch.Tensor]] = {"input_ids": [], "attention_mask": [], "labels": []}
         places: list[torch.Tensor] = []
-        for prompt, answer in zip(prompts, gold, strict=True):
-            written = torch.tensor(answer)
+        for prompt, case in zip(prompts, cases, strict=True):
+            written = torch.tensor(gold_ids(tokenizer, case))
             after = prompt.next_position + torch.arange(len(written))
             rows["input_ids"].append(torch.cat([prompt.ids, written]))
             rows["attention_mask"].append(torch.ones(len(prompt) + len(written), dtype=torch.long))
