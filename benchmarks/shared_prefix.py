@@ -338,7 +338,7 @@ def compare(folder: str) -> dict[str, float]:
     return {"max_logp_diff": logps, "max_grad_rel_diff": max(errors)}
 
 
-def busy(cores: int) -> tuple[float, float]:
+def busy() -> tuple[float, float]:
     """Seconds that all cores of the machine worked, and that passed."""
     import psutil
 
@@ -363,7 +363,7 @@ def main() -> None:
         print("RESULT " + json.dumps(work(options)))
         return
     found: dict[str, dict[str, Any]] = {}
-    before = busy(options.cores)
+    before = busy()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:
         for worker in ("stock", "ours"):
@@ -374,7 +374,7 @@ def main() -> None:
                 raise SystemExit(f"the {worker} trainer failed:\n{done.stderr[-4000:]}")
             found[worker] = json.loads(lines[0][len("RESULT ") :])
         equality = compare(folder)
-    worked, wall = (now - then for now, then in zip(busy(options.cores), before, strict=True))
+    worked, wall = (now - then for now, then in zip(busy(), before, strict=True))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     own = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
     result: dict[str, Any] = {}
