@@ -23,7 +23,7 @@ from models.feature_cache import FeatureCache
 from models.generation import by_length, generate, to_device
 from models.processor import token_types
 from models.sight import Prompt, read_prompt
-from rl.batches import LoadedOnce, share, shuffle_groups, take
+from rl.batches import LoadedOnce, share, shuffle_groups, split_silent, take
 from rl.packing import block_mask, flex_mask, groups_of, pack, prefix_length
 from slides.errors import InputError
 
@@ -327,6 +327,10 @@ class GroupTrainer(GRPOTrainer):
         n = prefix_length(segment) if self._attention == SHARED_PREFIX else 0
         return {"attention_mask": as_mask(block_mask(segment, n), dtype), **({"prefix_length": n} if n else {})}
 
+    def _packed_length(self, group: Sequence[int], prompts: Sequence[int], written: Sequence[int]) -> int:
+        """Tokens of a group's packed row, from the prompt of every row and the length of its completion."""
+        return len(self._prompts[prompts[group[0]]]) - 1 + sum(written[row] + 1 for row in group)
+
     def _forwards(self, written: Sequence[int], batch_size: int | None) -> list[list[list[int]]]:
         """Groups of rows for each forward over a batch, from the length of every row's completion."""
         if self.accelerator.num_processes > 1:
@@ -341,10 +345,6 @@ class GroupTrainer(GRPOTrainer):
             out = [[groups[g] for g in chunk] for chunk in by_length(lengths, cap=cap)]
         self._count(sum(self._packed_length(g, self._rows, written) for groups in out for g in groups))
         return out
-
-    def _packed_length(self, group: Sequence[int], prompts: Sequence[int], written: Sequence[int]) -> int:
-        """Tokens of a group's packed row, from the prompt of every row and the length of its completion."""
-        return len(self._prompts[prompts[group[0]]]) - 1 + sum(written[row] + 1 for row in group)
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
         kept = self._teaching(inputs)
@@ -361,25 +361,12 @@ class GroupTrainer(GRPOTrainer):
 
         At least one row stays, and as many on every process, as TRL gathers values of rows.
         """
-        entropy = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
-        if (
-            not self.args.skip_zero_advantage
-            or not self.model.training
-            or self.beta != 0.0
-            or entropy
-            or self.aux_loss_enabled
-        ):
+        others = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0 or self.aux_loss_enabled
+        if others or self.beta != 0.0 or not self.args.skip_zero_advantage or not self.model.training:
             return None
         device, prompts = inputs["prompt_index"].device, inputs["prompt_index"].tolist()
         written = inputs["completion_mask"].sum(1).tolist()
-        advantage = (inputs["advantages"].reshape(len(prompts), -1).abs().amax(1) > 0).tolist()
-        teaching: list[int] = []
-        silent: list[list[int]] = []
-        for group in groups_of(prompts):
-            if any(advantage[row] for row in group):
-                teaching += group
-            else:
-                silent.append(group)
+        teaching, silent = split_silent(groups_of(prompts), inputs["advantages"])
         silent.sort(key=lambda g: self._packed_length(g, prompts, written))
         count = torch.tensor(max(1, len(teaching)), device=device)
         wanted = int(gather(count).max()) if self.accelerator.num_processes > 1 else int(count)
