@@ -36,24 +36,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "small": {},
-    "3b": {
-        "hidden": 2048, "layers": 36, "heads": 16, "kv_heads": 2, "ffn": 11008, "vocab": 151936, "tied": True,
-        "tower": {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16,
-                  "fullatt_block_indexes": [7, 15, 23, 31]},
-    },
-    "7b": {
-        "hidden": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "ffn": 18944, "vocab": 152064, "tied": False,
-        "tower": {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16,
-                  "fullatt_block_indexes": [7, 15, 23, 31]},
-    },
-}  # fmt: skip
+from benchmarks.shapes import PRESETS, flops, shape
+
+ROOT = Path(__file__).resolve().parents[1]
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 FLOPs a second, by name of the GPU."""
 
@@ -80,16 +69,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--worker", choices=["stock", "ours"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def shape(options: argparse.Namespace) -> dict[str, Any]:
-    """Shape of the model: a preset's, or the small one's."""
-    width, layers = options.hidden, options.layers
-    small = {
-        "hidden": width, "layers": layers, "heads": width // 64, "kv_heads": max(1, width // 128), "ffn": 3 * width,
-        "vocab": 0, "tied": False, "tower": {"intermediate_size": 3 * width, "fullatt_block_indexes": [layers - 1]},
-    }  # fmt: skip
-    return {**small, **PRESETS[options.preset]}
 
 
 def build(options: argparse.Namespace) -> tuple[Any, Any]:
@@ -289,37 +268,6 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def flops(options: argparse.Namespace, shared: bool) -> dict[str, float]:
-    """FLOPs of a group's rollouts and update (methods 9.2), by formula; ours has seen the image before."""
-    from models.cost import DecoderShape, TowerShape
-
-    made = shape(options)
-    width = made["hidden"] // made["heads"] * made["kv_heads"]
-    text = DecoderShape(made["layers"], made["hidden"], width, made["ffn"], made["vocab"] or 400)
-    tower = {"hidden_size": made["hidden"], "depth": made["layers"], **made["tower"]}
-    sight = TowerShape(
-        tower["depth"], len(tower["fullatt_block_indexes"]), tower["hidden_size"], tower["intermediate_size"],
-        made["hidden"], 3 * 2 * 14**2, 64, 4,
-    )  # fmt: skip
-    group, prompt, written = options.group, options.image_tokens + options.text_tokens, options.completion_tokens
-    image = sight.read(options.image_tokens)
-    pairs = prompt * (prompt + 1) / 2 + written * prompt + written * (written + 1) / 2
-    rows, tokens = group, prompt + written
-    forward = rows * (tokens * text.per_token + 4.0 * text.layers * text.hidden * pairs)
-    if shared:
-        own = written * prompt + written * (written + 1) / 2
-        pairs = prompt * (prompt + 1) / 2 + group * own
-        forward = (prompt + group * written) * text.per_token + 4.0 * text.layers * text.hidden * pairs
-    forward += group * written * 2.0 * text.hidden * text.vocab
-    # A frozen weight has no gradient of its own; checkpointing repeats the forward; a KL term adds the reference's.
-    passes = 1 + (1 if options.lora else 2) + bool(options.checkpointing) + bool(options.beta)
-    sights = 0 if shared else group * (1 + bool(options.beta))
-    decode = group * text.decode(written, prompt)
-    generate = text.prefill(prompt) + decode if shared else group * (image + text.prefill(prompt)) + decode
-    train = passes * forward + sights * image
-    return {"train_step": train, "generate": generate, "step": train + generate}
-
-
 def compare(folder: str) -> dict[str, float]:
     """Largest differences of the first step's log-probabilities and gradients."""
     from safetensors.torch import load_file
@@ -338,7 +286,7 @@ def compare(folder: str) -> dict[str, float]:
     return {"max_logp_diff": logps, "max_grad_rel_diff": max(errors)}
 
 
-def busy(cores: int) -> tuple[float, float]:
+def busy() -> tuple[float, float]:
     """Seconds that all cores of the machine worked, and that passed."""
     import psutil
 
@@ -363,7 +311,7 @@ def main() -> None:
         print("RESULT " + json.dumps(work(options)))
         return
     found: dict[str, dict[str, Any]] = {}
-    before = busy(options.cores)
+    before = busy()
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     with tempfile.TemporaryDirectory() as folder:
         for worker in ("stock", "ours"):
@@ -374,7 +322,7 @@ def main() -> None:
                 raise SystemExit(f"the {worker} trainer failed:\n{done.stderr[-4000:]}")
             found[worker] = json.loads(lines[0][len("RESULT ") :])
         equality = compare(folder)
-    worked, wall = (now - then for now, then in zip(busy(options.cores), before, strict=True))
+    worked, wall = (now - then for now, then in zip(busy(), before, strict=True))
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     own = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
     result: dict[str, Any] = {}

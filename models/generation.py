@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from models.attention import as_mask, check_window, dense_attention
-from models.sight import Prompt, Sight
+from models.sight import Prompt, Sight, stack_positions
 
 
 @torch.no_grad()
@@ -58,11 +58,11 @@ def _write(
     count, rows = len(prompts), len(prompts) * width
     ids = _left([p.ids for p in prompts], config.pad_token_id).to(device)
     prefix = _left([torch.ones_like(p.ids) for p in prompts], 0).to(device)
-    places = [_left([p.positions[r] for p in prompts], 0) for r in range(len(prompts[0].positions))]
+    places = stack_positions([p.positions for p in prompts], "left").to(device)
     out = model(
         input_ids=ids,
         attention_mask=prefix,
-        position_ids=(places[0] if len(places) == 1 else torch.stack(places)).to(device),
+        position_ids=places,
         use_cache=True,
         logits_to_keep=1,
         **to_device(sight.inputs(model, [v for p in prompts for v in p.views]), device),
@@ -82,17 +82,16 @@ def _write(
         if step + 1 == config.max_new_tokens or bool(done.all()):
             break
         seen = torch.cat([seen, own], -1)
-        position = after + step
         out = model(
             input_ids=tokens[-1].view(count, width),
             attention_mask=as_mask(seen[:, None], model.get_input_embeddings().weight.dtype),
-            position_ids=position if len(places) == 1 else position.expand(len(places), -1, -1),
+            position_ids=(after + step).expand(*places.shape[:-2], -1, -1),
             past_key_values=out.past_key_values,
             use_cache=True,
         )
         logits = out.logits.reshape(rows, -1)
-    lengths = _ends(torch.stack(tokens, 1), config)
-    flat = [row[:n] for row, n in zip(torch.stack(tokens, 1).tolist(), lengths, strict=True)]
+    written = torch.stack(tokens, 1)
+    flat = [row[:n] for row, n in zip(written.tolist(), _ends(written, config), strict=True)]
     return [flat[i * width : (i + 1) * width] for i in range(count)]
 
 

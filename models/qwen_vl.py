@@ -1,7 +1,7 @@
-"""Qwen2.5-VL: an image is resized once to its budget, so that tokens of 28 x 28 px are what the budget counts.
+"""Qwen2.5-VL, whose frozen vision tower sees each (image, budget) once in a run.
 
-A frozen vision tower sees each (image, budget) once in a run: its features are kept with the view and, if wanted, on
-disk. Works without torchvision; loads by `from_pretrained` or is made from a configuration.
+Its features are kept with the view and, if wanted, on disk. Works without torchvision; loads by `from_pretrained` or
+is made from a configuration.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from threading import Lock
@@ -25,6 +25,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from models.feature_cache import FeatureCache, cache_key, content_hash, module_revision
+from models.image_view import ImageView, fit, open_image
 from models.processor import ViewProcessor
 from models.sight import Sight, View
 from slides.errors import InputError
@@ -32,55 +33,6 @@ from slides.errors import InputError
 VISION_MARKS = ("<|vision_start|>", "<|vision_end|>")
 TOWER_PATCHES = 32768
 """Patches that the vision tower reads at a time."""
-
-
-class ImageView:
-    """One image at one budget.
-
-    Args:
-        source: path of the image, or the image.
-        grid: (t, h, w) patches after the resize.
-        merge: side of the square of patches that make one token.
-        resize: whether the image is resized here; otherwise by the image processor.
-        budget: tokens that were asked for, None where the processor's own limits hold.
-    """
-
-    def __init__(
-        self,
-        source: str | Image.Image,
-        grid: tuple[int, int, int],
-        merge: int,
-        resize: tuple[int, int] | None,
-        budget: int | None = None,
-    ):
-        self.source, self.grid, self.merge, self.resize, self.budget = source, grid, merge, resize, budget
-        self.features: torch.Tensor | None = None
-        self.key = ""
-        self.job: Future | None = None
-
-    def __len__(self) -> int:
-        return self.grid[0] * self.grid[1] * self.grid[2] // self.merge**2
-
-    def __deepcopy__(self, memo: dict) -> ImageView:
-        # Trainers deep-copy whole prompts; a view is never changed but for what it remembers.
-        return self
-
-    def __reduce__(self) -> tuple:
-        # A trainer's log gathers prompts over processes: a description is enough there.
-        name = self.source if isinstance(self.source, str) else f"image of {self.source.width}x{self.source.height} px"
-        return str, (f"{name} as {len(self)} tokens",)
-
-    def image(self) -> Image.Image:
-        """The RGB image at the size of the budget."""
-        if isinstance(self.source, str):
-            with open_image(self.source) as file:
-                try:
-                    image = file.convert("RGB")
-                except (OSError, SyntaxError) as error:  # Pillow reads the pixels here, not when it opens the file
-                    raise unreadable(self.source, error) from error
-        else:
-            image = self.source.convert("RGB")
-        return image.resize(self.resize, Image.Resampling.BICUBIC) if self.resize else image
 
 
 class QwenSight(Sight):
@@ -320,38 +272,6 @@ def takes_features(base: Any) -> bool:
 def freeze_vision(model: Any) -> None:
     """Exclude the vision tower from training."""
     backbone(model).visual.requires_grad_(False)
-
-
-def fit(height: int, width: int, budget: int, unit: int = 28) -> tuple[int, int]:
-    """Rows and columns of tokens of an image at a budget: as many as fit, the aspect ratio kept where it can be.
-
-    Args:
-        height, width: px. budget: tokens, at least 1. unit: px of a token's side.
-    """
-    if budget < 1:
-        raise ValueError(f"a budget of {budget} tokens: at least 1 is needed")
-    # The slack outweighs rounding, which would take a row and a column from one square image in nine.
-    tall, wide = smart_resize(height, width, unit, unit * unit, budget * unit * unit * (1 + 1e-9))
-    rows, columns = tall // unit, wide // unit
-    # A narrow image gets at least one token across, which may take it over the budget along.
-    return (min(rows, budget), columns) if columns == 1 else (rows, min(columns, budget // rows))
-
-
-def open_image(path: str) -> Image.Image:
-    """Open an image file.
-
-    Raises:
-        InputError: there is none, or it is not an image.
-    """
-    try:
-        return Image.open(path)
-    except (OSError, Image.DecompressionBombError) as error:
-        raise unreadable(path, error) from error
-
-
-def unreadable(path: str, error: Exception) -> InputError:
-    """What is said of a file that holds no whole image."""
-    return InputError(f"{path}: cannot be read as an image ({error}); mend or replace it, or drop its cases")
 
 
 def load_qwen(name: str | Path, **options: Any) -> Qwen2_5_VLForConditionalGeneration:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from models.feature_cache import FeatureCache
 from models.visual import VisualTokens
@@ -160,6 +161,17 @@ def lay_out(sight: Sight, ids: Sequence[int], views: Sequence[View]) -> Prompt:
     """A prompt from its token ids."""
     row = torch.tensor(ids, dtype=torch.long)
     return Prompt(row, tuple(views), sight.positions(row, views))
+
+
+def stack_positions(rows: Sequence[torch.Tensor], padding_side: str = "right") -> torch.Tensor:
+    """Positions of a batch as a model's forward takes them: (B, T), or (R, B, T) where R is above 1; padding is 0.
+
+    Args:
+        rows: B rows, each (R, T_i), see `Sight.positions`.
+    """
+    # Sequence first, so that rows of different length can be padded.
+    places = pad_sequence([row.T for row in rows], batch_first=True, padding_side=padding_side).permute(2, 0, 1)
+    return places[0] if len(places) == 1 else places
 
 
 def images_of(messages: Sequence[dict]) -> list[Any]:

@@ -44,6 +44,23 @@ def take(value: Any, rows: torch.Tensor, count: int) -> Any:
     return value
 
 
+def split_silent(groups: Sequence[list[int]], advantages: torch.Tensor) -> tuple[list[int], list[list[int]]]:
+    """Rows of the groups with some advantage, and the groups without any.
+
+    Args:
+        advantages: (rows,), or (rows, C) for one of each token.
+    """
+    some = (advantages.reshape(len(advantages), -1).abs().amax(1) > 0).tolist()
+    teaching: list[int] = []
+    silent: list[list[int]] = []
+    for group in groups:
+        if any(some[row] for row in group):
+            teaching += group
+        else:
+            silent.append(group)
+    return teaching, silent
+
+
 def share(loss_type: str, inputs: dict[str, Any], kept: torch.Tensor) -> float | torch.Tensor:
     """What the loss over the kept rows is multiplied by, so that its denominator is that of all rows."""
     if loss_type in ("cispo", "dapo", "vespo"):

@@ -15,9 +15,9 @@ from trl.trainer.utils import RepeatSampler
 
 from envs.case import Case
 from models.performer import Performer
-from rewards.registry import gold_completion
 from rl.allocation import AllocatorLearner
 from rl.trainer import GroupTrainer
+from sft.warm_start import gold_ids
 from slides.errors import InputError
 
 
@@ -87,8 +87,8 @@ class FrugalTrainer(GroupTrainer):
         if not (self.args.gold_rollout and self.model.training):
             return super()._generate_single_turn(prompt_ids, *rest)
         group = self.num_generations
-        gold = [self._gold_ids(self.cases[row["index"]]) for row in self._inputs[::group]]
-        if self.args.prefill_once and not self.use_vllm:
+        gold = [gold_ids(self._tokenizer, self.cases[row["index"]]) for row in self._inputs[::group]]
+        if self._prefills_once:
             written = self._generate_once([group - 1] * len(self._prompts))
             return [w for i, g in enumerate(gold) for w in (*written[i * (group - 1) :][: group - 1], g)], None
         completions, logps = super()._generate_single_turn(prompt_ids, *rest)
@@ -98,7 +98,7 @@ class FrugalTrainer(GroupTrainer):
     def _check_gold(self) -> None:
         """Refuse gold answers that would be cut off, before anything is trained."""
         limit = self.args.max_completion_length
-        lengths = {case.id: len(self._gold_ids(case)) for case in self.cases}
+        lengths = {case.id: len(gold_ids(self._tokenizer, case)) for case in self.cases}
         longest = max(lengths, key=lengths.__getitem__)
         if limit and lengths[longest] > limit:
             raise InputError(
@@ -107,10 +107,6 @@ class FrugalTrainer(GroupTrainer):
             )
         if self.use_vllm:
             raise InputError("gold_rollout: vLLM has no log-probability of the gold answer; set use_vllm to false")
-
-    def _gold_ids(self, case: Case) -> list[int]:
-        text = gold_completion({"answer": case.answer}) + self._tokenizer.eos_token
-        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _calculate_rewards(self, inputs: list[dict], *rest: Any) -> torch.Tensor:
         rewards = super()._calculate_rewards(inputs, *rest)

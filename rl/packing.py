@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
+from models.sight import stack_positions
+
 
 @dataclass(frozen=True)
 class PackedBatch:
@@ -58,7 +60,8 @@ def pack(
     """
     device, width = completions.device, completions.shape[1]
     kept = valid.cpu()
-    columns: dict[str, list[torch.Tensor]] = {"ids": [], "place": [], "segment": [], "source": []}
+    columns: dict[str, list[torch.Tensor]] = {"ids": [], "segment": [], "source": []}
+    places: list[torch.Tensor] = []
     for prompt, place, rows in zip(prompts, positions, groups, strict=True):
         prompt, place = prompt.to(device), place.cpu()
         n, after = len(prompt) - 1, int(place.max()) + 1
@@ -68,8 +71,7 @@ def pack(
         ]
         columns["ids"].append(torch.cat([prompt[:-1], *suffixes]))
         steps = [torch.cat([place[:, -1:], (after + torch.arange(len(k))).expand(len(place), -1)], 1) for k in here]
-        # Sequence first, so that rows of different length can be padded.
-        columns["place"].append(torch.cat([place[:, :-1], *steps], 1).T)
+        places.append(torch.cat([place[:, :-1], *steps], 1))
         lengths = torch.tensor([n, *(len(k) + 1 for k in here)])
         columns["segment"].append(torch.arange(len(lengths)).repeat_interleave(lengths))
         last = torch.tensor([-1])
@@ -78,13 +80,12 @@ def pack(
                 [last.expand(n), *(x for row, k in zip(rows, here, strict=True) for x in (last, row * width + k))]
             )
         )
-    fill = {"ids": pad_token_id, "place": 0, "segment": -1, "source": -1}
-    ids, place, segment, source = (
+    fill = {"ids": pad_token_id, "segment": -1, "source": -1}
+    ids, segment, source = (
         pad_sequence(columns[k], batch_first=True, padding_value=fill[k]).to(device) for k in columns
     )
-    place = place.permute(2, 0, 1)
     labels = ids.masked_fill(source < 0, -100)
-    return PackedBatch(ids, place[0] if len(place) == 1 else place, labels, segment, source)
+    return PackedBatch(ids, stack_positions(places).to(device), labels, segment, source)
 
 
 def prefix_length(segment: torch.Tensor) -> int:

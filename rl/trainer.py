@@ -23,7 +23,7 @@ from models.feature_cache import FeatureCache
 from models.generation import by_length, generate, to_device
 from models.processor import token_types
 from models.sight import Prompt, read_prompt
-from rl.batches import LoadedOnce, share, shuffle_groups, take
+from rl.batches import LoadedOnce, share, shuffle_groups, split_silent, take
 from rl.packing import block_mask, flex_mask, groups_of, pack, prefix_length
 from slides.errors import InputError
 
@@ -42,7 +42,7 @@ class GroupTrainer(GRPOTrainer):
         if self.is_fsdp_enabled or not self.args.ds3_gather_for_generation:
             # Weights are then gathered in every forward, of which processes may need different numbers.
             self.args.prefill_once = self.args.see_once = False
-        if self.is_deepspeed_enabled and (self.use_vllm or not self.args.prefill_once):
+        if self.is_deepspeed_enabled and not self._prefills_once:
             self.args.see_once = False  # only our generation sees while weights are gathered
         own = self.accelerator.unwrap_model(self.model)
         self.sight = make_sight(own, self.processing_class)
@@ -82,6 +82,11 @@ class GroupTrainer(GRPOTrainer):
         else:
             banned = sorted({*(self.generation_config.suppress_tokens or []), token})
             self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = banned
+
+    @property
+    def _prefills_once(self) -> bool:
+        """Whether completions come from our own generation, which reads each prompt once."""
+        return self.args.prefill_once and not self.use_vllm and not self.use_transformers_continuous_batching
 
     @property
     def _corrected(self) -> bool:
@@ -181,7 +186,7 @@ class GroupTrainer(GRPOTrainer):
         num_generations: int,
         has_tool_images: bool = False,
     ) -> tuple[list, Any]:
-        if not self.use_vllm and not self.use_transformers_continuous_batching and self.args.prefill_once:
+        if self._prefills_once:
             return self._generate_once([len(g) for g in groups_of(self._rows)]), None
         fields: dict[str, Any] = {}
         if self.use_vllm:
@@ -208,13 +213,7 @@ class GroupTrainer(GRPOTrainer):
         ):
             was_training = model.training
             model.eval()  # dropout, where it is kept, is for the update
-            out = generate(
-                model,
-                self.sight,
-                self._prompts,
-                copies,
-                self.generation_config,
-            )
+            out = generate(model, self.sight, self._prompts, copies, self.generation_config)
             model.train(was_training)
         if was_training:
             self._flops += 2 * self._parameters * (sum(map(len, self._prompts)) + sum(map(len, out)))
@@ -328,12 +327,12 @@ class GroupTrainer(GRPOTrainer):
         n = prefix_length(segment) if self._attention == SHARED_PREFIX else 0
         return {"attention_mask": as_mask(block_mask(segment, n), dtype), **({"prefix_length": n} if n else {})}
 
+    def _packed_length(self, group: Sequence[int], prompts: Sequence[int], written: Sequence[int]) -> int:
+        """Tokens of a group's packed row, from the prompt of every row and the length of its completion."""
+        return len(self._prompts[prompts[group[0]]]) - 1 + sum(written[row] + 1 for row in group)
+
     def _forwards(self, written: Sequence[int], batch_size: int | None) -> list[list[list[int]]]:
         """Groups of rows for each forward over a batch, from the length of every row's completion."""
-
-        def length(group: Sequence[int]) -> int:
-            return len(self._prompts[self._rows[group[0]]]) - 1 + sum(written[row] + 1 for row in group)
-
         if self.accelerator.num_processes > 1:
             # As many forwards on every process: each is a collective, of buffers or of sharded weights.
             size = batch_size or len(self._rows)
@@ -342,8 +341,9 @@ class GroupTrainer(GRPOTrainer):
         else:
             groups = groups_of(self._rows)
             cap = None if batch_size is None else max(1, batch_size // max(map(len, groups)))
-            out = [[groups[g] for g in chunk] for chunk in by_length([length(g) for g in groups], cap=cap)]
-        self._count(sum(length(g) for groups in out for g in groups))
+            lengths = [self._packed_length(g, self._rows, written) for g in groups]
+            out = [[groups[g] for g in chunk] for chunk in by_length(lengths, cap=cap)]
+        self._count(sum(self._packed_length(g, self._rows, written) for groups in out for g in groups))
         return out
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
@@ -361,29 +361,17 @@ class GroupTrainer(GRPOTrainer):
 
         At least one row stays, and as many on every process, as TRL gathers values of rows.
         """
-        entropy = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0
-        if (
-            not self.args.skip_zero_advantage
-            or not self.model.training
-            or self.beta != 0.0
-            or entropy
-            or self.aux_loss_enabled
-        ):
+        others = self._entropy_bonus_enabled or self.top_entropy_quantile < 1.0 or self.aux_loss_enabled
+        if others or self.beta != 0.0 or not self.args.skip_zero_advantage or not self.model.training:
             return None
-        index = inputs["prompt_index"]
-        flat = inputs["advantages"].reshape(len(index), -1).abs().amax(1).tolist()
-        groups = groups_of(index.tolist())
-        teaching = [row for g in groups if any(flat[row] > 0 for row in g) for row in g]
-        silent = sorted(
-            (g for g in groups if not any(flat[row] > 0 for row in g)), key=lambda g: self._length(g, inputs)
-        )
-        count = torch.tensor(max(1, len(teaching)), device=index.device)
+        device, prompts = inputs["prompt_index"].device, inputs["prompt_index"].tolist()
+        written = inputs["completion_mask"].sum(1).tolist()
+        teaching, silent = split_silent(groups_of(prompts), inputs["advantages"])
+        silent.sort(key=lambda g: self._packed_length(g, prompts, written))
+        count = torch.tensor(max(1, len(teaching)), device=device)
         wanted = int(gather(count).max()) if self.accelerator.num_processes > 1 else int(count)
         kept = teaching + [row for g in silent for row in g][: wanted - len(teaching)]
-        return None if len(kept) == len(index) else torch.tensor(sorted(kept), device=index.device)
-
-    def _length(self, rows: Sequence[int], inputs: dict[str, Any]) -> int:
-        return int(inputs["prompt_mask"][rows[0]].sum() + inputs["completion_mask"][list(rows)].sum())
+        return None if len(kept) == len(prompts) else torch.tensor(sorted(kept), device=device)
 
     def prediction_step(
         self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None

@@ -16,7 +16,14 @@ from trl import SFTConfig, SFTTrainer
 
 from envs.case import Case
 from models.performer import Performer
+from models.sight import stack_positions
 from rewards.registry import gold_completion
+
+
+def gold_ids(tokenizer: Any, case: Case) -> list[int]:
+    """Token ids of a case's gold completion, its end token with them."""
+    text = gold_completion({"answer": case.answer}) + tokenizer.eos_token
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 class BudgetCollator:
@@ -48,22 +55,19 @@ class BudgetCollator:
         performer = self.performer
         tokenizer, sight = performer.processor.tokenizer, performer.processor.sight
         prompts = [performer.prompt(c, budget) for c in cases]
-        gold = tokenizer(
-            [gold_completion({"answer": c.answer}) + tokenizer.eos_token for c in cases], add_special_tokens=False
-        )["input_ids"]
-        rows: dict[str, list[torch.Tensor]] = {"input_ids": [], "attention_mask": [], "position_ids": [], "labels": []}
-        for prompt, answer in zip(prompts, gold, strict=True):
-            written = torch.tensor(answer)
+        rows: dict[str, list[torch.Tensor]] = {"input_ids": [], "attention_mask": [], "labels": []}
+        places: list[torch.Tensor] = []
+        for prompt, case in zip(prompts, cases, strict=True):
+            written = torch.tensor(gold_ids(tokenizer, case))
             after = prompt.next_position + torch.arange(len(written))
             rows["input_ids"].append(torch.cat([prompt.ids, written]))
             rows["attention_mask"].append(torch.ones(len(prompt) + len(written), dtype=torch.long))
-            rows["position_ids"].append(torch.cat([prompt.positions, after.expand(len(prompt.positions), -1)], 1).T)
             rows["labels"].append(torch.cat([torch.full_like(prompt.ids, -100), written]))
-        fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "position_ids": 0, "labels": -100}
+            places.append(torch.cat([prompt.positions, after.expand(len(prompt.positions), -1)], 1))
+        fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
         inputs = {k: pad_sequence(v, batch_first=True, padding_value=fill[k]) for k, v in rows.items()}
-        places = inputs["position_ids"].permute(2, 0, 1)
-        inputs["position_ids"] = places[0] if len(places) == 1 else places
-        return {**inputs, **sight.inputs(performer.model, [v for p in prompts for v in p.views])}
+        seen = sight.inputs(performer.model, [v for p in prompts for v in p.views])
+        return {**inputs, "position_ids": stack_positions(places), **seen}
 
 
 def train_sft(

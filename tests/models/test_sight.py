@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from models.qwen_vl import VISION_MARKS
-from models.sight import Prompt, Sight, SlideSight, TextSight, images_of, lay_out, read_prompt
+from models.sight import Prompt, Sight, SlideSight, TextSight, images_of, lay_out, read_prompt, stack_positions
 from models.tokenizer import IMAGE_TOKEN, train_tokenizer
 from models.visual import VisualTokens
 from slides.errors import InputError
@@ -177,3 +177,16 @@ def test_a_sight_of_no_family_sees_nothing():
         sight.view("image")
     with pytest.raises(NotImplementedError):
         sight.fields([])
+
+
+@pytest.mark.parametrize("axes", [1, 3])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_positions_of_a_batch_are_padded_with_0(axes, side):
+    rows = [torch.arange(1, 1 + axes * n).view(axes, n) for n in (2, 4)]
+    stacked = stack_positions(rows, side)
+    assert stacked.shape == ((2, 4) if axes == 1 else (3, 2, 4))
+    (short, pad), whole = (stacked[..., 0, :].split(2, -1), stacked[..., 1, :])
+    if side == "left":
+        short, pad = pad, short
+    assert torch.equal(short.reshape(axes, 2), rows[0]) and torch.equal(whole.reshape(axes, 4), rows[1])
+    assert not pad.any()

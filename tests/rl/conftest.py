@@ -17,6 +17,7 @@ from rl.config import FrugalConfig
 from rl.joint import FrugalTrainer
 from rl.scoring import SHAPING, case_columns
 from tests.conftest import LADDER, WIDTH
+from tests.rl.qwen import SHORT_RUN
 
 COST = (0.1, 0.3, 1.0)
 
@@ -48,24 +49,14 @@ def make_trainer(cases, make_learner, tmp_path) -> Callable[..., FrugalTrainer]:
 
     def make(performer: Performer, **changes) -> FrugalTrainer:
         options = {
+            **SHORT_RUN,
             "output_dir": str(tmp_path / "run"),
             "per_device_train_batch_size": 8,
             "num_generations": 2,
             "budgets_per_image": 2,
-            "max_completion_length": 8,
             # One in nine tokens ends a completion, so that completions differ in length.
             "generation_kwargs": {"suppress_tokens": [3, *range(10, len(performer.processor.tokenizer))]},
             "max_steps": 3,
-            "learning_rate": 1e-3,
-            "lr_scheduler_type": "constant",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "report_to": "none",
-            "bf16": False,
-            "use_cpu": True,
-            "gradient_checkpointing": False,
-            "disable_tqdm": True,
-            "seed": 0,
         }
         rewards = get_rewards(
             [{"name": "format", "params": {"soft": True}}, "choice", "tests.rl.conftest:even_tokens"]

@@ -20,7 +20,6 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig
-from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from trl import GRPOTrainer
@@ -30,6 +29,7 @@ from models.qwen_vl import VISION_MARKS, QwenProcessor, backbone, freeze_vision,
 from models.tokenizer import train_tokenizer
 from rl.config import GroupConfig
 from rl.trainer import GroupTrainer
+from tests.conftest import noise
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 QUESTIONS = ("Tumour?", "Which grade has this tumour, and why?", "Is there any necrosis?", "What is it? " * 8)
@@ -42,11 +42,20 @@ IMAGES = {
 """Width and height of the images of each row."""
 PIXELS = 784
 """Of one visual token."""
-
-
-def noise(width: int, height: int, seed: int) -> Image.Image:
-    """An image that no other seed has."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+SHORT_RUN = {
+    "max_completion_length": 8,
+    "learning_rate": 1e-3,
+    "lr_scheduler_type": "constant",
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "bf16": False,
+    "use_cpu": True,
+    "gradient_checkpointing": False,
+    "disable_tqdm": True,
+    "seed": 0,
+}
+"""Arguments of every trainer of these tests."""
 
 
 def make_processor() -> QwenProcessor:
@@ -167,22 +176,12 @@ def make_trainer(
     """
     processor = make_processor()
     options = {
+        **SHORT_RUN,
         "output_dir": folder,
         "per_device_train_batch_size": 16,
         "num_generations": 4,
-        "max_completion_length": 8,
         "max_steps": 5,
-        "learning_rate": 1e-3,
-        "lr_scheduler_type": "constant",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "bf16": False,
-        "use_cpu": True,
-        "gradient_checkpointing": False,
         "disable_dropout": True,
-        "disable_tqdm": True,
-        "seed": 0,
     }
     model = make_model(processor, freeze, attention, text_only)
     if changes.get("beta") and not lora:

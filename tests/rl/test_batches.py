@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from rl.batches import LoadedOnce, shuffle_groups
+from rl.batches import LoadedOnce, shuffle_groups, split_silent
 
 
 def test_shuffling_keeps_groups_together():
@@ -47,3 +48,13 @@ def test_a_row_is_loaded_once_for_a_batch_and_the_same_batch_after_it():
     assert data.__getitems__([1, 2]) == ["row 1", "row 2"] and data.__getitems__([3]) == ["row 3"]
     assert Counted.loads == [3, 1, 2, 3]
     assert len(data) == 5 and data[4] == "row 4"
+
+
+@pytest.mark.parametrize(
+    "advantages",
+    [[0.0, 0.0, 0.0, -1.0, 0.0, 0.5], [[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [0.0, -1.0], [0.0, 0.0], [0.5, 0.0]]],
+    ids=["rows", "tokens"],
+)
+def test_a_group_teaches_if_any_of_its_rows_has_an_advantage(advantages):
+    groups = [[0, 2], [1, 3], [4], [5]]
+    assert split_silent(groups, torch.tensor(advantages)) == ([1, 3, 5], [[0, 2], [4]])

@@ -17,7 +17,8 @@ from models.slide_vlm import SlideVLM, SlideVLMConfig
 from models.visual import PLACE
 from rl.packing import PackedBatch, block_mask, flex_mask, groups_of, pack, prefix_length
 from rl.trainer import GroupTrainer
-from tests.rl.qwen import make_model, make_processor, noise
+from tests.conftest import noise
+from tests.rl.qwen import make_model, make_processor
 
 IMAGE, PAD, VOCABULARY, WIDTH = 3, 0, 40, 8
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-9}

@@ -15,7 +15,8 @@ import rl.trainer
 from models.qwen_vl import backbone
 from rl.trainer import GroupTrainer
 from slides.errors import InputError
-from tests.rl.qwen import IMAGES, PIXELS, Ours, Stock, Watch, make_rows, make_trainer, noise, steps
+from tests.conftest import noise
+from tests.rl.qwen import IMAGES, PIXELS, Ours, Stock, Watch, make_rows, make_trainer, steps
 
 OFF_POLICY = {"per_device_train_batch_size": 8, "steps_per_generation": 2, "gradient_accumulation_steps": 1}
 SHOWN = [(w * h) // PIXELS for sizes in IMAGES["mixed"] for w, h in sizes]
