@@ -225,8 +225,10 @@ def _raw(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not parent.is_file() or parent in (*seen, path):
         raise InputError(f"{path}: `extends` names {raw['extends']!r}, which is no other protocol in its folder")
     base = _raw(parent, (*seen, path))
-    own = {f.get("id"): f for f in raw.get("fields") or [] if isinstance(f, dict)}
-    merged = [own.pop(f.get("id"), f) for f in base["fields"]]
+    if not all(isinstance(f, dict) for f in (*(raw.get("fields") or []), *(base.get("fields") or []))):
+        return raw  # `_fields` says so
+    own = {f.get("id"): f for f in raw.get("fields") or []}
+    merged = [own.pop(f.get("id"), f) for f in base.get("fields") or []]
     return {**base, **raw, "fields": [*merged, *own.values()]}
 
 
@@ -253,13 +255,36 @@ def _fields(raw: Any, where: str, problems: list[str]) -> tuple[Field, ...]:
             problems += [
                 f"{where}: field {field.id!r} looks at {n!r}, which is no field" for n in sorted(asked - set(ids))
             ]
+    by_id = {field.id: field for field in fields}
+    problems += [problem for field in fields for problem in _strange_values(field, by_id, where)]
     return tuple(fields)
+
+
+def _strange_values(field: Field, by_id: Mapping[str, Field], where: str) -> list[str]:
+    """Values in conditions, rules and groups that the field they are of cannot have: they would never be met."""
+    conditions = [field.applies_if, *(rule.condition for rule in field.derive)]
+    tests = [test for c in conditions if c for tests in c.alternatives for test in tests]
+    used = [(by_id[test.field], word) for test in tests if test.field in by_id for word in test.values]
+    used += [(field, str(value)) for rule in field.derive for value in rule.values]
+    used += [(field, word) for words in field.groups.values() for word in words]
+    strange = dict.fromkeys(
+        (of.id, word)
+        for of, word in used
+        if of.values and not of.open and normalise(word) not in map(normalise, (*of.values, UNDETERMINED))
+    )
+    return [f"{where}: field {field.id!r} names {word!r}, which is no value of {of!r}" for of, word in strange]
 
 
 _KEYS = {
     "id", "name", "type", "section", "aliases", "class", "values", "open", "applies_if", "unit", "tolerance",
     "threshold", "critical", "groups", "weight", "inferable", "derive", "fields", "key",
 }  # fmt: skip
+_SHAPES: tuple[tuple[tuple[str, ...], type | tuple[type, ...], str], ...] = (
+    (("aliases", "derive", "key"), list, "a list"),
+    (("groups",), dict, "a mapping of lists"),
+    (("threshold", "weight"), (int, float), "a number"),
+    (("open", "critical", "inferable"), bool, "true or false"),
+)
 
 
 def _field(raw: dict[str, Any], where: str) -> Field:
@@ -273,6 +298,10 @@ def _field(raw: dict[str, Any], where: str) -> Field:
         problems.append(f"{where}: `class` is {requirement!r}; use one of {', '.join(REQUIREMENTS)}")
     if requirement == "conditional" and "applies_if" not in raw:
         problems.append(f"{where}: a conditional field needs `applies_if`")
+    wrong = [(k, what) for keys, shape, what in _SHAPES for k in keys if k in raw and not isinstance(raw[k], shape)]
+    if wrong or not all(isinstance(words, list) for words in (raw.get("groups") or {}).values()):
+        wrong = wrong or [("groups", "a mapping of lists")]
+        raise InputError(problems + [f"{where}: `{k}` must be {what}, not {raw.get(k)!r}" for k, what in wrong])
     values = _field_values(raw.get("values"), kind, where, problems)
     if (unit := raw.get("unit")) is not None and unit not in UNITS:
         problems.append(f"{where}: `unit` is {unit!r}; known: {', '.join(UNITS)}")
@@ -338,7 +367,10 @@ def _field_values(raw: Any, kind: Any, where: str, problems: list[str]) -> dict[
     if not isinstance(entries, dict) or not entries:
         problems.append(f"{where}: `values` must list the allowed values, or map each to its synonyms")
         return {}
-    if any(isinstance(v, bool) for v in entries):
+    if not all(synonyms is None or isinstance(synonyms, (list, tuple)) for synonyms in entries.values()):
+        problems.append(f"{where}: the synonyms of a value must be a list")
+        return {}
+    if any(isinstance(word, bool) for v, synonyms in entries.items() for word in (v, *(synonyms or ()))):
         problems.append(f"{where}: `values` holds a yes/no that YAML reads as true/false; put it in quotes")
     values = {str(v): tuple(map(str, synonyms or ())) for v, synonyms in entries.items()}
     owner: dict[str, str] = {}
@@ -350,12 +382,17 @@ def _field_values(raw: Any, kind: Any, where: str, problems: list[str]) -> dict[
 
 
 def protocol_vocabulary() -> dict[str, str]:
-    """Terms of all protocols that ship: every value of letters and every synonym -> the value; for `entity_f1`."""
-    found: dict[str, str] = {}
+    """Terms of all protocols that ship: every value of letters and every synonym -> the value; for `entity_f1`.
+
+    A value stands for itself, and so does a word that means different values in different fields ("negative").
+    """
+    found: dict[str, set[str]] = {}
     for name in protocol_names():
         for field in load_protocol(name).fields:
             for each in (field, *field.fields):
                 for value, synonyms in each.values.items():
                     if each.type != "boolean" and value != UNDETERMINED:
-                        found |= {word: value for word in (value, *synonyms) if sum(map(str.isalpha, word)) > 3}
-    return found
+                        for word in (value, *synonyms):
+                            if sum(map(str.isalpha, word)) > 3:
+                                found.setdefault(word, set()).add(value)
+    return {word: next(iter(values)) if len(values) == 1 else word for word, values in found.items()}
