@@ -28,6 +28,7 @@ from rewards.synoptic.values import Unreadable, clean, number_text, read_value
 TYPO = 90  # least rapidfuzz ratio at which a word of six letters or more is a misspelt value
 WORD_TYPO = 88  # least ratio of each of its words
 MAX_ITEMS = 30
+MAX_FINDINGS = 4_000  # characters of the diagnoses of a report
 
 _NOTE = re.compile(r"(?im)^[ \t]*(?:note|comment|addendum)s?[ \t]*[):.]+[ \t]*")
 _MARK = re.compile(r"(?:^|(?<=\s))([0-9]{1,2})([.)])[ \t]*(?=\S)")
@@ -39,6 +40,10 @@ _MUSCLE = re.compile(
     r"(?i)the specimen (includes|does not include|contains|does not contain) (?:the )?"
     r"(?:muscle proper|proper muscle|muscularis propria)\s*\.?"
 )
+_SECOND_HEAD = re.compile(
+    rf"(?m)^(?=[^;\n]{{0,200}}(?:{_PROCEDURE.pattern.removeprefix('(?i)')}))[^;,\n]+,[^;\n]+;[ \t]*$", re.I
+)
+_PART = re.compile(r"[A-Z][.)]\s+")
 _ROMAN = {"i": "1", "ii": "2", "iii": "3", "iv": "4"}
 
 # What each particular looks like; the groups are its values. Order matters: the first takes its text away.
@@ -81,6 +86,12 @@ def parse_biopsy(text: str, protocol: Protocol) -> Report:
         _read_head(head, protocol, report)
     else:
         findings = body
+    if second := _SECOND_HEAD.search(findings):  # of another specimen, for which a record has no place
+        report.unknown.append(clean(findings[second.start() :]))
+        findings = findings[: second.start()]
+    if len(findings) > MAX_FINDINGS:
+        report.unknown.append(f"{clean(findings[:40])}... (longer than {MAX_FINDINGS} characters)")
+        findings = ""
     diagnoses = protocol.by_id["diagnoses"]
     entries = []
     for item in _items(findings):
@@ -156,13 +167,16 @@ def _head(body: str) -> tuple[str, str, str]:
         first, newline, rest = body.strip().partition("\n")
         if newline and _PROCEDURE.search(first) and "," in first:
             return first.strip(" :,."), ";", rest
+        head, colon, rest = body.strip().partition(":")
+        if colon and "," in head and len(head) <= 200 and "\n" not in head and _PROCEDURE.search(head):
+            return head, colon, rest
         return "", "", body
     at = body.index(";", len(body) - len(body.lstrip()) + len(parts[0]))
     return parts[0], ";", body[at + 1 :]
 
 
 def _read_head(head: str, protocol: Protocol, report: Report) -> None:
-    parts = [clean(part) for part in head.split(",") if part.strip()]
+    parts = [clean(part) for part in _PART.sub("", head.strip(), count=1).split(",") if part.strip()]
     found: dict[str, str] = {}
     procedure = [part for part in parts if _PROCEDURE.search(part)]
     places = [part for part in parts if part not in procedure]
@@ -186,9 +200,12 @@ def _items(text: str) -> list[str]:
         return [text] if text else []
     cuts, expected = [], 1
     for mark in _MARK.finditer(text):
-        if mark[2] == start[2] and int(mark[1]) == expected:
+        # A number may have been skipped, but only at the start of a line: elsewhere it would be part of the text.
+        begins = not text[text.rfind("\n", 0, mark.start()) + 1 : mark.start()].strip()
+        number = int(mark[1])
+        if mark[2] == start[2] and (number == expected or (begins and number > expected)):
             cuts.append((mark.start(), mark.end()))
-            expected += 1
+            expected = number + 1
     ends = [begin for begin, _ in cuts[1:]] + [len(text)]
     return [text[end:stop].strip() for (_, end), stop in zip(cuts, ends, strict=True)][:MAX_ITEMS]
 
@@ -196,7 +213,7 @@ def _items(text: str) -> list[str]:
 def _entry(item: str, field: Field, report: Report) -> dict[str, Any]:
     """Fields of one diagnosis."""
     raw: dict[str, str] = {}
-    text, *lines = _DASH.split(item)
+    text, *lines = _DASH.split(item.lstrip(" \t\n-•*"))
     remarks = []
     for line in lines:
         name, colon, value = line.partition(":")

@@ -40,12 +40,12 @@ def corpus_report(
     attempted = np.array([_count(s, "attempted") for s in scores], dtype=float)
     cells = np.array([s.scored for s in scores], dtype=float)
     nulls = np.array([len(protocol.fields) - s.scored for s in scores], dtype=float)
-    wrong_nulls = np.array([len(s.hallucinated) for s in scores], dtype=float)
+    null_right = np.array([s.null_right for s in scores], dtype=float)
     summary: dict[str, Any] = {
         "n": len(scores),
         "case_score": _mean(bootstrap, [s.case_score for s in scores]),
         "non_null_accuracy": bootstrap.ratio(right, cells),
-        "all_cells_accuracy": bootstrap.ratio(right + nulls - wrong_nulls, cells + nulls),
+        "all_cells_accuracy": bootstrap.ratio(right + null_right, cells + nulls),
         "coverage": bootstrap.ratio(attempted, cells),
         "completeness": _mean(bootstrap, [s.complete for s in scores]),
         "critical_right": _mean(bootstrap, [s.critical_right for s in scores]),
@@ -56,7 +56,11 @@ def corpus_report(
     names += [(f"{f.id}.{i.id}", i) for f in protocol.fields for i in f.fields]
     summary["fields"] = {name: row for name, field in names if (row := _field_row(name, field, scores, bootstrap))}
     top = [row["accuracy"] for name, row in summary["fields"].items() if "." not in name]
-    summary["macro_accuracy"] = {"value": float(np.mean(top)), "ci95": _macro_interval(scores, protocol, bootstrap)}
+    if top:
+        summary["macro_accuracy"] = {
+            "value": float(np.mean(top)),
+            "ci95": _macro_interval(scores, protocol, bootstrap),
+        }
     return {k: v for k, v in summary.items() if v is not None}
 
 
@@ -105,7 +109,9 @@ def _agreement(field: Field, pairs: list[tuple[Any, Any]]) -> dict[str, Any]:
     gold, predicted = [g for g, _ in answered], [p for _, p in answered]
     if len(set(gold) | set(predicted)) < 2:  # agreement beyond chance has no meaning where only one value occurs
         return {}
-    kappa = cohen_kappa_score(gold, predicted, weights="quadratic" if ordinal else None)
+    # All ranks are labels: a grade that does not occur must not bring its neighbours nearer.
+    labels = list(range(len(field.rank))) if ordinal else None
+    kappa = cohen_kappa_score(gold, predicted, labels=labels, weights="quadratic" if ordinal else None)
     return {"kappa": float(kappa), "weighting": "quadratic" if ordinal else "none"}
 
 

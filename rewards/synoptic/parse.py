@@ -16,10 +16,11 @@ from rewards.label import normalise
 from rewards.synoptic.protocol import UNITS, Field, Protocol
 from rewards.synoptic.values import MAX_ENTRIES, Unreadable, read_value
 
-MAX_CHARS = 20_000  # of a report; the longest real ones have some 6,000
+MAX_CHARS = 12_000  # of a report; the longest real ones have some 6,000
 MAX_LINES = 500
 
 _FENCE = re.compile(r"```[a-z]*\n(.*?)\n?```", re.DOTALL)
+_UNKNOWN = object()  # the value of a line that belongs to no field, whatever it says
 _BULLET = re.compile(r"(?:[-•*+]|[0-9]{1,2}[.)])\s+")
 
 
@@ -68,7 +69,7 @@ def parse_report(text: str, protocol: Protocol) -> Report:
     if text.lstrip().startswith("{"):
         return _json(text, protocol)
     lines = [line for line in text.splitlines() if line.strip()][:MAX_LINES]
-    if protocol.layout == "biopsy" and lines and _named(lines[0], protocol) is None:
+    if protocol.layout == "biopsy" and not any(_named(line, protocol) for line in lines):
         from rewards.synoptic.biopsy import parse_biopsy
 
         return parse_biopsy(text, protocol)
@@ -85,7 +86,7 @@ def _collect(answers: Iterator[tuple[str, Any]], protocol: Protocol) -> Report:
     report = Report()
     seen: set[str] = set()
     for name, raw in answers:
-        found = protocol.by_name.get(normalise(name))
+        found = None if raw is _UNKNOWN else protocol.by_name.get(normalise(name))
         if found is None:
             report.unknown.append(name)
         elif found.id in seen:
@@ -144,7 +145,7 @@ def _lines(lines: list[str], protocol: Protocol) -> Iterator[tuple[str, Any]]:
         elif current is not None and isinstance(value, str) and (not value or current.type in ("text", "multi")):
             value = f"{value}\n{_BULLET.sub('', line.strip(), count=1)}" if value else line.strip()
         else:
-            yield line.strip(), None
+            yield line.strip(), _UNKNOWN
     if current is not None:
         yield current.id, value
 

@@ -6,6 +6,7 @@ applicable, or whose condition it does not meet, must not be answered; each answ
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ from rewards.synoptic.parse import Report
 from rewards.synoptic.protocol import Field, Protocol
 from rewards.synoptic.similarity import similarity
 
+_DENIED = re.compile(r"^(?:no|not|negative|without|absence|free of)\b")
 SAME_ENTRY = 0.5  # least similarity of their keys at which two entries of lists are the same finding
 
 
@@ -51,6 +53,7 @@ class CaseScore:
         critical_errors: ids of fields whose value belongs to another group than the gold's.
         complete: share of the required and applicable fields that the report answers; None where none is required.
         scored: number of fields in `case_score`.
+        null_right: number of fields that neither the gold record nor the report answers.
     """
 
     cells: dict[str, Cell]
@@ -59,6 +62,7 @@ class CaseScore:
     critical_errors: tuple[str, ...]
     complete: float | None
     scored: int
+    null_right: int
     _protocol: Protocol = field(repr=False, compare=False)
 
     @property
@@ -96,7 +100,7 @@ def score_case(gold: Mapping[str, Any], predicted: Report, protocol: Protocol) -
     cells: dict[str, Cell] = {}
     hallucinated, errors = [], []
     total = weight = 0.0
-    scored = required = answered = 0
+    scored = required = answered = null_right = 0
     for each in protocol.fields:
         truth, value = gold.get(each.id), record.get(each.id)
         attempted = each.id in record or each.id in unreadable
@@ -104,6 +108,7 @@ def score_case(gold: Mapping[str, Any], predicted: Report, protocol: Protocol) -
             required += 1
             answered += attempted
         if truth is None:
+            null_right += value is None and each.id not in unreadable
             if value is not None and value != UNDETERMINED and (each.id in gold or not each.applies(gold)):
                 hallucinated.append(each.id)
             continue
@@ -115,7 +120,7 @@ def score_case(gold: Mapping[str, Any], predicted: Report, protocol: Protocol) -
         scored += 1
         weight += each.weight
         total += each.weight * credit
-        if value is not None and _severity(each, truth) != _severity(each, value):
+        if None not in (grave := (_severity(each, truth), _severity(each, value))) and grave[0] != grave[1]:
             errors.append(each.id)
     return CaseScore(
         cells=cells,
@@ -124,6 +129,7 @@ def score_case(gold: Mapping[str, Any], predicted: Report, protocol: Protocol) -
         critical_errors=tuple(errors),
         complete=answered / required if required else None,
         scored=scored,
+        null_right=null_right,
         _protocol=protocol,
     )
 
@@ -234,10 +240,18 @@ def _severity(field: Field, value: Any) -> int | None:
     if not field.groups or value is None:
         return None
     texts = [normalise(str(v)) for v in (value if isinstance(value, list) else [value])]
-    for position, words in enumerate(field.groups.values()):
-        if any(
-            t in words or ((field.open or field.type == "text") and any(f" {w} " in f" {t} " for w in words))
-            for t in texts
-        ):
-            return position
-    return None
+    free = field.open or field.type == "text"
+    last = len(field.groups) - 1
+    found = []
+    for text in texts:
+        for position, words in enumerate(field.groups.values()):
+            if text in words:
+                found.append(position)
+                break
+        else:
+            for position, words in enumerate(field.groups.values() if free else ()):
+                if any(f" {word} " in f" {text} " for word in words):
+                    # What is denied, as in "negative for carcinoma", is of the least grave group.
+                    found.append(last if _DENIED.search(text) else position)
+                    break
+    return min(found, default=None)

@@ -23,11 +23,12 @@ MAX_DIGITS = 12
 
 _NULL = frozenset(map(normalise, NULL_WORDS)) | {"", "-"}
 _UNDETERMINED = frozenset(map(normalise, (UNDETERMINED, *UNDETERMINED_WORDS)))
-_BOUNDS = {"<": "<", "≤": "<=", "<=": "<=", ">": ">", "≥": ">=", ">=": ">=", "less than": "<", "more than": ">"}
-_BOUND = re.compile(r"(<=|>=|[<>≤≥]|less than|more than)?\s*(.*)", re.DOTALL)
-_ABOUT = re.compile(r"(?:about|approximately|approx\.?|circa|ca\.?|~|≈)\s*")
+_BOUNDS = {"<": "<", "≤": "<=", "<=": "<=", ">": ">", "≥": ">=", ">=": ">=", "less than": "<", "more than": ">",
+           "at least": ">=", "greater than": ">", "at most": "<=", "up to": "<="}  # fmt: skip
+_BOUND = re.compile(r"(<=|>=|[<>≤≥]|less than|more than|at least|greater than|at most|up to)?\s*(.*)", re.DOTALL)
+_ABOUT = re.compile(r"^(?:about|approximately|approx\.?|circa|ca\.?|~|≈)\s*")
 _NUMBER = re.compile(r"(-?[0-9][0-9.,]*|\.[0-9]+)\s*([a-zµμ%]*)(?:\s+in greatest dimension)?")
-_SPLIT = re.compile(r"\s*(?:[,;\n/&+]|\band\b)\s*")
+_SPLIT = re.compile(r" ?(?:[,;/&+]|\band\b) ?")
 
 
 class Unreadable(ValueError):
@@ -50,7 +51,7 @@ def read_value(field: Field, raw: Any) -> Any:
     if field.type == "list":
         return _entries(field, raw)
     if field.type == "multi" and isinstance(raw, list):
-        return _several(field, [_scalar_text(field, part) for part in raw[:MAX_ENTRIES]])
+        return _several(field, [_scalar_text(field, part) for part in raw])
     value = _read_text(field, _scalar_text(field, raw))
     return list(value) if isinstance(value, list) else value  # a fresh list: the cached one must not be changed
 
@@ -83,14 +84,20 @@ def clean(text: str) -> str:
 
 def _plain(text: str) -> bool:
     folded = normalise(text)
-    return text == clean(text) and folded not in _NULL and folded not in _UNDETERMINED and text[:1] not in "\"'*-[{"
+    return (
+        text == clean(text)
+        and folded not in _NULL
+        and folded not in _UNDETERMINED
+        and text[:1] not in "\"'*-[{"
+        and text[-1:] not in '*"'
+    )
 
 
 def _scalar_text(field: Field, raw: Any) -> str:
     if isinstance(raw, bool):
         return "present" if raw else "not identified"
-    if isinstance(raw, (int, float)) and math.isfinite(raw):
-        return str(int(raw)) if float(raw).is_integer() and abs(raw) < 10**MAX_DIGITS else repr(raw)
+    if isinstance(raw, (int, float)) and abs(raw) < 10**MAX_DIGITS:  # not so for NaN and the infinite
+        return number_text(raw)
     if not isinstance(raw, str):
         raise Unreadable(f"{field.name}: a {type(raw).__name__} is not a value of this field")
     if len(raw) > MAX_CHARS:
@@ -113,7 +120,11 @@ def _read_text(field: Field, text: str) -> Any:
             return [value] if field.type == "multi" else value
         if folded in _NULL:
             return None
-        return _several(field, _SPLIT.split(text)) if field.type == "multi" else _one(field, text)
+        return (
+            _several(field, _SPLIT.split(clean(text.replace("\n", ";"))))
+            if field.type == "multi"
+            else _one(field, text)
+        )
     if folded in _NULL:
         return None
     if folded in _UNDETERMINED:
@@ -136,7 +147,9 @@ def _one(field: Field, text: str) -> str:
 def _several(field: Field, parts: list[str]) -> list[str]:
     """Values of a multi field in the protocol's order, each once; neighbours are joined where the whole is a value."""
     found: list[str] = []
-    parts = [part for part in parts if part.strip(" .")][:MAX_ENTRIES]
+    parts = [part for part in parts if part.strip(" .")]
+    if len(parts) > MAX_ENTRIES:
+        raise Unreadable(f"{field.name}: more than {MAX_ENTRIES} values")
     i = 0
     while i < len(parts):
         for j in range(min(len(parts), i + 4), i, -1):  # "valve, mitral and tricuspid": values may hold separators
@@ -193,7 +206,7 @@ def _decimal(digits: str) -> float:
     """`1,200` is a grouped number, `1,2` a decimal comma; anything with more separators is no number."""
     if len(digits) > MAX_DIGITS:
         return math.nan
-    if re.fullmatch(r"-?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]+)?", digits):
+    if re.fullmatch(r"-?[1-9][0-9]{0,2}(?:,[0-9]{3})+(?:\.[0-9]+)?", digits):
         digits = digits.replace(",", "")
     digits = digits.rstrip(".,")
     try:
@@ -240,6 +253,8 @@ def _entries(field: Field, raw: Any) -> list[dict[str, Any]] | None:
             inner = field.inner.get(normalise(str(name)))
             if inner is None:
                 raise Unreadable(f"{field.name}: an entry has no {str(name)[:40]!r}; it has {', '.join(field.inner)}")
+            if inner.id in read:
+                raise Unreadable(f"{field.name}: an entry answers {inner.name} more than once")
             if (value := read_value(inner, value)) is not None:
                 read[inner.id] = value
         if read:
