@@ -139,7 +139,7 @@ def constant_answers(cases: Sequence[Case]) -> dict[str, list[str]]:
     if any(c.task == "detection" for c in cases):
         found["no box"] = ["[]" for _ in cases]
         found["whole image"] = ["[[0, 0, 1000, 1000]]" for _ in cases]
-    protocols = {c.protocol: load_protocol(c.protocol) for c in cases if c.task == "synoptic" and c.protocol}
+    protocols = {n: load_protocol(n) for n in {c.protocol for c in cases if c.task == "synoptic"} if n is not None}
     if protocols:
         for name, answer in (
             ("all not applicable", lambda f: "not applicable"),
@@ -147,7 +147,7 @@ def constant_answers(cases: Sequence[Case]) -> dict[str, list[str]]:
             ("first value of each field", lambda f: next(iter(f.values), "1")),
             ("all values of each field", lambda f: ", ".join(f.values) or "1"),
         ):
-            found[name] = [_filled(protocols.get(c.protocol), answer) for c in cases]
+            found[name] = [_filled(protocols.get(c.protocol or ""), answer) for c in cases]
     return found
 
 
