@@ -3,22 +3,16 @@
 The presets are pure functions of a score s in 0..1 and a cost, over numbers, numpy arrays or torch tensors, broadcast
 as usual; the allocator learns from them. An output without a readable budget has cost NaN and counts as a wrong answer
 at full cost, so that it is never better than anything that could be read. A NaN score, of a row that cannot be scored,
-stays NaN. The rewards of the same names with `_cost` are in TRL's form, for a policy that is trained on its own; in
-joint training the cost is the allocator's alone.
+stays NaN. `rewards/priced.py` has them in TRL's form.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-from rewards.answer import Completion, extract_answer
-from rewards.registry import column, get_reward, reward
-from slides.errors import InputError
 
 BIRR_CAP = 256  # tokens; the published threshold is C = min(native tokens, 256)
 MAX_CHARS = 10_000  # a budget further into the answer than this is not looked for
@@ -93,103 +87,81 @@ def birr(answer_text: str | None, native: int, score: float) -> float:
     return 0.0 if budget is None else float(threshold(score, budget, min(native, BIRR_CAP)))
 
 
-@reward("linear_cost")
-def linear_cost(
-    completions: Sequence[Completion],
-    max_budget: Sequence[float | None],
-    tokens: Sequence[float | None] | None = None,
-    budget: Sequence[float | None] | None = None,
-    score: str | Mapping[str, Any] | None = None,
-    price: float = 0.5,
-    **columns: Any,
-) -> list[float | None]:
-    """`linear` in the visual tokens of the row: -price * tokens / max_budget, plus the score where one is named.
+def visionthink(
+    score: Any,
+    form: Any,
+    high: Any,
+    theta: float = 0.2,
+    penalty: float = 0.1,
+    form_weight: float = 0.5,
+    right_from: float = 0.5,
+) -> Any:
+    """s + 0.5 * form - 0.1 * [low and r < theta, or high and r >= theta], with r = C_low / (C_low + C_high).
 
-    A completion without an answer is charged as wrong at the largest budget.
+    VisionThink (2507.13348): where hardly any right answer of a group came from the cheap look, cheap looks pay, since
+    their hits are luck; elsewhere expensive ones do. With no right answer at all r is 0 / 0, which the paper leaves
+    open: here nobody pays then, because the group says nothing about which look the case needs, and with advantages
+    scaled by the group's own spread the penalty would be all that such a group teaches.
 
     Args:
-        completions: n completions.
-        max_budget: tokens of the largest budget.
-        tokens: realised visual tokens; where a row has none, its `budget` is taken.
-        budget: requested visual tokens.
-        score: the reward that gives s, a name or a spec as for `get_reward`; by default there is none and the value is
-            the penalty alone, to stand beside other rewards.
-        price: what the largest budget costs; at 0.5 a right answer with all tokens is worth half.
-        columns: all other columns, for `score`.
+        score: s in 0..1, (..., group).
+        form: 1 where the completion has the required form, 0 elsewhere, (..., group).
+        high: 1 where the image was seen at high resolution, 0 where it was not, (..., group); NaN: unreadable, which
+            counts as wrong, without form, and pays.
+        theta: share of right answers below which the cheap look is luck.
+        penalty: 0 or more.
+        form_weight: 0 or more.
+        right_from: least score that counts as right; the paper's scores are 0 and 1.
+    """
+    library = _library(score, form, high)
+    score, form, high = (_array(value, library) for value in (score, form, high))
+    known = ~library.isnan(high)
+    right = known & (score >= right_from)
+    low_right = (right & (high == 0)).sum(axis=-1, keepdims=True)
+    all_right = right.sum(axis=-1, keepdims=True)
+    rare = low_right / library.where(all_right > 0, all_right, 1) < theta
+    pays = known & (all_right > 0) & (rare == (high == 0))
+    worth = score + form_weight * form
+    return library.where(known, library.where(pays, worth - penalty, worth), -penalty)
+
+
+def oracle_regret(tokens: Any, oracle: Any, cap: Any, n_min: float = 1.0) -> Any:
+    """-|log2 n - log2 n*|: doublings between the tokens asked for and those the case needs.
+
+    Needs no rollout of the performer, only n* from a sweep of the frozen one.
+
+    Args:
+        tokens: n, held to n_min..cap; NaN: no readable budget, as far off as any answer to any case can be.
+        oracle: n*, the smallest budget with which the performer is right, held to n_min..cap; NaN where none is.
+        cap: tokens of the largest budget.
+        n_min: tokens of the smallest budget, above 0.
+    """
+    library = _library(tokens, oracle, cap)
+    tokens = _array(tokens, library)
+    known = ~library.isnan(tokens)
+    asked, needed, most = (
+        library.log2(_held(n, n_min, cap, library)) for n in (library.where(known, tokens, oracle), oracle, cap)
+    )
+    return -library.where(known, abs(asked - needed), most - math.log2(n_min))
+
+
+def dual_price(price: float, cost: Any, target: float, step: float = 0.1, worst_cost: float = 1.0) -> float:
+    """The price for the next batch, by a step of dual ascent on the constraint that the mean cost be the target.
+
+    With `linear` this is the Lagrangian of the highest score at that mean cost. The price is all the state there is.
+
+    Args:
+        price: of this batch.
+        cost: of the answers of this batch, (n,), n >= 1, in any unit; NaN: no readable budget.
+        target: mean cost to aim at, in the same unit.
+        step: rise of the price per unit of cost above the target.
+        worst_cost: the largest cost that can occur, which is what NaN counts as.
 
     Returns:
-        n values; None where the row has no budget or `score` gives None.
-
-    Example:
-        >>> linear_cost(["<answer>benign</answer>"], max_budget=[256], tokens=[64], price=0.4)
-        [-0.1]
+        A price of 0 or more.
     """
-    given = columns | {"max_budget": max_budget, "tokens": tokens, "budget": budget}
-    return _priced(completions, score, given, price, lambda s, n, cap: linear(s, n / cap, price))
-
-
-@reward("multiplicative_cost")
-def multiplicative_cost(
-    completions: Sequence[Completion],
-    max_budget: Sequence[float | None],
-    score: str | Mapping[str, Any],
-    tokens: Sequence[float | None] | None = None,
-    budget: Sequence[float | None] | None = None,
-    price: float = 0.5,
-    **columns: Any,
-) -> list[float | None]:
-    """`multiplicative` in the visual tokens of the row, s * (1 - price * tokens / max_budget).
-
-    As `linear_cost`, but `score` has to be named: put it in the place of that reward, not beside it.
-    """
-    given = columns | {"max_budget": max_budget, "tokens": tokens, "budget": budget}
-    return _priced(completions, score, given, price, lambda s, n, cap: multiplicative(s, n / cap, price))
-
-
-@reward("log_cost")
-def log_cost(
-    completions: Sequence[Completion],
-    max_budget: Sequence[float | None],
-    tokens: Sequence[float | None] | None = None,
-    budget: Sequence[float | None] | None = None,
-    score: str | Mapping[str, Any] | None = None,
-    price: float = 0.5,
-    n_min: float = 1.0,
-    **columns: Any,
-) -> list[float | None]:
-    """`log` in the visual tokens of the row, with `n_min` tokens free; otherwise as `linear_cost`."""
-    given = columns | {"max_budget": max_budget, "tokens": tokens, "budget": budget}
-    return _priced(completions, score, given, price, lambda s, n, cap: log(s, n, cap, price, n_min))
-
-
-def _priced(
-    completions: Sequence[Completion],
-    score: str | Mapping[str, Any] | None,
-    columns: dict[str, Any],
-    price: float,
-    outcome: Callable[[float, float, float], Any],
-) -> list[float | None]:
-    """`outcome(s, tokens, cap)` for each completion that has all three, None for the others."""
-    if price < 0:
-        raise InputError(f"`price` is {price}; a cost is subtracted already, so give 0 or more")
-    n = len(completions)
-    scores = [0.0] * n if score is None else get_reward(score)(completions, **columns)
-    values: list[float | None] = []
-    for completion, s, realised, requested, cap in zip(
-        completions, scores, *(column(columns[c], n) for c in ("tokens", "budget", "max_budget")), strict=True
-    ):
-        tokens = realised if _is_count(realised) else requested
-        if s is None or not _is_count(tokens) or not _is_count(cap):
-            values.append(None)
-        elif extract_answer(completion) is None:
-            values.append(float(outcome(s, math.nan, float(cap))))
-        else:  # rounding to the image grid may realise a few tokens more than the budget
-            values.append(float(outcome(s, float(min(tokens, cap)), float(cap))))
-    return values
-
-
-def _is_count(value: Any) -> bool:
-    return isinstance(value, (int, float, np.integer, np.floating)) and bool(0 < value < math.inf)
+    cost = np.asarray(cost, dtype=np.float64)
+    return max(0.0, price + step * (float(np.where(np.isnan(cost), worst_cost, cost).mean()) - target))
 
 
 def _settled(score: Any, cost: Any, worst: Any) -> tuple[Any, Any]:
@@ -198,6 +170,12 @@ def _settled(score: Any, cost: Any, worst: Any) -> tuple[Any, Any]:
     cost = _array(cost, library)
     known = ~library.isnan(cost)
     return library.where(known, score, 0.0), library.where(known, cost, worst)
+
+
+def _held(value: Any, least: Any, most: Any, library: Any) -> Any:
+    """`value` within least..most; NaN stays NaN."""
+    value, least, most = (_array(v, library) for v in (value, least, most))
+    return library.minimum(library.maximum(value, least), most)
 
 
 def _array(value: Any, library: Any) -> Any:

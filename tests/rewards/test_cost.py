@@ -6,33 +6,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.cost import birr, linear, linear_cost, log, log_cost, multiplicative, multiplicative_cost, parse_budget
+from rewards.cost import birr, dual_price, linear, log, multiplicative, oracle_regret, parse_budget, visionthink
 from rewards.cost import threshold as threshold_reward
-from rewards.registry import RewardError, get_reward
-from slides.errors import InputError
 
 NAN = math.nan
 unit = st.floats(0, 1)
-
-
-@pytest.mark.parametrize(
-    ("native", "text", "score", "expected"),
-    [
-        (2142, "128", 1.0, 1.0),
-        (2142, "255", 0.8, 0.8),
-        (2142, "256", 1.0, 0.5),
-        (2142, "4000", 1.0, 0.5),
-        (100, "99", 1.0, 1.0),
-        (100, "100", 1.0, 0.5),
-        (2142, "12 or 300", 1.0, 1.0),
-        (2142, "1", 1.0, 0.0),
-        (2142, "many", 1.0, 0.0),
-        (2142, None, 1.0, 0.0),
-        (2142, "", 1.0, 0.0),
-    ],
-)
-def test_published_vectors(native, text, score, expected):
-    assert birr(text, native, score) == expected
 
 
 @pytest.mark.parametrize(
@@ -69,6 +47,18 @@ PRESETS = {
     "log": lambda s, n, cap, price: log(s, n, cap, price, 4.0),
     "threshold": lambda s, n, cap, price: threshold_reward(s, n, cap),
 }
+READABLE = PRESETS | {
+    "oracle_regret": lambda s, n, cap, price: oracle_regret(n, 1 + s * 63, cap),
+    "dual": lambda s, n, cap, price: linear(s, n / cap, dual_price(price, [0.9], target=0.5)),
+    "birr": lambda s, n, cap, price: birr(None if math.isnan(n) else str(round(n) + 2), int(cap), s),
+}
+
+
+@pytest.mark.parametrize("preset", READABLE)
+@given(unit, unit, st.floats(0.01, 64), st.floats(0, 2))
+def test_an_unreadable_output_never_beats_a_readable_one(preset, score, other, tokens, price):
+    value, unreadable = (float(READABLE[preset](s, n, 64.0, price)) for s, n in ((score, tokens), (other, NAN)))
+    assert unreadable <= value + 1e-12
 
 
 @pytest.mark.parametrize(
@@ -139,47 +129,90 @@ def test_log_without_a_choice_is_free():
     assert log(1.0, np.array([0.0, 1.0, 4.0, 900.0]), 64.0, 0.3, 4.0).tolist() == pytest.approx([1, 1, 1, 0.7])
 
 
-RIGHT, WRONG, SILENT = "<answer>a</answer>", "<answer>b</answer>", "a"
-ROW = {"answer": ["a"] * 3, "options": [["a", "b"]] * 3, "task": ["choice"] * 3}
+def look(scores, forms, highs, **options):
+    """`visionthink` of one group, by numpy and by torch."""
+    values = visionthink(np.array(scores), np.array(forms), np.array(highs), **options)
+    tensors = visionthink(*(torch.tensor(v, dtype=torch.float64) for v in (scores, forms, highs)), **options)
+    np.testing.assert_allclose(tensors.numpy(), values)
+    return values.tolist()
 
 
 @pytest.mark.parametrize(
-    ("name", "params", "expected"),
+    ("scores", "highs", "expected"),
     [
-        ("linear_cost", {"price": 0.4}, [-0.1, -0.1, -0.4]),
-        ("linear_cost", {"price": 0.4, "score": "choice"}, [0.9, -0.1, -0.4]),
-        ("multiplicative_cost", {"price": 0.4, "score": "choice"}, [0.9, 0.0, 0.0]),
-        ("log_cost", {"price": 0.4, "score": {"name": "choice"}, "n_min": 16}, [0.8, -0.2, -0.4]),
+        # r = 1/5 is not below theta: who looked closely pays
+        ([1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 0], [1, 0.9, 0.9, 0.9, 0.9, 0]),
+        # r = 1/6: the one cheap hit is luck, and cheap looks pay, wrong ones too
+        ([1, 1, 1, 1, 1, 1, 0], [0, 1, 1, 1, 1, 1, 0], [0.9, 1, 1, 1, 1, 1, -0.1]),
+        ([0, 1], [0, 1], [-0.1, 1.0]),  # r = 0
+        ([1, 0], [0, 1], [1.0, -0.1]),  # r = 1
+        ([0, 0, 0], [0, 1, 1], [0, 0, 0]),  # r is not defined: nobody pays
+        ([0, 0], [0, NAN], [0, -0.1]),  # but an unreadable output does
+        ([1, NAN, 1], [0, 0, NAN], [1, NAN, -0.1]),  # what is unreadable or has no score is not counted as right
     ],
 )
-def test_reward_form(name, params, expected):
-    reward = get_reward({"name": name, "params": params})
-    tokens, budget, most = [64, 64, 64], [100] * 3, [256] * 3
-    assert reward([RIGHT, WRONG, SILENT], tokens=tokens, budget=budget, max_budget=most, **ROW) == pytest.approx(
-        expected
-    )
-    assert reward([RIGHT, WRONG, SILENT], budget=tokens, max_budget=most, **ROW) == pytest.approx(expected)
-    nones = [None, NAN, None]
-    assert reward([RIGHT, WRONG, SILENT], tokens=nones, budget=tokens, max_budget=most, **ROW) == pytest.approx(
-        expected
-    )
+def test_visionthink(scores, highs, expected):
+    assert look(scores, [0.0] * len(scores), highs) == pytest.approx(expected, nan_ok=True)
 
 
-def test_reward_form_without_a_budget_or_a_score_does_not_apply():
-    assert linear_cost([RIGHT] * 4, max_budget=[None, 64, 0, "64"], tokens=[4, None, 4, 4]) == [None] * 4
-    assert log_cost([RIGHT], max_budget=[64]) == [None]
-    columns = ROW | {"task": ["open"] * 3}
-    assert multiplicative_cost([RIGHT] * 3, [64] * 3, "choice", tokens=[4] * 3, **columns) == [None] * 3
+def test_visionthink_parameters_and_groups():
+    assert look([1.0, 1.0], [1, 0], [0, 1]) == pytest.approx([1.5, 0.9])
+    assert look([1.0, 1.0], [1, 0], [0, 1], theta=0.6, penalty=0.3, form_weight=1.0) == pytest.approx([1.7, 1.0])
+    assert look([0.6, 0.4], [0, 0], [0, 1], right_from=0.7) == pytest.approx([0.6, 0.4])
+    groups = look([[0, 1], [1, 0]], [[0, 0], [0, 0]], [[0, 1], [0, 1]])
+    assert groups == [look([0, 1], [0, 0], [0, 1]), look([1, 0], [0, 0], [0, 1])]
 
 
-def test_more_realised_than_the_largest_budget_costs_the_largest():
-    assert linear_cost([RIGHT], max_budget=[64], tokens=[70], price=1.0) == [-1.0]
+@given(st.lists(st.tuples(unit, unit, st.sampled_from([0.0, 1.0, NAN])), min_size=1, max_size=8), st.randoms())
+def test_visionthink_treats_a_group_as_a_set_and_unreadable_as_worst(rows, shuffler):
+    values = look(*map(list, zip(*rows, strict=True)))
+    order = list(range(len(rows)))
+    shuffler.shuffle(order)
+    shuffled = look(*map(list, zip(*(rows[i] for i in order), strict=True)))
+    assert shuffled == pytest.approx([values[i] for i in order])
+    for (score, form, high), value in zip(rows, values, strict=True):
+        assert -0.1 <= value <= score + 0.5 * form + 1e-12 or math.isnan(high)
+        assert not math.isnan(high) or value == pytest.approx(-0.1)
 
 
-def test_mistakes_are_named():
-    with pytest.raises(InputError, match="price"):
-        linear_cost([RIGHT], max_budget=[64], tokens=[4], price=-1.0)
-    with pytest.raises(RewardError, match="'score'"):
-        get_reward("multiplicative_cost")([RIGHT], max_budget=[64], tokens=[4])
-    with pytest.raises(InputError, match="did you mean 'choice'"):
-        linear_cost([RIGHT], max_budget=[64], tokens=[4], score="choise")
+@pytest.mark.parametrize("library", [np.asarray, torch.tensor], ids=["numpy", "torch"])
+def test_oracle_regret(library):
+    tokens = library([64.0, 32.0, 256.0, 2.0, 9000.0, NAN])
+    assert oracle_regret(tokens, 64.0, 256.0, 16.0).tolist() == pytest.approx([0, -1, -2, -2, -2, -4])
+    needed = library([16.0, 64.0, 4.0, 9000.0, 256.0, 16.0])
+    assert oracle_regret(tokens, needed, 256.0, 16.0).tolist() == pytest.approx([-2, -1, -4, -4, 0, -4])
+    assert math.isnan(oracle_regret(64.0, NAN, 256.0))
+
+
+def test_oracle_regret_has_gradients_beside_an_unreadable_row():
+    tokens = torch.tensor([32.0, NAN], requires_grad=True)
+    oracle_regret(tokens, 64.0, 256.0).sum().backward()
+    assert tokens.grad.tolist() == pytest.approx([1 / (32 * math.log(2)), 0.0])
+
+
+def test_dual_price():
+    assert dual_price(0.5, [0.3, 0.5], target=0.2, step=0.1) == pytest.approx(0.52)
+    assert dual_price(0.5, [0.3, NAN], target=0.2, step=0.1) == pytest.approx(0.545)
+    assert dual_price(0.5, torch.tensor([NAN]), target=0.2, step=0.1, worst_cost=3.0) == pytest.approx(0.78)
+    assert dual_price(0.01, [0.0], target=0.5) == 0.0
+
+
+@given(st.floats(0, 10), st.lists(unit | st.just(NAN), min_size=1, max_size=9), unit, st.floats(0, 5))
+def test_dual_price_follows_the_cost(price, cost, target, step):
+    new = dual_price(price, cost, target, step)
+    mean = np.nan_to_num(cost, nan=1.0).mean()
+    assert new >= 0.0
+    assert new >= price if mean >= target else new <= price
+
+
+def test_dual_price_finds_the_budget_at_which_the_mean_cost_is_the_target():
+    """Cases with scores that rise with cost, each answered with the budget of the highest value at the price."""
+    rng = np.random.default_rng(0)
+    budgets = np.linspace(0.01, 1.0, 100)
+    scores = 1 - np.exp(-budgets * rng.uniform(1, 10, size=(200, 1)))
+    price, costs = 0.0, []
+    for _ in range(300):
+        costs.append(budgets[linear(scores, budgets, price).argmax(1)])
+        price = dual_price(price, costs[-1], target=0.3, step=0.2)
+    assert costs[0].mean() == 1.0
+    assert costs[-1].mean() == pytest.approx(0.3, abs=0.01)
