@@ -1,6 +1,7 @@
 """The protocols that ship: they load, their reports survive a round trip, and their rules derive what staging says."""
 
 import textwrap
+from itertools import combinations
 
 import pytest
 from hypothesis import given, settings
@@ -111,6 +112,14 @@ def test_every_word_of_a_value_is_read_as_that_value(name):
                     assert read_value(each, word) == ([value] if each.type == "multi" else value), (each.id, word)
 
 
+@pytest.mark.parametrize("name", SHIPPED)
+def test_any_two_values_of_a_multi_field_are_read_as_the_two(name):
+    for field in load_protocol(name).fields:
+        alone = {UNDETERMINED, "not identified", "none known"}
+        for pair in combinations([v for v in field.values if field.type == "multi" and v not in alone], 2):
+            assert read_value(field, ", ".join(pair)) == read_value(field, " and ".join(pair[::-1])) == list(pair)
+
+
 @pytest.mark.parametrize("name", RESECTIONS)
 def test_stages_are_read_with_their_prefixes(name):
     protocol = load_protocol(name)
@@ -201,7 +210,7 @@ def test_breast_pn_of_negative_nodes_and_receptors():
 
 @pytest.mark.parametrize(
     ("patterns", "group"),
-    zip(("33", "34", "43", "44", "35", "53", "45", "54", "55"), "123444555", strict=True),
+    list(zip(("33", "34", "43", "44", "35", "53", "45", "54", "55"), "123444555", strict=True)),
 )
 def test_the_grade_group_follows_from_the_patterns(patterns, group):
     primary, secondary = patterns
