@@ -1,7 +1,9 @@
 """The protocols that ship: they load, their reports survive a round trip, and their rules derive what staging says."""
 
+import re
 import textwrap
 from itertools import combinations
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -472,3 +474,24 @@ def test_several_problems_of_a_file_are_told_together(tmp_path):
 def test_an_unknown_name_is_answered_with_the_nearest():
     with pytest.raises(InputError, match="did you mean 'prostatectomy'"):
         load_protocol("prostatectomie")
+
+
+DOCS = (Path(__file__).parents[3] / "docs" / "protocols.md").read_text()
+
+
+def test_the_examples_of_the_docs_hold(tmp_path, capsys):
+    path = tmp_path / "skin.yaml"
+    path.write_text(re.findall(r"<!-- example: protocol -->\n```yaml\n(.*?)```", DOCS, re.DOTALL)[0])
+    assert derive({"diagnosis": "melanoma", "breslow": 1.2}, load_protocol(path))["pt"] == "T2"
+    exec(re.findall(r"```python\n(.*?)```", DOCS, re.DOTALL)[0], {})
+    said = ["Grade group: '2' does not agree with the other fields, which give 3"]
+    assert capsys.readouterr().out == f"{said}\n3\n"
+    report = parse_report(
+        re.findall(r"```\n(Histologic.*?)```", DOCS, re.DOTALL)[0], load_protocol("breast_resection")
+    )
+    assert (report.record["tumor_size"], report.record["pt"], report.problems) == (23, "T2", [])
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_the_docs_count_the_fields(name):
+    assert f"| `{name}` | {len(load_protocol(name).fields)} |" in DOCS
