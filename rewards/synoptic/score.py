@@ -242,16 +242,16 @@ def _severity(field: Field, value: Any) -> int | None:
     texts = [normalise(str(v)) for v in (value if isinstance(value, list) else [value])]
     free = field.open or field.type == "text"
     last = len(field.groups) - 1
-    found = []
+    positions: list[int] = []
     for text in texts:
         for position, words in enumerate(field.groups.values()):
             if text in words:
-                found.append(position)
+                positions.append(position)
                 break
         else:
             for position, words in enumerate(field.groups.values() if free else ()):
                 if any(f" {word} " in f" {text} " for word in words):
                     # What is denied, as in "negative for carcinoma", is of the least grave group.
-                    found.append(last if _DENIED.search(text) else position)
+                    positions.append(last if _DENIED.search(text) else position)
                     break
-    return min(found, default=None)
+    return min(positions, default=None)

@@ -29,15 +29,22 @@ def similarity(gold: str, other: str) -> float:
     one word nor every word wins, texts of very different length are compared by the token-sort ratio, in which surplus
     counts; and texts that differ in a number or a deciding word (`DECIDING`) are not alike at all.
     """
-    a, b = normalise(gold), normalise(other)
-    if a == b:
+    a, b = _read(gold), _read(other)
+    if a[0] == b[0]:
         return 1.0
-    words_a, words_b = _WORD.findall(a), _WORD.findall(b)
-    if not words_a or not words_b or _decisions(words_a) != _decisions(words_b):
+    if not a[1] or not b[1] or a[2] != b[2]:
         return 0.0
-    shorter, longer = sorted((len(words_a), len(words_b)))
+    shorter, longer = sorted((len(a[1]), len(b[1])))
     ratio = fuzz.token_set_ratio if longer <= LENGTHS * shorter else fuzz.token_sort_ratio
-    return float(ratio(" ".join(words_a), " ".join(words_b))) / 100
+    return float(ratio(" ".join(a[1]), " ".join(b[1]))) / 100
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def _read(text: str) -> tuple[str, list[str], tuple[object, ...]]:
+    """Normalised text, its words, and what they decide; each entry of a list is compared with all others."""
+    folded = normalise(text)
+    words = _WORD.findall(folded)
+    return folded, words, _decisions(words)
 
 
 def _decisions(words: list[str]) -> tuple[object, ...]:
