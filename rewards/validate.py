@@ -248,6 +248,8 @@ def _scores(reward: RewardFunction, cases: Sequence[Case], completions: list[str
     names = {name for row in rows for name in row} | {"options", "protocol"}
     columns = {name: [row.get(name) for row in rows] for name in names}
     budget = {"budget": [1] * len(cases), "tokens": [1] * len(cases), "max_budget": [1] * len(cases)}
+    # No tokenizer is at hand: bytes stand for the tokens that rewards of length count.
+    columns["completion_ids"] = [list(text.encode()) for text in completions]
     return np.array([np.nan if v is None else v for v in reward(completions, **{**budget, **columns})], dtype=float)
 
 
