@@ -148,6 +148,12 @@ def _resolve(values: dict[str, Any], reading: Reading) -> list[str]:
             except ValueError as error:
                 problems.append(str(error))
             values[name].append(entry)
+    protocol = values.get("protocol")
+    if isinstance(protocol, str) and protocol.endswith((".yaml", ".yml")):  # a file of the user's, not a name
+        try:
+            values["protocol"] = str(resolve_path(protocol, reading.root, allow_outside=reading.allow_outside))
+        except ValueError as error:
+            problems.append(str(error))
     return problems
 
 

@@ -32,6 +32,7 @@ from envs.registry import make_env
 from rewards.answer import SHAPING
 from rewards.registry import RewardFunction, get_rewards, gold_completion
 from rewards.synoptic.biopsy import lost_words
+from rewards.synoptic.check import check_record
 from rewards.synoptic.conditions import UNDETERMINED
 from rewards.synoptic.parse import parse_report
 from rewards.synoptic.protocol import Protocol, load_protocol
@@ -159,15 +160,20 @@ def check_reports(texts: Sequence[str], protocol: Protocol) -> dict[str, Any]:
     every layout, and no word of it is lost.
 
     Returns:
-        `n`, `unique`, `parsed` and `round_trip` (shares of the rows; `_unique` of the distinct texts), and `problems`,
-        commonest text first: `{text, n, reasons}`. `failed` is False: reports are data, and the shares say how good.
+        `n`, `unique`, `parsed` and `round_trip` (shares of the rows; `_unique` of the distinct texts); `problems`,
+        commonest text first: `{text, n, reasons}`; `contradictions`: what the validator finds wrong with reports that
+        were read (a grade that its scores do not give), with the number of reports. `failed` is False: reports are
+        data, and the shares say how good.
     """
     counts = Counter(texts)
+    contradictions: Counter[str] = Counter()
     parsed: Counter[str] = Counter()
     kept: Counter[str] = Counter()
     problems = []
     for text, n in counts.most_common():
         reasons, whole = report_problems(text, protocol)
+        if whole:
+            contradictions.update({p: n for p in check_record(parse_report(text, protocol).record, protocol)})
         parsed[text] = n * whole
         kept[text] = n * (not reasons)
         if reasons:
@@ -181,6 +187,7 @@ def check_reports(texts: Sequence[str], protocol: Protocol) -> dict[str, Any]:
         "parsed_unique": sum(v > 0 for v in parsed.values()) / unique,
         "round_trip_unique": sum(v > 0 for v in kept.values()) / unique,
         "problems": problems,
+        "contradictions": dict(contradictions.most_common()),
         "failed": False,
     }
 
@@ -279,6 +286,8 @@ def _print_reports(findings: Mapping[str, Any]) -> None:
     print(f"{findings['n']} reports, {findings['unique']} texts")
     print(f"parsed:     {findings['parsed']:.2%} of the reports, {findings['parsed_unique']:.2%} of the texts")
     print(f"round trip: {findings['round_trip']:.2%} of the reports, {findings['round_trip_unique']:.2%} of the texts")
+    for problem, n in findings["contradictions"].items():
+        print(f"contradiction in {n}: {problem}")
     _print_problems(
         [f"{p['n']} x {' '.join(p['text'].split())!r}: {'; '.join(p['reasons'])}" for p in findings["problems"]]
     )

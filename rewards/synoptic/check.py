@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rewards.label import normalise
@@ -20,7 +20,18 @@ def check_record(record: Mapping[str, Any], protocol: Protocol, complete: bool =
         complete: also name the required fields that are not answered.
     """
     problems = [f"{name!r} is no field of {protocol.title}" for name in record if name not in protocol.by_id]
+    problems += _field_problems(protocol.fields, record, complete)
     for field in protocol.fields:
+        for number, entry in enumerate(record.get(field.id) or [] if field.type == "list" else [], start=1):
+            found = _field_problems(field.fields, entry, complete) if isinstance(entry, Mapping) else []
+            problems += [f"{field.name}, {number}: {problem}" for problem in found]
+    return problems
+
+
+def _field_problems(fields: Sequence[Field], record: Mapping[str, Any], complete: bool) -> list[str]:
+    """Problems of the fields of a record, or of one entry of a list."""
+    problems = []
+    for field in fields:
         value = record.get(field.id)
         if value is None:
             if complete and field.required(record) and field.id not in record:

@@ -488,3 +488,27 @@ def test_the_documented_parameters_exist():
     known = set(inspect.signature(build).parameters) | set(inspect.signature(mosaic.build).parameters)
     named = set(re.findall(r"`([a-z_]+): ", text)) | {key for _, params in examples().values() for key in params}
     assert named - {"name"} <= known
+
+
+def test_a_protocol_file_is_relative_to_the_manifest(tmp_path):
+    image(tmp_path / "a.png")
+    image(tmp_path / "b.png", seed=1)
+    rows = [
+        {
+            "id": str(i),
+            "patient": str(i),
+            "task": "synoptic",
+            "prompt": "Report.",
+            "answer": "Grade: 2",
+            "images": ["ab"[i] + ".png"],
+            "protocol": name,
+        }
+        for i, name in enumerate(("own.yaml", "biopsy"))
+    ]
+    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cases = read_manifest(tmp_path / "cases.jsonl")
+    assert [case.protocol for case in cases] == [str(tmp_path / "own.yaml"), "biopsy"]
+    rows[0]["protocol"] = "../own.yaml"
+    (tmp_path / "cases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(InputError, match=r"own\.yaml"):
+        read_manifest(tmp_path / "cases.jsonl")

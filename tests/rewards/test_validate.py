@@ -95,6 +95,15 @@ def test_reports_that_lose_something_are_listed_with_reasons():
     assert problem["text"] == REPORTS[-1] and "no organ" in problem["reasons"]
 
 
+def test_reports_that_contradict_themselves_are_counted():
+    wrong = REPORTS[0].replace("grade group 2", "grade group 3")
+    findings = check_reports([wrong, wrong, REPORTS[0]], load_protocol("biopsy"))
+    assert findings["round_trip"] == 1
+    assert findings["contradictions"] == {
+        "Diagnoses, 1: Grade group: '3' does not agree with the other fields, which give 2": 2
+    }
+
+
 def test_texts_that_cannot_be_read_are_named(tmp_path):
     path = tmp_path / "reports.jsonl"
     path.write_text(json.dumps({"report": "a"}) + "\n" + json.dumps({"text": "b"}) + "\n")
