@@ -493,6 +493,7 @@ def test_the_documented_parameters_exist():
 def test_a_protocol_file_is_relative_to_the_manifest(tmp_path):
     image(tmp_path / "a.png")
     image(tmp_path / "b.png", seed=1)
+    (tmp_path / "own.yaml").write_text("title: of the user\n")
     rows = [
         {
             "id": str(i),
@@ -508,7 +509,7 @@ def test_a_protocol_file_is_relative_to_the_manifest(tmp_path):
     (tmp_path / "cases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     cases = read_manifest(tmp_path / "cases.jsonl")
     assert [case.protocol for case in cases] == [str(tmp_path / "own.yaml"), "biopsy"]
-    rows[0]["protocol"] = "../own.yaml"
+    rows[0]["protocol"] = "none.yaml"
     (tmp_path / "cases.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    with pytest.raises(InputError, match=r"own\.yaml"):
+    with pytest.raises(InputError, match=r"none\.yaml"):
         read_manifest(tmp_path / "cases.jsonl")
