@@ -6,6 +6,7 @@ applicable, or whose condition it does not meet, must not be answered; each answ
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +21,13 @@ from rewards.synoptic.parse import Report
 from rewards.synoptic.protocol import Field, Protocol
 from rewards.synoptic.similarity import similarity
 
-_DENIED = re.compile(r"^(?:no|not|negative|without|absence|free of)\b")
+# A finding is denied by a word shortly before it in its clause, "negative for carcinoma", or right behind it.
+_DENIAL = re.compile(
+    r"(?<![\w-])(?:no|not|negative|without|absence|absent|free of|lacks)\b(?! (?:special type|otherwise specified))"
+)
+_DENIED_AFTER = re.compile(r":? (?:(?:is|was) )?(?:absent|not (?:identified|seen|present|found))\b")
+_CLAUSE_END = re.compile(r"[,;.]|\b(?:but|however|although|yet)\b")
+_NEAR = 60  # characters before a finding in which a denial is looked for
 SAME_ENTRY = 0.5  # least similarity of their keys at which two entries of lists are the same finding
 
 
@@ -249,9 +256,28 @@ def _severity(field: Field, value: Any) -> int | None:
                 positions.append(position)
                 break
         else:
-            for position, words in enumerate(field.groups.values() if free else ()):
-                if any(f" {word} " in f" {text} " for word in words):
-                    # What is denied, as in "negative for carcinoma", is of the least grave group.
-                    positions.append(last if _DENIED.search(text) else position)
-                    break
+            named = [_named(text, words) for words in (field.groups.values() if free else ())]
+            if any(found is not None for found in named):
+                # A text that only denies findings, as in "negative for carcinoma", is of the least grave group.
+                positions.append(named.index(True) if True in named else last)
     return min(positions, default=None)
+
+
+def _named(text: str, words: frozenset[str]) -> bool | None:
+    """Whether a normalised text says one of the words; False where it denies each that it names, None for no word."""
+    denied = None
+    for match in _any_of(words).finditer(text):
+        before = text[max(0, match.start() - _NEAR) : match.start()]
+        if match.start() > _NEAR:  # the window may begin within a word
+            before = before.partition(" ")[2]
+        if not _DENIAL.search(_CLAUSE_END.split(before)[-1]) and not _DENIED_AFTER.match(text, match.end()):
+            return True
+        denied = False
+    return denied
+
+
+@functools.cache
+def _any_of(words: frozenset[str]) -> re.Pattern[str]:
+    longest_first = sorted(filter(None, words), key=lambda word: (-len(word), word))
+    either = "|".join(map(re.escape, longest_first)) or "(?!)"  # a group without words names nothing
+    return re.compile(rf"(?<![\w-])(?:{either})(?![\w-])")
