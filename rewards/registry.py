@@ -146,8 +146,8 @@ def _worker_problems(name: str, source: str, function: RewardFn) -> list[str]:
     """What keeps a reward from running in worker processes."""
     named = inspect.signature(function).parameters
     problems = [
-        f"reward {name!r} asks for {argument!r}, which only the trainer's process has; take it out of the signature or "
-        "set `workers: 0`"
+        f"reward {name!r} asks for {argument!r}, which only the trainer's process has; take it out of the signature, "
+        "or set `workers: 0`"
         for argument in HERE_ONLY
         if argument in named
     ]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from rewards.registry import RewardError, get_reward, get_rewards, reward, reward_names
+from rewards.registry import RewardError, RewardTimeout, get_reward, get_rewards, reward, reward_names
 from slides.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -62,6 +62,11 @@ def test_a_bare_name_and_a_spec():
         ({"name": "choice", "weight": True}, "`weight` is True"),
         ({"name": "choice", "weight": float("nan")}, "`weight` is nan"),
         ({"name": "choice", "timeout": 0}, "`timeout` is 0"),
+        ({"name": "choice", "workers": -1}, "`workers` is -1; give a number of processes"),
+        ({"name": "choice", "workers": True}, "`workers` is True"),
+        ({"name": "choice", "workers": 1.5}, r"`workers` is 1\.5"),
+        ({"name": "choice", "on_error": "ignore"}, "`on_error` is 'ignore'; write raise or none"),
+        ({"name": "choice", "on_error": None}, "`on_error` is None; write raise or none"),
         ({"name": "choice", "params": [1]}, "`params` is"),
         ({"name": "format", "params": {"sofd": True}}, "no parameter 'sofd'; did you mean 'soft'"),
         ({"name": "format", "params": {"columns": True}}, "no parameter 'columns'"),
@@ -213,8 +218,9 @@ def test_none_is_counted_and_logged():
     choice = get_reward("choice")
     for _ in range(2):
         choice(["<answer>a</answer>"] * 2, **CHOICE, log_metric=logged.__setitem__)
-    assert choice.counts == {"scored": 2, "none": 2}
-    assert logged == {"rewards/choice/none": 0.5}
+    assert choice.counts == {"scored": 2, "none": 2, "errors": 0}
+    assert 0 < logged.pop("rewards/choice/seconds") < 1
+    assert logged == {"rewards/choice/none": 0.5, "rewards/choice/errors": 0.0}
 
 
 def test_async_rewards_are_awaited(user_file):
@@ -249,6 +255,66 @@ def test_the_limit_of_a_reward_that_calls_another_still_holds(user_file):
         of(source, user_file, timeout=0.2)(["a"])
 
 
+def test_a_timeout_that_the_function_swallows_is_a_timeout_all_the_same(user_file):
+    source = """
+        def f(completions):
+            try:
+                while True:
+                    pass
+            except Exception:
+                return [1.0]
+    """
+    with pytest.raises(RewardTimeout, match=r"'f' took longer than 0\.1 s for 1 completion; .*`workers`"):
+        of(source, user_file, timeout=0.1)(["a"])
+
+
+RISKY = """
+    import time
+    def f(completions, deed):
+        for d in deed:
+            if d == "hang":
+                while True:
+                    pass
+            if d == "fail":
+                raise KeyError("no such case")
+        return [None if d == "none" else len(c) for c, d in zip(completions, deed)]
+"""
+
+
+def test_on_error_none_finds_the_rows_that_fail_or_hang(user_file, caplog):
+    f = of(RISKY, user_file, on_error="none", timeout=3)
+    completions = ["a" * i for i in range(8)]
+    logged = {}
+    started = time.monotonic()
+    deeds = ["", "", "hang", "", "none", "fail", "", ""]
+    values = f(completions, deed=deeds, log_metric=logged.__setitem__)
+    assert time.monotonic() - started < 3, "both tries together keep the limit of the batch"
+    assert values == [0.0, 1.0, None, 3.0, None, None, 6.0, 7.0]
+    assert f.counts == {"scored": 5, "none": 1, "errors": 2}
+    assert (logged["rewards/f/errors"], logged["rewards/f/none"]) == (0.25, 0.125)
+    (first,) = caplog.records
+    assert "reward 'f' gives None for 2 of 8 completions" in first.getMessage()
+    assert "row 2 of the batch: RewardTimeout" in first.getMessage() and first.exc_info
+    assert f(["a", "b"], deed=["fail", ""]) == [None, 1.0]
+    second = caplog.records[1]
+    assert "KeyError: 'no such case'" in second.getMessage() and "3 so far" in second.getMessage()
+    assert second.exc_info is None
+    assert f(["a"], deed=["fail"]) == [None]
+    assert f(["a"], deed=[""]) == [1.0]
+    assert f.counts == {"scored": 7, "none": 1, "errors": 4}
+
+
+def test_on_error_none_still_raises_what_is_wrong_with_the_function(user_file):
+    f = of("def f(completions, answer): return [1.0]", user_file, on_error="none")
+    with pytest.raises(RewardError, match="returned 1 values for 2"):
+        f(["a", "b"], answer=["a", "b"])
+    with pytest.raises(RewardError, match="needs 'answer'"):
+        f(["a", "b"])
+    path = user_file("def f(completions): return [0.0, float('nan')]", "other.py")
+    with pytest.raises(RewardError, match="returned nan for completion 1"):
+        get_reward({"name": f"{path}:f", "on_error": "none"})(["a", "b"])
+
+
 def test_no_timer_is_left_behind(user_file):
     of("def f(completions): return [1.0]", user_file, timeout=0.05)(["a"])
     time.sleep(0.1)
@@ -258,11 +324,11 @@ def test_copies_find_their_function_again(user_file, monkeypatch, tmp_path):
     path = user_file("def f(completions, limit=1): return [limit] * len(completions)")
     monkeypatch.chdir(tmp_path)
     for spec in ("choice", {"name": "format", "weight": 0.5, "params": {"soft": True}, "timeout": 3},
-                 {"name": f"{path.name}:f", "params": {"limit": 4}}):  # fmt: skip
+                 {"name": f"{path.name}:f", "params": {"limit": 4}, "on_error": "none"}):  # fmt: skip
         original = get_reward(spec)
         copy = pickle.loads(pickle.dumps(original))
-        assert (copy.name, copy.weight, copy.params, copy.timeout) == (
-            original.name, original.weight, original.params, original.timeout)  # fmt: skip
+        assert (copy.name, copy.weight, copy.params, copy.running) == (
+            original.name, original.weight, original.params, original.running)  # fmt: skip
     pickled = pickle.dumps(original)
     (tmp_path / "copy").write_bytes(pickled)
     code = f"import pickle; print(pickle.load(open({str(tmp_path / 'copy')!r}, 'rb'))(['a']))"
@@ -327,7 +393,11 @@ def test_runs_in_stock_trl_with_and_without_the_wrapper():
     names, values, metrics = stock_rewards(wrapped, rows, completions)
     assert names == ["choice", "ap50", "format"]
     torch.testing.assert_close(values, torch.tensor(expected), equal_nan=True)
-    assert metrics == {"rewards/choice/none": 0.5, "rewards/ap50/none": 0.5, "rewards/format/none": 0.0}
+    assert all(0 < metrics.pop(f"rewards/{name}/seconds") < 1 for name in names)
+    assert metrics == {
+        "rewards/choice/none": 0.5, "rewards/ap50/none": 0.5, "rewards/format/none": 0.0,
+        "rewards/choice/errors": 0.0, "rewards/ap50/errors": 0.0, "rewards/format/errors": 0.0,
+    }  # fmt: skip
     _, values, _ = stock_rewards([choice, ap50, format_reward], rows, completions)
     torch.testing.assert_close(values, torch.tensor(expected), equal_nan=True)
 
