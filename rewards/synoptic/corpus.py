@@ -44,9 +44,9 @@ def corpus_report(
     summary: dict[str, Any] = {
         "n": len(scores),
         "case_score": _mean(bootstrap, [s.case_score for s in scores]),
-        "non_null_accuracy": bootstrap.ratio(right, cells),
+        "non_null_accuracy": bootstrap.ratio(right, cells) if cells.any() else None,
         "all_cells_accuracy": bootstrap.ratio(right + null_right, cells + nulls),
-        "coverage": bootstrap.ratio(attempted, cells),
+        "coverage": bootstrap.ratio(attempted, cells) if cells.any() else None,
         "completeness": _mean(bootstrap, [s.complete for s in scores]),
         "critical_right": _mean(bootstrap, [s.critical_right for s in scores]),
         "critical_error_free": _mean(bootstrap, [not s.critical_errors for s in scores]),
