@@ -14,9 +14,14 @@ class Bootstrap:
     Args:
         patients: patient of every case; cases of one patient are drawn together.
         resamples: number of resamples. seed: of the draws.
+
+    Raises:
+        ValueError: there is no case.
     """
 
     def __init__(self, patients: Sequence[str], resamples: int = 2000, seed: int = 0):
+        if not len(patients):
+            raise ValueError("`patients` is empty: there are no cases to resample")
         _, self.group = np.unique(np.asarray(patients), return_inverse=True)
         groups = int(self.group.max()) + 1
         draws = np.random.default_rng(seed).multinomial(groups, np.full(groups, 1 / groups), size=resamples)

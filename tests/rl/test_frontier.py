@@ -26,39 +26,6 @@ def at(accuracy: float, flops: float) -> Point:
     return Point(accuracy, (accuracy, accuracy), 1.0, flops, 0.0, None, 10)
 
 
-def test_the_interval_of_a_constant_is_a_point():
-    bootstrap = Bootstrap([f"p{i // 3}" for i in range(20)], resamples=200)
-    assert bootstrap.interval(np.full(20, 0.7)) == pytest.approx((0.7, 0.7), abs=1e-6)
-    assert bootstrap.difference(np.zeros(20)) == {"value": 0.0, "ci95": [0.0, 0.0]}
-
-
-def test_correlated_cases_of_a_patient_widen_the_interval():
-    values = np.random.default_rng(0).integers(0, 2, 40).repeat(10).astype(float)
-    by_patient = Bootstrap([f"p{i // 10}" for i in range(400)]).interval(values)
-    by_case = Bootstrap([f"p{i}" for i in range(400)]).interval(values)
-    ratio = (by_patient[1] - by_patient[0]) / (by_case[1] - by_case[0])
-    # Ten equal cases a patient: the standard error grows by the root of ten.
-    assert 2.6 < ratio < 3.8
-
-
-def test_independent_cases_give_the_interval_of_theory():
-    values = np.random.default_rng(1).integers(0, 2, 500).astype(float)
-    low, high = Bootstrap([f"p{i}" for i in range(500)]).interval(values)
-    half = 1.96 * values.std() / np.sqrt(500)
-    assert low == pytest.approx(values.mean() - half, abs=0.006)
-    assert high == pytest.approx(values.mean() + half, abs=0.006)
-
-
-def test_resamples_are_paired_and_repeatable():
-    patients = [f"p{i // 2}" for i in range(30)]
-    values = np.random.default_rng(2).random(30)
-    assert Bootstrap(patients).interval(values) == Bootstrap(patients).interval(values)
-    assert Bootstrap(patients).interval(values) != Bootstrap(patients, seed=1).interval(values)
-    # A gain of every case is certain however much the cases differ, which only pairing sees.
-    low, high = Bootstrap(patients).interval((values + 0.1) - values)
-    assert (low, high) == pytest.approx((0.1, 0.1), abs=1e-6)
-
-
 def test_a_point_holds_the_means():
     bootstrap = Bootstrap(["a", "b", "c", "d"], resamples=100)
     found = point(
