@@ -117,7 +117,7 @@ def read_vocabulary(path: str | None = None) -> Vocabulary:
         InputError: no such file, no term in it, or terms that stand for two concepts, each with its lines.
     """
     if path is None:
-        from rewards.synoptic.protocol import protocol_vocabulary  # reads files, which other rewards do not need
+        from rewards.synoptic.vocabulary import protocol_vocabulary  # reads files, which other rewards do not need
 
         found = protocol_vocabulary().items()
         return Vocabulary.of((term, normalise(concept)) for term, concept in found if normalise(term) not in _AFFIRMED)

@@ -212,4 +212,14 @@ class Stages:
         grpo = {k: v for k, v in self.run.grpo.to_dict().items() if k not in NEUTRAL}
         online = dataclasses.asdict(self.run.allocator)
         online = {k: v for k, v in online.items() if not k.startswith("fit_") and k != "weight_decay"}
-        return {**self._sft_parts({}), "rewards": self.run.rewards, "grpo": grpo, "allocator": online}
+        return {
+            **self._sft_parts({}),
+            "rewards": [_scoring(r) for r in self.run.rewards],
+            "grpo": grpo,
+            "allocator": online,
+        }
+
+
+def _scoring(reward: Any) -> Any:
+    """An entry of `rewards` without the keys that change how it runs but not what it gives."""
+    return {k: v for k, v in reward.items() if k not in ("workers", "timeout")} if isinstance(reward, dict) else reward

@@ -379,20 +379,3 @@ def _field_values(raw: Any, kind: Any, where: str, problems: list[str]) -> dict[
             if owner.setdefault(normalise(word), value) != value:
                 problems.append(f"{where}: {word!r} stands for both {owner[normalise(word)]!r} and {value!r}")
     return values
-
-
-def protocol_vocabulary() -> dict[str, str]:
-    """Terms of all protocols that ship: every value of letters and every synonym -> the value; for `entity_f1`.
-
-    A value stands for itself, and so does a word that means different values in different fields ("negative").
-    """
-    found: dict[str, set[str]] = {}
-    for name in protocol_names():
-        for field in load_protocol(name).fields:
-            for each in (field, *field.fields):
-                for value, synonyms in each.values.items():
-                    if each.type != "boolean" and value != UNDETERMINED:
-                        for word in (value, *synonyms):
-                            if sum(map(str.isalpha, word)) > 3:
-                                found.setdefault(word, set()).add(value)
-    return {word: next(iter(values)) if len(values) == 1 else word for word, values in found.items()}

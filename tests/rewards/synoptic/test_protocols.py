@@ -13,10 +13,11 @@ from rewards.label import normalise
 from rewards.synoptic.check import check_record, derive
 from rewards.synoptic.conditions import UNDETERMINED
 from rewards.synoptic.parse import parse_report
-from rewards.synoptic.protocol import load_protocol, protocol_names, protocol_vocabulary
+from rewards.synoptic.protocol import load_protocol, protocol_names
 from rewards.synoptic.render import render_report
 from rewards.synoptic.score import score_case
 from rewards.synoptic.values import Unreadable, read_value
+from rewards.synoptic.vocabulary import protocol_vocabulary
 from slides.errors import InputError
 
 RESECTIONS = (
