@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.entities import MAX_CHARS, MAX_TOKENS, Vocabulary, entity_f1_score, find_entities, read_vocabulary
+from rewards.entities import (
+    MAX_CHARS,
+    MAX_TOKENS,
+    Vocabulary,
+    entity_f1,
+    entity_f1_score,
+    find_entities,
+    read_vocabulary,
+)
 from rewards.registry import get_reward, gold_completion, warn_unscorable
 from slides.errors import InputError
 
@@ -178,6 +186,14 @@ def test_the_protocols_are_the_default_vocabulary():
     concepts = read_vocabulary().concepts
     assert len(concepts) > 300 and not {"present", "positive"} & set(concepts)
     assert reward([gold_completion({"answer": ". ".join(concepts)[:MAX_CHARS]})], answer=[gold])[0] < 0.05
+
+
+def test_a_receptor_that_is_flipped_is_another_finding():
+    def f1(answer, gold):
+        return entity_f1([f"<answer>{answer}</answer>"], answer=[gold])[0]
+
+    assert f1("ER negative, PR positive", "ER positive, PR negative") == 0
+    assert f1("No lymphovascular invasion", "Lymphovascular invasion not identified") == 1
 
 
 def test_bad_vocabularies_are_named(tmp_path):

@@ -14,6 +14,8 @@ from rewards.registry import get_reward, gold_completion
 CHOICE = {"id": "1", "task": "choice", "answer": "Tubular adenoma", "options": ["Tubular adenoma", "Serrated lesion"]}
 DETECTION = {"id": "2", "task": "detection", "answer": "[[10, 20, 300, 400], [500, 500, 800.5, 900]]"}
 NO_LESION = {"id": "3", "task": "detection", "answer": "[]"}
+OPEN = {"id": "4", "task": "open", "answer": "Invasive lobular carcinoma without lymphovascular invasion"}
+SYNOPTIC = {"id": "5", "task": "synoptic", "answer": "Diagnosis: carcinoma\nGrade: 2", "protocol": "simulator"}
 COST = {**CHOICE, "tokens": 16, "budget": 16, "max_budget": 256}
 
 ROWS = [
@@ -24,6 +26,10 @@ ROWS = [
     ("ap50", NO_LESION),
     ("ap75", NO_LESION),
     ("ap50_95", NO_LESION),
+    ("rouge_l", OPEN),
+    ("meteor", OPEN),
+    ("synoptic", SYNOPTIC),
+    ("synoptic_accuracy", SYNOPTIC),
     ("format", CHOICE),
     ({"name": "format", "params": {"soft": True}}, CHOICE),
     ({"name": "linear_cost", "params": {"score": "choice", "price": 0}}, COST),
