@@ -34,10 +34,11 @@ from rewards.registry import RewardFunction, get_rewards, gold_completion
 from rewards.synoptic.biopsy import lost_words
 from rewards.synoptic.check import check_record
 from rewards.synoptic.conditions import UNDETERMINED
-from rewards.synoptic.parse import parse_report
+from rewards.synoptic.parse import Report, parse_report
 from rewards.synoptic.protocol import Protocol, load_protocol
 from rewards.synoptic.render import layouts, render_report
 from slides.errors import InputError, entry
+from slides.whole import write_text
 
 SHOWN = 20  # problems that are printed; the rest is counted
 HIGH = 0.9  # a constant answer that scores this much is marked
@@ -77,7 +78,7 @@ def main() -> None:
         findings = check_rewards(cases, rewards)
         _print_rewards(findings)
     if arguments.json is not None:
-        Path(arguments.json).write_text(json.dumps(findings, indent=1, ensure_ascii=False) + "\n")
+        write_text(arguments.json, json.dumps(findings, indent=1, ensure_ascii=False) + "\n")
     if findings["failed"]:
         sys.exit(2)
 
@@ -171,9 +172,10 @@ def check_reports(texts: Sequence[str], protocol: Protocol) -> dict[str, Any]:
     kept: Counter[str] = Counter()
     problems = []
     for text, n in counts.most_common():
-        reasons, whole = report_problems(text, protocol)
+        report = parse_report(text, protocol)
+        reasons, whole = report_problems(text, report, protocol)
         if whole:
-            contradictions.update({p: n for p in check_record(parse_report(text, protocol).record, protocol)})
+            contradictions.update({p: n for p in check_record(report.record, protocol)})
         parsed[text] = n * whole
         kept[text] = n * (not reasons)
         if reasons:
@@ -192,9 +194,8 @@ def check_reports(texts: Sequence[str], protocol: Protocol) -> dict[str, Any]:
     }
 
 
-def report_problems(text: str, protocol: Protocol) -> tuple[list[str], bool]:
+def report_problems(text: str, report: Report, protocol: Protocol) -> tuple[list[str], bool]:
     """What is lost between a report, its record and its renderings; and whether it could be parsed at all."""
-    report = parse_report(text, protocol)
     reasons = list(report.problems)
     if protocol.layout == "biopsy":
         reasons += [f"no {name}" for name in ("organ", "procedure", "diagnoses") if name not in report.record]

@@ -110,8 +110,7 @@ def parse_biopsy(text: str, protocol: Protocol) -> Report:
         rest += [clean(note)] if clean(note).strip(" .") else []
     if rest:
         report.record["notes"] = " ".join(rest)
-    order = {f.id: i for i, f in enumerate(protocol.fields)}
-    report.record = dict(sorted(report.record.items(), key=lambda item: order[item[0]]))
+    report.record = protocol.ordered(report.record)
     return report
 
 
@@ -125,7 +124,7 @@ def render_biopsy(record: Mapping[str, Any], protocol: Protocol) -> str:
     lines = [f"{', '.join(head)};"] if head else []
     entries = record.get("diagnoses") or []
     for number, entry in enumerate(entries, start=1):
-        first, *more = _item_lines(entry, protocol.by_id["diagnoses"])
+        first, *more = _item_lines(entry)
         lines += [f"  {f'{number}. ' if len(entries) > 1 else ''}{first}", *(f"  - {line}" for line in more)]
     notes = {
         "present": "The specimen includes muscle proper.",
@@ -332,7 +331,7 @@ def _has_component(entries: list[dict[str, Any]]) -> bool:
 _LINES = {"architecture": "Type", "nuclear_grade": "Nuclear grade", "necrosis": "Necrosis"}
 
 
-def _item_lines(entry: Mapping[str, Any], field: Field) -> list[str]:
+def _item_lines(entry: Mapping[str, Any]) -> list[str]:
     """First line of a diagnosis and its dash lines."""
     get = entry.get
     text = _shown(entry["diagnosis"])

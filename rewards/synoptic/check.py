@@ -62,7 +62,7 @@ def derive(record: Mapping[str, Any], protocol: Protocol) -> dict[str, Any]:
             expected = expected_values(field, filled)
             if expected is not None and len(expected) == 1:
                 filled[field.id] = read_value(field, str(expected[0]))
-    return {field.id: filled[field.id] for field in protocol.fields if field.id in filled}
+    return protocol.ordered(filled)
 
 
 def _value_problems(field: Field, value: Any) -> list[str]:

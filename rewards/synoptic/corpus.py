@@ -36,8 +36,8 @@ def corpus_report(
     """
     bootstrap = Bootstrap(patients, resamples, seed)
     # The micro mean weighs every cell alike: a ratio of sums, resampled as such.
-    right = np.array([_count(s, "right") for s in scores], dtype=float)
-    attempted = np.array([_count(s, "attempted") for s in scores], dtype=float)
+    right = np.array([sum(c.right for c in s.top) for s in scores], dtype=float)
+    attempted = np.array([sum(c.attempted for c in s.top) for s in scores], dtype=float)
     cells = np.array([s.scored for s in scores], dtype=float)
     nulls = np.array([len(protocol.fields) - s.scored for s in scores], dtype=float)
     null_right = np.array([s.null_right for s in scores], dtype=float)
@@ -62,10 +62,6 @@ def corpus_report(
             "ci95": _macro_interval(scores, protocol, bootstrap),
         }
     return {k: v for k, v in summary.items() if v is not None}
-
-
-def _count(score: CaseScore, what: str) -> int:
-    return sum(getattr(cell, what) for name, cell in score.cells.items() if "." not in name)
 
 
 def _mean(bootstrap: Bootstrap, values: Sequence[Any]) -> dict[str, Any] | None:

@@ -101,8 +101,7 @@ def _collect(answers: Iterator[tuple[str, Any]], protocol: Protocol) -> Report:
         identity = protocol.by_name[normalise(name)].id
         report.record.pop(identity, None)
         report.unreadable.pop(identity, None)
-    order = {f.id: i for i, f in enumerate(protocol.fields)}
-    report.record = dict(sorted(report.record.items(), key=lambda item: order[item[0]]))
+    report.record = protocol.ordered(report.record)
     return report
 
 

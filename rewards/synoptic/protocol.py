@@ -6,7 +6,6 @@ product. `docs/protocols.md` explains the keys of a file.
 
 from __future__ import annotations
 
-import difflib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 import yaml
 
 from rewards.label import normalise
+from rewards.lookup import hint
 from rewards.synoptic.conditions import UNDETERMINED, Condition, Rule, read_condition, read_rule
 from slides.errors import InputError
 
@@ -158,6 +158,10 @@ class Protocol:
         """Fields by normalised name, alias and id."""
         return names_of(self.fields)
 
+    def ordered(self, record: Mapping[str, Any]) -> dict[str, Any]:
+        """A record with its fields in the order of the report."""
+        return {field.id: record[field.id] for field in self.fields if field.id in record}
+
     @functools.cached_property
     def sections(self) -> frozenset[str]:
         """Normalised headings."""
@@ -184,11 +188,9 @@ def load_protocol(name: str | Path) -> Protocol:
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{name}.yaml"
         if not path.is_file():
-            known = protocol_names()
-            close = difflib.get_close_matches(str(name), known, n=1)
             raise InputError(
-                f"unknown protocol {str(name)!r}; {f'did you mean {close[0]!r}? ' if close else ''}"
-                f"known: {', '.join(known)}. A file of your own is named by its path, ending in .yaml"
+                f"unknown protocol {str(name)!r}; {hint(name, protocol_names())}. "
+                "A file of your own is named by its path, ending in .yaml"
             )
     if not path.is_file():
         raise InputError(f"no protocol file {path}")

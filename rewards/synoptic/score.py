@@ -73,16 +73,19 @@ class CaseScore:
     _protocol: Protocol = field(repr=False, compare=False)
 
     @property
+    def top(self) -> list[Cell]:
+        """Cells of whole fields, without those of entries of lists."""
+        return [cell for name, cell in self.cells.items() if "." not in name]
+
+    @property
     def non_null_accuracy(self) -> float | None:
         """Share of fields that are right, among those that the gold record answers: the headline."""
-        top = [self.cells[f.id].right for f in self._protocol.fields if f.id in self.cells]
-        return sum(top) / len(top) if top else None
+        return sum(cell.right for cell in self.top) / self.scored if self.scored else None
 
     @property
     def coverage(self) -> float | None:
         """Share of the same fields that are attempted."""
-        top = [self.cells[f.id].attempted for f in self._protocol.fields if f.id in self.cells]
-        return sum(top) / len(top) if top else None
+        return sum(cell.attempted for cell in self.top) / self.scored if self.scored else None
 
     @property
     def critical_right(self) -> bool | None:

@@ -61,7 +61,7 @@ def write_value(field: Field, value: Any) -> str:
     if value is None:
         return "not applicable"
     if isinstance(value, list):
-        return _join(value)
+        return ", ".join(value)
     if field.type in ("number", "integer") and field.unit and value != UNDETERMINED:
         text = value if isinstance(value, str) else number_text(value)
         return f"{text}%" if field.unit == "%" else f"{text} {field.unit}"
@@ -78,7 +78,7 @@ def number_text(value: float) -> str:
 
 
 def clean(text: str) -> str:
-    """Single spaces, no white space or quotation marks at the ends."""
+    """Single spaces, and none at the ends."""
     return " ".join(text.split())
 
 
@@ -176,10 +176,6 @@ def _joins(parts: list[str]) -> list[str]:
         if len(parts) == 1
         else [" and ".join(parts), ", ".join(parts), "/".join(parts), ", ".join(parts[:-1]) + " and " + parts[-1]]
     )
-
-
-def _join(values: list[str]) -> str:
-    return ", ".join(values)
 
 
 def _number(field: Field, folded: str) -> Any:
