@@ -28,6 +28,7 @@ import numpy as np
 import yaml
 
 from envs.case import Case
+from envs.columns import case_columns, extra_columns
 from envs.registry import make_env
 from rewards.answer import SHAPING
 from rewards.registry import RewardFunction, get_rewards, gold_completion
@@ -252,9 +253,9 @@ def _cases_and_rewards(arguments: ValidateArguments) -> tuple[list[Case], list[R
 
 def _scores(reward: RewardFunction, cases: Sequence[Case], completions: list[str]) -> np.ndarray:
     """Scores (N,) of a reward, NaN where it does not apply."""
-    rows = [c.to_dict() for c in cases]
-    names = {name for row in rows for name in row} | {"options", "protocol"}
-    columns = {name: [row.get(name) for row in rows] for name in names}
+    extra = extra_columns(cases)
+    rows = [case_columns(c, extra) for c in cases]
+    columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in (rows[0] if rows else ())}
     budget = {"budget": [1] * len(cases), "tokens": [1] * len(cases), "max_budget": [1] * len(cases)}
     # No tokenizer is at hand: bytes stand for the tokens that rewards of length count.
     columns["completion_ids"] = [list(text.encode()) for text in completions]

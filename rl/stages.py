@@ -14,6 +14,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
+from envs.columns import case_columns, extra_columns
 from models.allocator import AllocatorConfig, CheapLook, ValueAllocator
 from models.build import build_performer, load_performer, lora_config
 from models.performer import Performer
@@ -25,7 +26,7 @@ from rl.guards import CollapseGuard
 from rl.joint import FrugalTrainer
 from rl.prepare import load_cases, load_features, load_rewards
 from rl.recipe import Run
-from rl.scoring import Scorer, case_columns, extra_columns
+from rl.scoring import Scorer
 from rl.table import ScoreTable, score_table
 from sft.warm_start import merged, sft_config, train_sft
 

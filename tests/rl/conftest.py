@@ -9,13 +9,14 @@ import pytest
 import torch
 from datasets import Dataset
 
+from envs.columns import case_columns
 from models.allocator import AllocatorConfig, CheapLook, ValueAllocator
 from models.performer import Performer
+from rewards.answer import SHAPING
 from rewards.registry import get_rewards
 from rl.allocation import AllocatorLearner
 from rl.config import FrugalConfig
 from rl.joint import FrugalTrainer
-from rl.scoring import SHAPING, case_columns
 from tests.conftest import LADDER, WIDTH
 from tests.rl.qwen import SHORT_RUN
 

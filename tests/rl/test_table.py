@@ -5,8 +5,9 @@ import dataclasses
 import numpy as np
 import pytest
 
+from envs.columns import case_columns, extra_columns
 from rewards.registry import get_rewards
-from rl.scoring import Scorer, case_columns, extra_columns
+from rl.scoring import Scorer
 from rl.table import ScoreTable, score_table
 from slides.errors import InputError
 
