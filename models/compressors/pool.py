@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
+
+from models.compressors.base import PLACE, Compressor, Tokens
 
 
 def grid_shape(budget: int, aspect: float) -> tuple[int, int]:
@@ -33,10 +36,15 @@ def pool(features: np.ndarray, cells: np.ndarray, budget: int) -> tuple[np.ndarr
     Returns:
         Tokens (n, d) and their places (n, 3), n <= budget; empty grid cells are left out.
     """
+    return _pool(features, cells, budget)[:2]
+
+
+def _pool(features: np.ndarray, cells: np.ndarray, budget: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As `pool`, and the token (N,) that each patch went into."""
     if budget < 1:
         raise ValueError(f"a budget of {budget} tokens: at least 1 is needed")
     if len(features) <= budget:
-        return features, cells
+        return features, cells, np.arange(len(features))
     low = (cells[:, :2] - cells[:, 2:] / 2).min(0)
     high = (cells[:, :2] + cells[:, 2:] / 2).max(0)
     extent = high - low
@@ -49,4 +57,27 @@ def pool(features: np.ndarray, cells: np.ndarray, budget: int) -> tuple[np.ndarr
     tokens = np.add.reduceat(features[order], starts, axis=0) / count[:, None]
     centre = np.stack([(used % columns + 0.5) / columns, (used // columns + 0.5) / rows], 1) * extent + low
     side = np.full((len(used), 1), max(extent[0] / columns, extent[1] / rows))
-    return tokens.astype(np.float32), np.concatenate([centre, side], 1).astype(cells.dtype)
+    return tokens.astype(np.float32), np.concatenate([centre, side], 1).astype(cells.dtype), member
+
+
+class Pool(Compressor):
+    """`pool` as a compressor. Pooled tokens count the patches of their cell.
+
+    Args:
+        dim: width of the features. most: tokens where another compressor follows.
+    """
+
+    learned = False
+
+    def __init__(self, dim: int, most: int = 4096):
+        super().__init__()
+        self.out_dim, self.most = dim, most
+
+    def forward(self, tokens: Tokens, budget: int, question: torch.Tensor | None = None) -> Tokens:
+        rows = []
+        for slide in tokens.rows():
+            values, cells, size = (part.numpy() for part in slide.split([self.out_dim, PLACE, 1], -1))
+            pooled, places, member = _pool(values, cells, budget)
+            counts = np.bincount(member, weights=size[:, 0], minlength=len(pooled))
+            rows.append(torch.from_numpy(np.concatenate([pooled, places, counts[:, None]], 1, dtype=np.float32)))
+        return Tokens.from_rows(rows)
