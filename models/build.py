@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,17 @@ from models.qwen_vl import VISION_MARKS, QwenProcessor, QwenSight, freeze_vision
 from models.sight import Sight, TextSight
 from models.slide_vlm import SlideVLM, SlideVLMConfig
 from models.tokenizer import IMAGE_TOKEN, train_tokenizer
-from models.visual import FeatureBank
+from models.visual import COLUMNS, FeatureBank
 from slides.errors import InputError
 
 FAMILIES = ("slide_vlm", "qwen_vl")
+SEEING = (
+    "compressors", "aligner", "aligner_width", "aligner_dropout", "markers", "max_slides", "fusion", "cross_layers",
+    "cross_heads",
+)  # fmt: skip
+"""Keys of the performer that are keys of `SlideVLMConfig`."""
+SEEING_PARTS = ("compressor", "aligner", "markers", "routes")
+"""Modules of `SlideVLM` beside the language model."""
 LORA_TARGETS = r".*language_model\.layers.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -40,7 +47,8 @@ class PerformerConfig:
             stage ends. Null trains all its weights.
         layers, hidden, heads, kv_heads, ffn, vocab_size: shape of the small language model (a Qwen2), and of the
             small vision tower.
-        aligner_width, aligner_dropout: see `SlideVLMConfig`.
+        compressors, aligner, aligner_width, aligner_dropout, markers, max_slides, fusion, cross_layers, cross_heads:
+            of slide_vlm, see `SlideVLMConfig`.
         show_options: list a choice case's options after its prompt.
         system: system message.
     """
@@ -57,8 +65,15 @@ class PerformerConfig:
     kv_heads: int = 2
     ffn: int = 256
     vocab_size: int = 1024
+    compressors: list[Any] = field(default_factory=lambda: ["pool"])
+    aligner: str = "place"
     aligner_width: int = 256
     aligner_dropout: float = 0.1
+    markers: str = "none"
+    max_slides: int = 32
+    fusion: str = "prefix"
+    cross_layers: list[int] | None = None
+    cross_heads: int | None = None
     show_options: bool = True
     system: str | None = None
 
@@ -117,8 +132,11 @@ def make_sight(model: Any, processor: Any) -> Sight:
     return TextSight()
 
 
-def lora_config(config: PerformerConfig) -> LoraConfig | None:
-    """Adapters of the language model's projections; the vision tower and the head have none, an aligner is trained.
+def lora_config(config: PerformerConfig, model: Any) -> LoraConfig | None:
+    """Adapters of the language model's projections; vision tower and head have none, `SEEING_PARTS` are trained.
+
+    Args:
+        model: that gets them.
 
     Raises:
         InputError: an unknown key, or a vision tower that is to be trained as well.
@@ -129,7 +147,8 @@ def lora_config(config: PerformerConfig) -> LoraConfig | None:
         raise InputError("performer: lora trains adapters only, so freeze_vision must be true; or set lora to null")
     defaults: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": LORA_TARGETS}
     if config.family == "slide_vlm":
-        defaults["modules_to_save"] = ["aligner"]
+        parts = {name: getattr(model.model, name) for name in SEEING_PARTS}
+        defaults["modules_to_save"] = [n for n, part in parts.items() if part is not None and list(part.parameters())]
     try:
         return LoraConfig(task_type="CAUSAL_LM", **{**defaults, **config.lora})
     except TypeError as error:
@@ -174,11 +193,7 @@ def _build_qwen(config: PerformerConfig, cases: list[Case], bank: FeatureBank) -
 
 
 def _build_slide(config: PerformerConfig, cases: list[Case], bank: FeatureBank) -> SlidePerformer:
-    shared: dict[str, Any] = {
-        "feature_dim": bank.dim,
-        "aligner_width": config.aligner_width,
-        "aligner_dropout": config.aligner_dropout,
-    }
+    shared: dict[str, Any] = {"feature_dim": bank.dim, **{key: getattr(config, key) for key in SEEING}}
     if config.language_model:
         tokenizer = AutoTokenizer.from_pretrained(config.language_model, padding_side="left")
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
@@ -196,6 +211,6 @@ def _build_slide(config: PerformerConfig, cases: list[Case], bank: FeatureBank) 
     )
     sources = list(dict.fromkeys(s for c in cases for s in performer.sources(c)))
     step = max(1, len(sources) // 256)
-    rows = [bank.see(s, 16).rows for s in sources[::step]]
-    model.model.aligner.standardise(torch.cat(rows))
+    rows = [bank.see(s, 16).rows[:, :-COLUMNS] for s in sources[::step]]
+    model.model.standardise(torch.cat(rows))
     return performer

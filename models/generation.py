@@ -65,7 +65,7 @@ def _write(
         position_ids=places,
         use_cache=True,
         logits_to_keep=1,
-        **to_device(sight.inputs(model, [v for p in prompts for v in p.views]), device),
+        **to_device(sight.inputs(model, [p.views for p in prompts]), device),
     )
     choose = _chooser(model, config, ids.repeat_interleave(width, 0))
     logits = out.logits[:, -1].repeat_interleave(width, 0)
@@ -88,6 +88,7 @@ def _write(
             position_ids=(after + step).expand(*places.shape[:-2], -1, -1),
             past_key_values=out.past_key_values,
             use_cache=True,
+            **sight.again(out),
         )
         logits = out.logits.reshape(rows, -1)
     written = torch.stack(tokens, 1)

@@ -38,6 +38,11 @@ class ImageView:
     def __len__(self) -> int:
         return self.grid[0] * self.grid[1] * self.grid[2] // self.merge**2
 
+    @property
+    def tokens(self) -> int:
+        """Visual tokens that it costs; all of them stand in the text."""
+        return len(self)
+
     def __deepcopy__(self, memo: dict) -> ImageView:
         # Trainers deep-copy whole prompts; a view is never changed but for what it remembers.
         return self

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,15 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from envs.case import Case
+from models.compressors.base import linear_flops
+from models.compressors.chain import Chain
 from models.cost import DecoderShape, TowerShape
 from models.generation import generate
 from models.processor import SlideProcessor, ViewProcessor
 from models.qwen_vl import QwenProcessor, freeze_vision, load_qwen
 from models.sight import Prompt, View, read_prompt
-from models.slide_vlm import SlideVLM
-from models.visual import FeatureBank
+from models.slide_vlm import SlideVLM, SlideVLMConfig
+from models.visual import FeatureBank, VisualTokens
 from slides.errors import InputError
 
 PROMPTS_KEPT = 8192
@@ -36,6 +39,7 @@ class Answer:
         visual: realised visual tokens.
         prompt: text tokens of the prompt.
         generated: tokens written.
+        flops: of seeing, reading and writing.
         seconds: wall time of the batch divided by its rows.
     """
 
@@ -43,6 +47,7 @@ class Answer:
     visual: int
     prompt: int
     generated: int
+    flops: float
     seconds: float
 
 
@@ -79,24 +84,26 @@ class Performer(ABC):
         """Shape of the language model, for the cost formula."""
         return DecoderShape.from_config(self.model.config.get_text_config())
 
-    def seeing(self, visual: int) -> float:
-        """FLOPs of turning an image into `visual` tokens of the language model, beyond what is stored."""
-        return 0.0
+    @abstractmethod
+    def seeing(self, views: Sequence[Any]) -> float:
+        """FLOPs of turning views into tokens of the language model, beyond what is stored."""
+
+    def flops(self, prompt: Prompt, generated: float) -> float:
+        """FLOPs of seeing and reading a prompt and writing `generated` tokens."""
+        return self.shape.answer(prompt.visual, prompt.text, generated) + self.seeing(prompt.views)
 
     @abstractmethod
-    def view(self, source: str, budget: int) -> View:
-        """What is shown of an image or slide at a budget of at least 1 token."""
+    def view(self, case: Case, number: int, budget: int) -> View:
+        """What is shown of a case's image or slide of that number at a budget of at least 1 token."""
 
     def sources(self, case: Case) -> tuple[str, ...]:
         """Images and slides of a case, in order."""
         return (*case.images, *case.slides)
 
     def see(self, case: Case, budget: int) -> list[View]:
-        """Views of a case, at most `budget` tokens in all; its images share the budget equally. 0 shows nothing."""
-        sources = self.sources(case)
-        if budget == 0 or not sources:
-            return []
-        return [self.view(s, max(1, budget // len(sources))) for s in sources]
+        """Views of a case at a budget, which its images and slides share; one without a share is not shown."""
+        shares = share_out(budget, len(self.sources(case)))
+        return [self.view(case, number, share) for number, share in enumerate(shares) if share]
 
     def messages(self, case: Case, visual: Sequence[View] = ()) -> list[dict]:
         """Conversation that puts the question; images come before the text."""
@@ -148,9 +155,9 @@ class Performer(ABC):
             )
             seconds = (time.perf_counter() - start) / len(chunk)
             for i, prompt, ids in zip(chunk, prompts, written, strict=True):
-                shown = sum(map(len, prompt.views))
                 completion = tokenizer.decode(ids, skip_special_tokens=True)
-                answers[i] = Answer(completion, shown, len(prompt) - shown, len(ids), seconds)
+                flops = self.flops(prompt, len(ids))
+                answers[i] = Answer(completion, prompt.visual, prompt.text, len(ids), flops, seconds)
         self.model.train(was_training)
         return [a for a in answers if a is not None]
 
@@ -161,14 +168,57 @@ class Performer(ABC):
 
 
 class SlidePerformer(Performer):
-    """A `SlideVLM`: it is shown stored features, pooled to the budget."""
+    """A `SlideVLM`: it is shown stored features, compressed to the budget."""
 
-    def view(self, source: str, budget: int) -> View:
-        return self.bank.see(source, budget)
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
+        self.config: SlideVLMConfig = self.model.config
+        # Of its own: the model's goes into training wrappers. What runs outside the model has no parameters.
+        hidden = self.config.text_config.hidden_size
+        with torch.device("meta"):
+            self.chain = Chain(self.config.compressors, self.config.feature_dim, hidden)
+        self._name = json.dumps(self.config.compressors[: len(self.chain.fixed)])
 
-    def seeing(self, visual: int) -> float:
-        aligner = self.model.model.aligner
-        return 2.0 * visual * sum(p.numel() for p in aligner.parameters() if p.ndim == 2)
+    def view(self, case: Case, number: int, budget: int) -> VisualTokens:
+        config, learned = self.config, bool(self.chain.learned)
+        if config.markers == "unique" and number >= config.max_slides:
+            raise InputError(
+                f"case {case.id}: it has {len(self.sources(case))} slides, the performer has markers for "
+                f"{config.max_slides}; raise performer.max_slides, or split the case"
+            )
+        source = self.sources(case)[number]
+        # What learned compressors start from does not hang on the budget.
+        (tokens,) = self.bank.prepare(source, [0 if learned else budget], self._name, self.chain.prepare)
+        realised = self.chain.count(len(tokens.rows), budget) + (config.markers != "none")
+        return replace(
+            tokens,
+            budget=budget,
+            realised=realised,
+            in_text=None if config.in_text else 0,
+            slide=number,
+            question=self._question(case) if self.chain.asks else None,
+        )
+
+    def _question(self, case: Case) -> torch.Tensor:
+        text = question_text(case, self.show_options)
+        return torch.tensor(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def seeing(self, views: Sequence[VisualTokens]) -> float:
+        aligner = linear_flops(
+            self.model.model.aligner, sum(v.tokens - (self.config.markers != "none") for v in views)
+        )
+        return aligner + sum(self.chain.flops(len(v.rows), v.budget) for v in views)
+
+    def flops(self, prompt: Prompt, generated: float) -> float:
+        if self.config.in_text:
+            return super().flops(prompt, generated)
+        read = self.shape.answer(0, prompt.text, generated) + self.seeing(prompt.views)
+        looks = (
+            self.model.model.routes.flops(prompt.text + max(0.0, generated - 1), prompt.visual)
+            if prompt.views
+            else 0.0
+        )
+        return read + looks
 
     @classmethod
     def load(cls, folder: str | Path, bank: FeatureBank, **options: Any) -> SlidePerformer:
@@ -187,8 +237,8 @@ class QwenPerformer(Performer):
         # Views remember features and patches: some hundreds of them at 1,024 tokens are a few GB.
         self._view = lru_cache(maxsize=256)(self.processor.sight.view_at)
 
-    def view(self, source: str, budget: int) -> View:
-        return self._view(source, budget)
+    def view(self, case: Case, number: int, budget: int) -> View:
+        return self._view(self.sources(case)[number], budget)
 
     def see(self, case: Case, budget: int) -> list[View]:
         if case.slides:
@@ -198,8 +248,9 @@ class QwenPerformer(Performer):
             )
         return super().see(case, budget)
 
-    def seeing(self, visual: int) -> float:
-        return TowerShape.from_config(self.model.config.vision_config).read(visual)
+    def seeing(self, views: Sequence[View]) -> float:
+        tower = TowerShape.from_config(self.model.config.vision_config)
+        return sum(tower.read(v.tokens) for v in views)
 
     @classmethod
     def load(
@@ -220,6 +271,11 @@ class QwenPerformer(Performer):
         if frozen:
             freeze_vision(model)
         return cls(model, QwenProcessor.load(folder), bank, **options)
+
+
+def share_out(budget: int, count: int) -> list[int]:
+    """A budget in shares that are as equal as they can be, the first ones larger."""
+    return [budget // count + (number < budget % count) for number in range(count)]
 
 
 def _shape(view: Any) -> tuple[int, ...]:

@@ -27,7 +27,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from models.feature_cache import FeatureCache, cache_key, content_hash, module_revision
 from models.image_view import ImageView, fit, open_image
 from models.processor import ViewProcessor
-from models.sight import Sight, View
+from models.sight import Sight, View, flat
 from slides.errors import InputError
 
 VISION_MARKS = ("<|vision_start|>", "<|vision_end|>")
@@ -134,8 +134,8 @@ class QwenSight(Sight):
         rows = [again[v].result() if found is None else found for v, found in zip(views, waiting, strict=True)]
         return {"pixel_values": torch.cat(rows), "image_grid_thw": _grids(views)}
 
-    def inputs(self, model: Any, views: Sequence[Any]) -> dict[str, Any]:
-        base = backbone(model)
+    def inputs(self, model: Any, shown: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        base, views = backbone(model), flat(shown)
         if not views or not self.once or not takes_features(base):
             return dict(self.fields(views))
         if any(v.features is None for v in views):

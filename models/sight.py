@@ -20,9 +20,14 @@ from slides.errors import InputError
 
 
 class View(Protocol):
-    """One image or slide at one budget; `len(view)` is its realised number of visual tokens."""
+    """One image or slide at one budget; `len(view)` is the number of its tokens in the text."""
 
     def __len__(self) -> int: ...
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens that it costs, in the text or beside it."""
+        ...
 
 
 class Sight:
@@ -61,9 +66,13 @@ class Sight:
         """What the family's processor gives for the views: `pixel_values` and `image_grid_thw`; empty for none."""
         raise NotImplementedError
 
-    def inputs(self, model: Any, views: Sequence[View]) -> dict[str, Any]:
-        """Arguments of the model's forward that show the views, in the order of their tokens."""
-        return dict(self.fields(views))
+    def inputs(self, model: Any, shown: Sequence[Sequence[View]]) -> dict[str, Any]:
+        """Arguments of the model's forward that show each row of a batch its views, in the order of their tokens."""
+        return dict(self.fields(flat(shown)))
+
+    def again(self, out: Any) -> dict[str, Any]:
+        """Arguments of the forward over the tokens that follow, from what the one before it gave."""
+        return {}
 
     def positions(self, ids: torch.Tensor, views: Sequence[View]) -> torch.Tensor:
         """Positions (R, P) of a prompt (P,); R is 1, or 3 for multimodal RoPE."""
@@ -84,7 +93,7 @@ class TextSight(Sight):
 
 
 class SlideSight(Sight):
-    """Of `SlideVLM`: a view is the stored features of a field or slide, pooled to the budget."""
+    """Of `SlideVLM`: a view is the stored features of a field or slide, or what they are compressed to outside."""
 
     def view(self, image: Any) -> View:
         if not isinstance(image, VisualTokens):
@@ -95,12 +104,36 @@ class SlideSight(Sight):
         return image
 
     def fields(self, views: Sequence[Any]) -> dict[str, torch.Tensor]:
+        """As its base.
+
+        Raises:
+            InputError: the model makes other tokens of the rows, so that rows alone do not say which are whose.
+        """
         if not views:
             return {}
+        if any(len(v) != len(v.rows) for v in views):
+            raise InputError(
+                "a slide_vlm that compresses, marks or routes its tokens is read by our own passes alone: leave "
+                "shared_prefix and prefill_once on"
+            )
         return {
             "pixel_values": torch.cat([v.rows for v in views]),
-            "image_grid_thw": torch.tensor([[1, 1, len(v)] for v in views]),
+            "image_grid_thw": torch.tensor([[1, 1, len(v.rows)] for v in views]),
         }
+
+    def inputs(self, model: Any, shown: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        views = flat(shown)
+        if not views:
+            return {}
+        owners = [row for row, own in enumerate(shown) for _ in own]
+        table = [[len(v.rows), v.budget, row, v.slide] for v, row in zip(views, owners, strict=True)]
+        inputs: dict[str, Any] = {"pixel_values": torch.cat([v.rows for v in views]), "shown": torch.tensor(table)}
+        if views[0].question is not None:
+            inputs["questions"] = pad_sequence([v.question for v in views], batch_first=True, padding_value=-1)
+        return inputs
+
+    def again(self, out: Any) -> dict[str, Any]:
+        return {} if out.visual_memory is None else {"visual_memory": out.visual_memory}
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,6 +152,16 @@ class Prompt:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def visual(self) -> int:
+        """Visual tokens that it costs."""
+        return sum(v.tokens for v in self.views)
+
+    @property
+    def text(self) -> int:
+        """Tokens of the text."""
+        return len(self) - sum(map(len, self.views))
 
     @property
     def next_position(self) -> int:
@@ -172,6 +215,11 @@ def stack_positions(rows: Sequence[torch.Tensor], padding_side: str = "right") -
     # Sequence first, so that rows of different length can be padded.
     places = pad_sequence([row.T for row in rows], batch_first=True, padding_side=padding_side).permute(2, 0, 1)
     return places[0] if len(places) == 1 else places
+
+
+def flat(shown: Sequence[Sequence[View]]) -> list[Any]:
+    """The views of all rows, in order."""
+    return [view for row in shown for view in row]
 
 
 def images_of(messages: Sequence[dict]) -> list[Any]:

@@ -1,15 +1,18 @@
-"""A vision-language model over stored patch features: aligner, then any causal language model.
+"""A vision-language model over stored patch features: compressors, an aligner, then any causal language model.
 
-The visual tokens stand as a prefix-like block where the image tokens of the text are (PathoSynVLM: LayerNorm,
-two-layer MLP, LayerNorm; methods 3.1). The frozen patch encoder runs outside, once per slide.
+The visual tokens stand where the image tokens of the text are, or outside the text, where a few layers look at them by
+cross-attention. The frozen patch encoder and compressors without parameters run outside, once a slide.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -20,10 +23,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from models.visual import PLACE
+from models.compressors.aligner import MARKERS, Markers, make_aligner
+from models.compressors.base import PatchEmbedding, Tokens
+from models.compressors.chain import Chain
+from models.cross_attention import MEMORY, Memory, Routes, attach, spread
+from models.visual import COLUMNS
+from slides.errors import InputError
 
-WAVES = (1, 2, 4)
-"""Half periods across the field of the sines and cosines that describe a token's place."""
+FUSIONS = ("prefix", "cross_attention")
 
 
 class SlideVLMConfig(PreTrainedConfig):
@@ -33,8 +40,15 @@ class SlideVLMConfig(PreTrainedConfig):
         text_config: configuration of the causal language model.
         feature_dim: width d of the patch features.
         image_token_id: token that a visual token replaces.
-        aligner_width: hidden width of the aligner's MLP.
-        aligner_dropout: dropout on the standardised features and inside the MLP.
+        compressors: names, or mappings of `name` and options, see `models.compressors.chain`.
+        aligner: from compressed tokens to embeddings, see `models.compressors.aligner.make_aligner`.
+        aligner_width: hidden width of the aligner `place`.
+        aligner_dropout: dropout within the aligner.
+        markers: what stands before the tokens of each slide: none, shared, or unique to its number in the case.
+        max_slides: slides a case may have with unique markers.
+        fusion: `prefix` puts the visual tokens into the text; `cross_attention` lets layers look at them.
+        cross_layers: numbers of those layers; null takes three, spread over the model. cross_heads: heads of each
+            cross-attention; null takes the language model's.
     """
 
     model_type = "slide_vlm"
@@ -47,57 +61,55 @@ class SlideVLMConfig(PreTrainedConfig):
         text_config: Any = None,
         feature_dim: int = 1280,
         image_token_id: int = 3,
+        compressors: Sequence[str | Mapping[str, Any]] = ("pool",),
+        aligner: str = "place",
         aligner_width: int = 256,
         aligner_dropout: float = 0.1,
+        markers: str = "none",
+        max_slides: int = 32,
+        fusion: str = "prefix",
+        cross_layers: Sequence[int] | None = None,
+        cross_heads: int | None = None,
         **kwargs: Any,
     ):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
+        for key, value, known in (("markers", markers, MARKERS), ("fusion", fusion, FUSIONS)):
+            if value not in known:
+                raise InputError(f"performer.{key}: {value!r} is not known; known are {', '.join(known)}")
         self.text_config = text_config if text_config is not None else AutoConfig.for_model("qwen2")
         self.feature_dim = feature_dim
         self.image_token_id = image_token_id
+        self.compressors = list(compressors)
+        self.aligner = aligner
         self.aligner_width = aligner_width
         self.aligner_dropout = aligner_dropout
+        self.markers = markers
+        self.max_slides = max_slides
+        self.fusion = fusion
+        self.cross_layers = list(cross_layers) if cross_layers is not None else None
+        self.cross_heads = cross_heads
         kwargs.setdefault("tie_word_embeddings", self.text_config.tie_word_embeddings)
         super().__init__(**kwargs)
 
+    @property
+    def in_text(self) -> bool:
+        """Whether visual tokens stand in the text."""
+        return self.fusion == "prefix"
 
-class Aligner(nn.Module):
-    """Patch features and their places as embeddings of the language model: (n, d + 3) -> (n, hidden)."""
 
-    def __init__(self, config: SlideVLMConfig):
-        super().__init__()
-        hidden = config.text_config.hidden_size
-        self.register_buffer("mean", torch.zeros(config.feature_dim))
-        self.register_buffer("std", torch.ones(config.feature_dim))
-        self.features = nn.Sequential(
-            nn.LayerNorm(config.feature_dim),
-            nn.Dropout(config.aligner_dropout),
-            nn.Linear(config.feature_dim, config.aligner_width),
-        )
-        self.place = nn.Linear(PLACE * (1 + 2 * len(WAVES)), 2 * config.aligner_width)
-        self.out = nn.Sequential(
-            nn.GELU(),
-            nn.Dropout(config.aligner_dropout),
-            nn.Linear(config.aligner_width, hidden),
-            nn.LayerNorm(hidden),
-        )
+@dataclass
+class SlideBackboneOutput(BaseModelOutputWithPast):
+    """As its base, and what layers looked at; it is given again with every further token."""
 
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        rows = rows.to(self.place.weight.dtype)
-        features, place = rows[:, :-PLACE], rows[:, -PLACE:]
-        waves = [wave(k * torch.pi * place) for k in WAVES for wave in (torch.sin, torch.cos)]
-        # Place scales the features as well as shifting them (FiLM, Perez et al. 2018, section 2.1), so that the mean
-        # over tokens already says where the lesion is.
-        scale, shift = self.place(torch.cat([place, *waves], -1)).chunk(2, -1)
-        return self.out(self.features((features - self.mean) / self.std) * (1 + scale) + shift)
+    visual_memory: Memory | None = None
 
-    @torch.no_grad()
-    def standardise(self, rows: torch.Tensor) -> None:
-        """Set mean and deviation of the features from training rows (n, d + 3)."""
-        features = rows[:, :-PLACE].float()
-        self.mean.copy_(features.mean(0))
-        self.std.copy_(features.std(0).clamp_min(1e-3))
+
+@dataclass
+class SlideOutput(CausalLMOutputWithPast):
+    """As its base, and what layers looked at; it is given again with every further token."""
+
+    visual_memory: Memory | None = None
 
 
 class SlideVLMPreTrainedModel(PreTrainedModel):
@@ -109,27 +121,41 @@ class SlideVLMPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
-    _no_split_modules = ["Aligner"]
     _skip_keys_device_placement = ["past_key_values"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, Aligner):
-            nn.init.zeros_(module.mean)
-            nn.init.ones_(module.std)
-            # A few place columns stand beside hundreds of feature columns: equal say at the start.
-            nn.init.normal_(module.place.weight, std=0.2)
+        if hasattr(module, "reset"):
+            module.reset()
 
 
 class SlideVLMModel(SlideVLMPreTrainedModel):
-    """Aligner and language backbone; returns hidden states."""
+    """Compressors, aligner and language backbone; returns hidden states."""
 
     def __init__(self, config: SlideVLMConfig):
         super().__init__(config)
-        self.aligner = Aligner(config)
-        self.language_model = AutoModel.from_config(config.text_config)
+        text = config.text_config
+        hidden = text.hidden_size
+        self.compressor = Chain(config.compressors, config.feature_dim, hidden)
+        self.aligner = make_aligner(
+            config.aligner, self.compressor.out_dim, hidden, config.aligner_width, config.aligner_dropout
+        )
+        self.markers = None
+        if config.markers != "none":
+            self.markers = Markers(hidden, config.markers == "unique", config.max_slides)
+        self.routes = None
+        if not config.in_text:
+            layers = config.cross_layers if config.cross_layers is not None else spread(text.num_hidden_layers)
+            self.routes = Routes(hidden, layers, config.cross_heads or text.num_attention_heads)
+        self.use_language_model(AutoModel.from_config(text))
         self.post_init()
+
+    def use_language_model(self, language_model: nn.Module) -> None:
+        """Take a transformers backbone of the configuration's shape."""
+        self.language_model = language_model
+        if self.routes is not None:
+            attach(self, language_model)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -137,19 +163,64 @@ class SlideVLMModel(SlideVLMPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.language_model.set_input_embeddings(value)
 
-    def embed(self, input_ids: torch.Tensor, pixel_values: torch.Tensor | None) -> torch.Tensor:
-        """Embeddings (B, T, hidden) of the text with the visual tokens in their places.
+    @torch.no_grad()
+    def standardise(self, features: torch.Tensor) -> None:
+        """Set mean and deviation of the features from those (n, d) of training slides, wherever they are read."""
+        for module in self.modules():
+            if isinstance(module, PatchEmbedding) and len(module.mean) == features.shape[1]:
+                module.standardise(features)
+
+    def visual_tokens(
+        self, pixel_values: torch.Tensor, shown: torch.Tensor | None, questions: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        """Embeddings (n_v, hidden) of the tokens of each view, its marker first.
+
+        Args:
+            pixel_values: rows of all views, see `VisualTokens`. shown, questions: see `forward`.
 
         Raises:
-            ValueError: the number of image tokens differs from the number of visual tokens.
+            ValueError: `shown` is missing where rows alone do not say which view they belong to.
         """
-        embeds = self.get_input_embeddings()(input_ids)
-        if pixel_values is None:
-            return embeds
-        here = input_ids == self.config.image_token_id
-        if int(here.sum()) != len(pixel_values):
-            raise ValueError(f"{int(here.sum())} image tokens in the text but {len(pixel_values)} visual tokens")
-        return embeds.masked_scatter(here[..., None], self.aligner(pixel_values).to(embeds.dtype))
+        if shown is None:
+            if self.compressor.learned or self.markers is not None or self.routes is not None:
+                raise ValueError("`shown` is missing: this model compresses, marks or routes the rows of each view")
+            return [self.aligner(pixel_values[:, :-COLUMNS], pixel_values[:, -COLUMNS:-1])]
+        counts, budgets, _, slides = shown.unbind(1)
+        rows = pixel_values.split(counts.tolist())
+        blocks = self._compressed(rows, budgets.tolist(), questions) if self.compressor.learned else rows
+        made = list(torch.cat([self._aligned(block) for block in blocks]).split([len(b) for b in blocks]))
+        if self.markers is None:
+            return made
+        return [torch.cat([m[None], block]) for m, block in zip(self.markers(slides), made, strict=True)]
+
+    def _aligned(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.aligner(rows[:, :-COLUMNS], rows[:, -COLUMNS:-1])
+
+    def _compressed(
+        self, rows: Sequence[torch.Tensor], budgets: Sequence[int], questions: torch.Tensor | None
+    ) -> list[torch.Tensor]:
+        asked = None
+        if questions is not None:
+            known = (questions >= 0)[..., None]
+            words = self.get_input_embeddings()(questions.clamp_min(0)) * known
+            asked = words.sum(1) / known.sum(1).clamp_min(1)
+        blocks: list[torch.Tensor | None] = [None] * len(rows)
+        for budget in dict.fromkeys(budgets):
+            at = [i for i, b in enumerate(budgets) if b == budget]
+            tokens = Tokens.from_rows([rows[i] for i in at])
+            made = self.compressor(tokens, budget, None if asked is None else asked[at]).rows()
+            for i, block in zip(at, made, strict=True):
+                blocks[i] = block
+        return [b for b in blocks if b is not None]
+
+    def memory(self, blocks: Sequence[torch.Tensor], owners: torch.Tensor, rows: int) -> Memory:
+        """Keys and values of the visual tokens of each of `rows` rows, to which the blocks belong by `owners` (V,)."""
+        assert self.routes is not None
+        own = owners.tolist()
+        nothing = blocks[0][:0]
+        joined = [torch.cat([nothing, *(b for b, o in zip(blocks, own, strict=True) if o == r)]) for r in range(rows)]
+        lengths = torch.tensor([len(j) for j in joined], device=nothing.device)
+        return self.routes.remember(pad_sequence(joined, batch_first=True), lengths)
 
     def forward(
         self,
@@ -160,18 +231,48 @@ class SlideVLMModel(SlideVLMPreTrainedModel):
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
+        shown: torch.Tensor | None = None,
+        questions: torch.Tensor | None = None,
+        visual_memory: Memory | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
-        """As a text backbone; `pixel_values` (rows, d + 3) fill the image tokens of `input_ids` in order."""
+    ) -> SlideBackboneOutput:
+        """As a text backbone that sees.
+
+        Args:
+            pixel_values: (rows, d + 4) of all views, in the order of their tokens in `input_ids`.
+            shown: (V, 4) of each view its rows, its budget, the row of the batch it belongs to, its slide's number.
+            questions: (V, Q) token ids of each view's question, -1 where it is shorter.
+            visual_memory: of an earlier forward over the same rows, for the tokens that follow.
+
+        Raises:
+            ValueError: the number of image tokens differs from the number of visual tokens.
+        """
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, pixel_values)
-        return self.language_model(
+            assert input_ids is not None
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            if pixel_values is not None and visual_memory is None:
+                blocks = self.visual_tokens(pixel_values, shown, questions)
+                if self.routes is None:
+                    inputs_embeds = self._in_places(inputs_embeds, input_ids, torch.cat(blocks))
+                else:
+                    assert shown is not None
+                    visual_memory = self.memory(blocks, shown[:, 2], len(input_ids))
+        if visual_memory is not None:
+            kwargs[MEMORY] = visual_memory
+        out = self.language_model(
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             **kwargs,
         )
+        return SlideBackboneOutput(out.last_hidden_state, out.past_key_values, visual_memory=visual_memory)
+
+    def _in_places(self, embeds: torch.Tensor, input_ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        here = input_ids == self.config.image_token_id
+        if int(here.sum()) != len(tokens):
+            raise ValueError(f"{int(here.sum())} image tokens in the text but {len(tokens)} visual tokens")
+        return embeds.masked_scatter(here[..., None], tokens.to(embeds.dtype))
 
 
 class SlideVLM(SlideVLMPreTrainedModel, GenerationMixin):
@@ -195,7 +296,7 @@ class SlideVLM(SlideVLMPreTrainedModel, GenerationMixin):
         if len(tokenizer) > text.get_input_embeddings().num_embeddings:
             text.resize_token_embeddings(len(tokenizer))
         model = cls(SlideVLMConfig(text_config=text.config, **config))
-        model.model.language_model = text.base_model
+        model.model.use_language_model(text.base_model)
         model.lm_head = text.get_output_embeddings()
         model.generation_config = text.generation_config
         return model
@@ -220,11 +321,14 @@ class SlideVLM(SlideVLMPreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         pixel_values: torch.Tensor | None = None,
         image_grid_thw: torch.Tensor | None = None,
+        shown: torch.Tensor | None = None,
+        questions: torch.Tensor | None = None,
+        visual_memory: Memory | None = None,
         labels: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Any,
-    ) -> CausalLMOutputWithPast:
-        """Logits (B, T, vocabulary) and, with labels, the causal cross-entropy."""
+    ) -> SlideOutput:
+        """Logits (B, T, vocabulary) and, with labels, the causal cross-entropy; see `SlideVLMModel.forward`."""
         out = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -232,6 +336,9 @@ class SlideVLM(SlideVLMPreTrainedModel, GenerationMixin):
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             pixel_values=pixel_values,
+            shown=shown,
+            questions=questions,
+            visual_memory=visual_memory,
             **kwargs,
         )
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
@@ -241,20 +348,21 @@ class SlideVLM(SlideVLMPreTrainedModel, GenerationMixin):
             loss = self.loss_function(
                 logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
             )
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=out.past_key_values)
+        return SlideOutput(
+            loss=loss, logits=logits, past_key_values=out.past_key_values, visual_memory=out.visual_memory
+        )
 
     def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        pixel_values: torch.Tensor | None = None,
-        image_grid_thw: torch.Tensor | None = None,
-        is_first_iteration: bool = False,
-        **kwargs: Any,
+        self, input_ids: torch.Tensor, is_first_iteration: bool = False, **kwargs: Any
     ) -> dict:
         out = super().prepare_inputs_for_generation(input_ids, is_first_iteration=is_first_iteration, **kwargs)
-        if is_first_iteration:
-            out["pixel_values"] = pixel_values
+        if not is_first_iteration:
+            out["pixel_values"] = None
         return out
+
+    def _update_model_kwargs_for_generation(self, outputs: Any, model_kwargs: dict, *args: Any, **rest: Any) -> dict:
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **rest)
+        return {**model_kwargs, MEMORY: outputs.visual_memory}
 
 
 AutoConfig.register("slide_vlm", SlideVLMConfig)

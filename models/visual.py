@@ -3,34 +3,49 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from models.compressors.pool import pool
+from models.compressors.base import PLACE, Tokens
+from models.compressors.pool import Pool
 from slides.store import Features, read_features
 
-PLACE = 3
-"""Columns that follow the features of a visual token: centre x, centre y, side of its square, all in 0..1."""
+COLUMNS = PLACE + 1
+"""Columns that follow the features of a token: centre x, centre y and side as shares of the field; patches in it."""
 
 
 @dataclass(frozen=True, eq=False)
 class VisualTokens:
-    """Visual tokens of one image or slide.
+    """Visual tokens of one image or slide, or the tokens that a model makes them of.
 
     Args:
-        rows: (n, d + 3) float32; d feature columns, then centre x, centre y and side as shares of the field.
-        budget: tokens that were asked for; n is the realised count.
+        rows: (n, d + 4) float32; d feature columns, then `COLUMNS`.
+        budget: tokens that were asked for.
         source: path of the image or slide.
+        realised: visual tokens that the model gets of it; n where it takes the rows as they are.
+        in_text: how many of them stand in the text; None for all.
+        slide: number among the slides of its case, from 0.
+        question: (T,) token ids of the question, for a model that looks with it in mind.
     """
 
     rows: torch.Tensor
     budget: int
     source: str
+    realised: int | None = None
+    in_text: int | None = None
+    slide: int = 0
+    question: torch.Tensor | None = None
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return self.tokens if self.in_text is None else self.in_text
+
+    @property
+    def tokens(self) -> int:
+        """Visual tokens that it costs."""
+        return len(self.rows) if self.realised is None else self.realised
 
     def __deepcopy__(self, memo: dict) -> VisualTokens:
         # Trainers deep-copy whole prompts; the tensor is never written to, so one copy serves all completions.
@@ -38,17 +53,17 @@ class VisualTokens:
 
 
 class FeatureBank:
-    """Stored features of the cases' images and slides, pooled to a budget; every (source, budget) is made once.
+    """Stored features of the cases' images and slides, compressed to a budget; every one is made once.
 
     Args:
         files: feature file (HDF5) of each image or slide path.
-        cache_mb: memory for pooled tokens, in MiB; the least recently used go first.
+        cache_mb: memory for compressed tokens, in MiB; the least recently used go first.
     """
 
     def __init__(self, files: dict[str, str], cache_mb: int = 2048):
         self.files = files
         self.cache_bytes = cache_mb * 2**20
-        self._pooled: OrderedDict[tuple[str, int], VisualTokens] = OrderedDict()
+        self._made: OrderedDict[tuple[str, Hashable, int], VisualTokens] = OrderedDict()
         self._held = 0
 
     @property
@@ -61,33 +76,47 @@ class FeatureBank:
         return read_features(self.files[source])
 
     def see(self, source: str, budget: int) -> VisualTokens:
-        """Visual tokens of a source at a budget (at least 1)."""
-        key = (source, budget)
-        if key in self._pooled:
-            self._pooled.move_to_end(key)
-            return self._pooled[key]
-        self.see_all(source, [budget])
-        return self._pooled[key]
+        """Pooled tokens of a source at a budget (at least 1)."""
+        return self.see_all(source, [budget])[0]
 
-    def see_all(self, source: str, budgets: list[int]) -> list[VisualTokens]:
-        """Visual tokens of a source at several budgets; its file is read once."""
-        missing = [b for b in budgets if (source, b) not in self._pooled]
-        if missing:
+    def see_all(self, source: str, budgets: Sequence[int]) -> list[VisualTokens]:
+        """Pooled tokens of a source at several budgets; its file is read once."""
+        return self.prepare(source, budgets, '["pool"]', lambda tokens, b: Pool(tokens.features.shape[-1])(tokens, b))
+
+    def prepare(
+        self, source: str, budgets: Sequence[int], name: Hashable, compress: Callable[[Tokens, int], Tokens]
+    ) -> list[VisualTokens]:
+        """Tokens of a source at several budgets; its file is read once, and what is made is kept under a name.
+
+        Args:
+            compress: the source's patches, places in pixels, to at most so many tokens.
+        """
+        found = {b: self._find((source, name, b)) for b in budgets}
+        if None in found.values():
             stored = self.load(source)
-            features = stored.features
             squares, shares = cells(stored), extent(stored)
-            for budget in missing:
-                tokens, places = pool(features, squares, budget)
-                rows = np.concatenate([tokens, places / shares], axis=1, dtype=np.float32)
-                self._keep(VisualTokens(torch.from_numpy(rows), budget, source))
-        return [self._pooled[source, b] for b in budgets]
+            ones = np.ones((len(squares), 1))
+            rows = np.concatenate([stored.features, squares, ones], axis=1, dtype=np.float32)
+            patches = Tokens.from_rows([torch.from_numpy(rows)])
+            scale = torch.from_numpy(np.append(shares, 1.0)).float()
+            for budget in (b for b, tokens in found.items() if tokens is None):
+                (made,) = compress(patches, budget).rows()
+                made[:, -COLUMNS:] /= scale
+                found[budget] = self._keep(name, VisualTokens(made, budget, source))
+        return [tokens for b in budgets if (tokens := found[b]) is not None]
 
-    def _keep(self, tokens: VisualTokens) -> None:
-        self._pooled[tokens.source, tokens.budget] = tokens
+    def _find(self, key: tuple[str, Hashable, int]) -> VisualTokens | None:
+        if key in self._made:
+            self._made.move_to_end(key)
+        return self._made.get(key)
+
+    def _keep(self, name: Hashable, tokens: VisualTokens) -> VisualTokens:
+        self._made[tokens.source, name, tokens.budget] = tokens
         self._held += tokens.rows.nbytes
-        while self._held > self.cache_bytes and len(self._pooled) > 16:
-            _, old = self._pooled.popitem(last=False)
+        while self._held > self.cache_bytes and len(self._made) > 16:
+            _, old = self._made.popitem(last=False)
             self._held -= old.rows.nbytes
+        return tokens
 
 
 def cells(stored: Features) -> np.ndarray:

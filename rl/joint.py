@@ -72,7 +72,7 @@ class FrugalTrainer(GroupTrainer):
             case, budget = self.cases[row["index"]], self.learner.ladder[rung]
             prompt = self.performer.prompt(case, budget)
             self._prompts.append(prompt)
-            extra = {"budget": budget, "tokens": sum(map(len, prompt.views)), "max_budget": self.learner.ladder[-1]}
+            extra = {"budget": budget, "tokens": prompt.visual, "max_budget": self.learner.ladder[-1]}
             shared = {"prompt": self.performer.messages(case, prompt.views), "views": prompt.views, **extra}
             rows += [{**member, **shared} for member in inputs[at * group : (at + 1) * group]]
         self._rows = [at for at in range(len(first)) for _ in range(group)]

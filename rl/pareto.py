@@ -54,21 +54,16 @@ class Evaluation:
         self.test = stages.table("grpo", performer, "test")
         self.val = stages.table("grpo", performer, "val")
         self.bootstrap = Bootstrap(self.test.patients, run.evaluation.bootstrap, run.grpo.seed)
-        self.shape = performer.shape
         self.stage1 = fitted.allocator.flops
         self.rung_cost = np.array(stages.rung_cost(performer))
         self.latency, self.look_ms = self._latency()
         look = CheapLook(performer, fitted.allocator.config)
         self.values = predict(fitted.allocator, *look(stages.splits["test"]))
 
-    def flops(self, table: ScoreTable) -> np.ndarray:
-        """FLOPs (N, K) of every answer, aligner or vision tower included."""
-        return table.flops(self.shape) + np.vectorize(self.performer.seeing, otypes=[float])(table.visual)
-
     def static(self, table: ScoreTable) -> list[Point]:
         """A point for each budget of the ladder."""
         table = table.at(self.ladder)
-        flops = self.flops(table)
+        flops = table.flops
         return [
             point(
                 table.score[:, k],
@@ -92,7 +87,7 @@ class Evaluation:
     def adaptive(self, price: float) -> tuple[Point, Point]:
         """The allocator's point at a price, and that of the random allocator of equal mean budget."""
         table = self.test.at(self.ladder)
-        flops, rungs = self.flops(table), self.rungs(self.values, price)
+        flops, rungs = table.flops, self.rungs(self.values, price)
         milliseconds = np.array([self.latency[b] for b in self.ladder])
         own = point(
             chosen(table.score, rungs),
@@ -119,7 +114,7 @@ class Evaluation:
         The best of all prices and static budgets is what the others are measured against.
         """
         run, table = self.stages.run, self.val.at(self.ladder)
-        flops = self.flops(table)
+        flops = table.flops
         bootstrap = Bootstrap(table.patients, run.evaluation.bootstrap, run.grpo.seed)
         prices = run.evaluation.prices
         rungs = [self.rungs(self.fitted.values, p) for p in prices]
@@ -133,7 +128,7 @@ class Evaluation:
     def summary(self) -> dict[str, Any]:
         """All of `summary.json` but what is known of the environment."""
         test = self.test.at(self.ladder)
-        flops = self.flops(test)
+        flops = test.flops
         prices = self.stages.run.evaluation.prices
         price = self.operating_price()
         static = self.static(self.test)
@@ -202,7 +197,7 @@ class Evaluation:
             scores[name] = table.score[:, 0]
             texts[name] = [row[0] for row in table.text]
             points[name] = point(
-                table.score[:, 0], table.visual[:, 0], self.flops(table)[:, 0], self.bootstrap, budget=self.ladder[k]
+                table.score[:, 0], table.visual[:, 0], table.flops[:, 0], self.bootstrap, budget=self.ladder[k]
             ).to_dict()
         points["grpo_allocator"] = own.to_dict()
         return points, scores, texts
@@ -212,13 +207,11 @@ class Evaluation:
         run = self.stages.run
         base = build_performer(run.performer, self.stages.splits["train"], self.stages.bank, run.grpo.seed)
         table = self.stages.table("base", base, "test", [self.ladder[-1]])
-        return point(
-            table.score[:, 0], table.visual[:, 0], self.flops(table)[:, 0], self.bootstrap, budget=self.ladder[-1]
-        )
+        return point(table.score[:, 0], table.visual[:, 0], table.flops[:, 0], self.bootstrap, budget=self.ladder[-1])
 
     def _text_only(self) -> Point:
         table = self.test.at([0])
-        return point(table.score[:, 0], table.visual[:, 0], self.flops(table)[:, 0], self.bootstrap, budget=0)
+        return point(table.score[:, 0], table.visual[:, 0], table.flops[:, 0], self.bootstrap, budget=0)
 
     def _majority(self) -> Point:
         """The commonest training answer of each kind of question; costs nothing."""

@@ -11,7 +11,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from envs.case import Case
-from models.visual import PLACE, FeatureBank
+from models.visual import COLUMNS, FeatureBank
 from rewards.bootstrap import Bootstrap
 from rl.frontier import chosen
 from rl.stages import Stages
@@ -60,7 +60,7 @@ def linear_probe(
 def _inputs(cases: list[Case], bank: FeatureBank) -> np.ndarray:
     """Mean features (N, d): of all images of a case."""
     return np.stack(
-        [np.mean([bank.see(s, 1).rows[0, :-PLACE].numpy() for s in (*c.images, *c.slides)], axis=0) for c in cases]
+        [np.mean([bank.see(s, 1).rows[0, :-COLUMNS].numpy() for s in (*c.images, *c.slides)], axis=0) for c in cases]
     )
 
 

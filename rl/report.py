@@ -124,7 +124,7 @@ def plot(summary: dict[str, Any], path: Path) -> None:
 def _cases(evaluation: Evaluation, price: float) -> str:
     test = evaluation.test
     rungs = evaluation.rungs(evaluation.values, price)
-    flops = evaluation.flops(test)
+    flops = test.flops
     lines = []
     for i, case in enumerate(evaluation.stages.splits["test"]):
         k = test.budgets.index(evaluation.ladder[rungs[i]])

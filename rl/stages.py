@@ -109,7 +109,7 @@ class Stages:
             train_dataset=Dataset.from_list(rows),
             processing_class=performer.processor,
             callbacks=[guard, MarkWhole()],
-            peft_config=lora_config(self.run.performer),
+            peft_config=lora_config(self.run.performer, performer.model),
             performer=performer,
             cases=train,
             learner=learner,
@@ -136,13 +136,14 @@ class Stages:
         )
 
     def rung_cost(self, performer: Performer) -> list[float]:
-        """FLOPs of an answer at every rung, the largest = 1, for the mean training question."""
+        """FLOPs of an answer at every rung, the largest = 1, in the mean over training questions."""
         sample = self.splits["train"][:: max(1, len(self.splits["train"]) // 100)]
         tokenizer = performer.processor.tokenizer
-        prompt = [len(performer.prompt(c, 0)) for c in sample]
-        answer = [len(tokenizer(c.answer)["input_ids"]) + 5 for c in sample]
-        text, written = sum(prompt) / len(prompt), sum(answer) / len(answer)
-        flops = [performer.shape.answer(b, text, written) + performer.seeing(b) for b in self.run.ladder]
+        written = [len(tokenizer(c.answer)["input_ids"]) + 5 for c in sample]
+        flops = []
+        for budget in self.run.ladder:
+            prompts = [performer.prompt(c, budget) for c in sample]
+            flops.append(sum(performer.flops(p, w) for p, w in zip(prompts, written, strict=True)))
         return [f / flops[-1] for f in flops]
 
     def _new_allocator(self, performer: Performer) -> ValueAllocator:
@@ -175,7 +176,7 @@ class Stages:
             text_only,
             [MarkWhole()],
             last_whole(folder),
-            lora_config(self.run.performer),
+            lora_config(self.run.performer, performer.model),
         )
         self._finish(folder, parts, performer, trainer)
         return self._load(name)

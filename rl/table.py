@@ -14,10 +14,12 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from envs.case import Case
-from models.cost import DecoderShape
 from models.performer import Answer, Performer
 from rl.scoring import Scorer
+from slides.errors import InputError
 from slides.whole import whole
+
+COLUMNS = ("score", "visual", "prompt", "generated", "flops")
 
 
 @dataclass
@@ -29,6 +31,7 @@ class ScoreTable:
         budgets: K budgets in tokens; 0 shows no image.
         score: (N, K) in 0..1.
         visual, prompt, generated: (N, K) token counts.
+        flops: (N, K) of every answer, compressors or vision tower included.
         text: completions, N lists of K.
     """
 
@@ -40,18 +43,15 @@ class ScoreTable:
     visual: np.ndarray
     prompt: np.ndarray
     generated: np.ndarray
+    flops: np.ndarray
     text: list[list[str]]
 
     def at(self, budgets: Sequence[int]) -> ScoreTable:
         """The columns of some budgets."""
         keep = [self.budgets.index(b) for b in budgets]
-        arrays = {k: getattr(self, k)[:, keep] for k in ("score", "visual", "prompt", "generated")}
+        arrays = {k: getattr(self, k)[:, keep] for k in COLUMNS}
         text = [[row[k] for k in keep] for row in self.text]
         return ScoreTable(self.ids, self.patients, self.questions, list(budgets), text=text, **arrays)
-
-    def flops(self, shape: DecoderShape) -> np.ndarray:
-        """FLOPs (N, K) of every answer of the language model."""
-        return np.vectorize(shape.answer, otypes=[float])(self.visual, self.prompt, self.generated)
 
     def save(self, path: str | Path) -> None:
         """Write as JSON lines, one case a line, atomically."""
@@ -59,17 +59,21 @@ class ScoreTable:
             file.write(json.dumps({"budgets": self.budgets}) + "\n")
             for i, name in enumerate(self.ids):
                 row: dict[str, Any] = {"id": name, "patient": self.patients[i], "question": self.questions[i]}
-                for key in ("score", "visual", "prompt", "generated"):
+                for key in COLUMNS:
                     row[key] = getattr(self, key)[i].tolist()
                 file.write(json.dumps({**row, "text": self.text[i]}) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> ScoreTable:
-        """Read what `save` wrote."""
+        """Read what `save` wrote.
+
+        Raises:
+            InputError: an earlier version wrote it.
+        """
         head, *rows = (json.loads(line) for line in Path(path).read_text().splitlines())
-        fields: dict[str, Any] = {
-            k: np.array([r[k] for r in rows]) for k in ("score", "visual", "prompt", "generated")
-        }
+        if rows and (missing := [k for k in COLUMNS if k not in rows[0]]):
+            raise InputError(f"{path}: has no {', '.join(missing)}, as earlier versions wrote it; delete the file")
+        fields: dict[str, Any] = {k: np.array([r[k] for r in rows]) for k in COLUMNS}
         fields |= {f"{k}s": [r[k] for r in rows] for k in ("id", "patient", "question")}
         return cls(budgets=head["budgets"], text=[r["text"] for r in rows], **fields)
 
@@ -105,9 +109,7 @@ def score_table(
         ],
         axis=1,
     )
-    counts = {
-        k: np.array([[getattr(a, k) for a in row] for row in answers]) for k in ("visual", "prompt", "generated")
-    }
+    counts = {k: np.array([[getattr(a, k) for a in row] for row in answers]) for k in COLUMNS if k != "score"}
     table = ScoreTable(
         [c.id for c in cases],
         [c.patient for c in cases],

@@ -298,7 +298,7 @@ class GroupTrainer(GRPOTrainer):
                 valid[rows],
                 self._tokenizer.pad_token_id,
             )
-            seen = self.sight.inputs(model, [v for p in read for v in p.views])
+            seen = self.sight.inputs(model, [p.views for p in read])
             with self.accelerator.autocast():
                 out = model(
                     input_ids=packed.input_ids,

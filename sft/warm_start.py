@@ -66,7 +66,7 @@ class BudgetCollator:
             places.append(torch.cat([prompt.positions, after.expand(len(prompt.positions), -1)], 1))
         fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
         inputs = {k: pad_sequence(v, batch_first=True, padding_value=fill[k]) for k, v in rows.items()}
-        seen = sight.inputs(performer.model, [v for p in prompts for v in p.views])
+        seen = sight.inputs(performer.model, [p.views for p in prompts])
         return {**inputs, "position_ids": stack_positions(places), **seen}
 
 

@@ -69,6 +69,9 @@ class Compressor(nn.Module):
     learned: ClassVar[bool] = True
     """Whether it has parameters, and so runs within the model."""
 
+    asks: ClassVar[bool] = False
+    """Whether it reads the question."""
+
     out_dim: int
     """Width of the tokens that go out."""
 

@@ -75,6 +75,7 @@ class Chain(nn.Module):
         self.fixed = [stage for stage in stages if not stage.learned]
         self.learned = nn.ModuleList(stage for stage in stages if stage.learned)
         self.out_dim = stages[-1].out_dim
+        self.asks = any(stage.asks for stage in stages)
 
     def prepare(self, tokens: Tokens, budget: int) -> Tokens:
         """What the model gets of a slide: the stages without parameters, at the budget if no other follows."""

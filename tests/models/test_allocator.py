@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from models.allocator import AllocatorConfig, CheapLook, ValueAllocator
-from models.visual import PLACE
+from models.visual import COLUMNS
 from tests.conftest import LADDER, WIDTH
 
 COST = torch.tensor([0.1, 0.3, 1.0])
@@ -85,7 +85,7 @@ def test_the_look_is_the_pooled_tokens_of_the_smallest_budgets(allocator, perfor
     look, question = CheapLook(performer, allocator.config)(cases[:3])
     assert look.shape == (3, 5, WIDTH)
     for row, case in zip(look, cases[:3], strict=True):
-        pooled = [performer.bank.see(case.images[0], b).rows[:, :-PLACE] for b in (1, 4)]
+        pooled = [performer.bank.see(case.images[0], b).rows[:, :-COLUMNS] for b in (1, 4)]
         assert torch.equal(row, torch.cat(pooled))
     assert question.dtype == torch.long
     lengths = [len(performer.processor.tokenizer(c.prompt)["input_ids"]) for c in cases[:3]]

@@ -58,7 +58,7 @@ def test_the_decoder_is_found_within_wrappers(qwen, performer):
     around = torch.nn.Module()
     around.module = qwen.model
     text = backbone(qwen.model).language_model
-    adapted = get_peft_model(qwen.model, lora_config(PerformerConfig(family="qwen_vl", lora={"r": 2})))
+    adapted = get_peft_model(qwen.model, lora_config(PerformerConfig(family="qwen_vl", lora={"r": 2}), qwen.model))
     wrapped = torch.nn.Module()
     wrapped.module = adapted
     assert all(decoder(m) is text for m in (qwen.model, around, adapted, wrapped))

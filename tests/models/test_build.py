@@ -133,14 +133,14 @@ def test_another_vision_language_model_is_refused():
 
 
 def test_no_lora_no_adapters():
-    assert lora_config(PerformerConfig(family="qwen_vl", lora=None)) is None
+    assert lora_config(PerformerConfig(family="qwen_vl", lora=None), None) is None
 
 
 @pytest.mark.parametrize("family", ["qwen", "performer"])
 def test_adapters_are_on_the_language_projections_alone(request, family):
     model = request.getfixturevalue(family).model
     layers = model.config.get_text_config().num_hidden_layers
-    adapted = get_peft_model(model, lora_config(PerformerConfig(family="qwen_vl", lora={})))
+    adapted = get_peft_model(model, lora_config(PerformerConfig(family="qwen_vl", lora={}), None))
     hit = {name.split(".lora_A")[0] for name, _ in adapted.named_modules() if name.endswith("lora_A.default")}
     assert len(hit) == layers * len(PROJECTIONS)
     assert all(".language_model.layers." in name and name.endswith(PROJECTIONS) for name in hit)
@@ -150,18 +150,18 @@ def test_adapters_are_on_the_language_projections_alone(request, family):
 
 def test_keys_of_lora_have_the_say():
     config = lora_config(
-        PerformerConfig(family="qwen_vl", lora={"r": 3, "lora_dropout": 0.5, "target_modules": ["q_proj"]})
+        PerformerConfig(family="qwen_vl", lora={"r": 3, "lora_dropout": 0.5, "target_modules": ["q_proj"]}), None
     )
     assert config is not None
     assert (config.r, config.lora_alpha, config.lora_dropout) == (3, 32, 0.5)
     assert config.target_modules == {"q_proj"} and config.task_type == "CAUSAL_LM"
-    default = lora_config(PerformerConfig(family="qwen_vl", lora={}))
+    default = lora_config(PerformerConfig(family="qwen_vl", lora={}), None)
     assert default is not None and (default.r, default.lora_alpha, default.lora_dropout) == (16, 32, 0.0)
 
 
 def test_an_unknown_key_of_lora_is_named():
     with pytest.raises(InputError, match=r"performer\.lora: .*'rank'.*peft's LoraConfig"):
-        lora_config(PerformerConfig(family="qwen_vl", lora={"rank": 8}))
+        lora_config(PerformerConfig(family="qwen_vl", lora={"rank": 8}), None)
 
 
 # Stored features.

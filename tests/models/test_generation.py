@@ -197,7 +197,9 @@ def test_adapters_write_as_the_model_they_are_merged_into(qwen, image_cases):
     plain = generate(qwen.model, qwen.processor.sight, prompts, (2, 1, 1), greedy(qwen))
     adapted = get_peft_model(
         qwen.model,
-        lora_config(PerformerConfig(family="qwen_vl", lora={"r": 4, "lora_alpha": 16, "init_lora_weights": False})),
+        lora_config(
+            PerformerConfig(family="qwen_vl", lora={"r": 4, "lora_alpha": 16, "init_lora_weights": False}), qwen.model
+        ),
     ).eval()
     written = generate(adapted, qwen.processor.sight, prompts, (2, 1, 1), greedy(qwen))
     assert written != plain

@@ -162,7 +162,7 @@ def test_a_file_that_was_cut_short_is_named(qwen, sight, tmp_path, suffix):
     os.truncate(path, path.stat().st_size // 2)
     view = sight.view_at(str(path), 4)  # its head is whole
     with pytest.raises(InputError, match=f"{path}: cannot be read as an image .*mend or replace it"):
-        sight.inputs(qwen.model, [view])
+        sight.inputs(qwen.model, [[view]])
 
 
 def test_files_are_not_held_open(sight, image_cases):
@@ -195,7 +195,7 @@ def test_a_copied_view_is_the_view(qwen, sight, image_cases):
     again = copy.deepcopy(conversation)
     assert again is not conversation
     assert again[0]["content"][0]["image"] is view
-    sight.inputs(qwen.model, [view])
+    sight.inputs(qwen.model, [[view]])
     assert copy.deepcopy(view).features is view.features
 
 

@@ -41,6 +41,8 @@ def test_several_images_share_the_budget(performer, cases):
     assert performer.sources(both) == ("field0", "field1", "field2")
     assert [(v.source, len(v)) for v in performer.see(both, 12)] == [("field0", 4), ("field1", 4), ("field2", 4)]
     assert sum(map(len, performer.see(both, 16))) <= 16
+    assert [v.source for v in performer.see(both, 2)] == ["field0", "field1"], "there is none for the third"
+    assert [v.slide for v in performer.see(both, 3)] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("several", [False, True])
@@ -166,7 +168,7 @@ def test_a_rendered_prompt_keeps_no_view_alive(request, family, cases, image_cas
     if family == "qwen":
         made._view.cache_clear()
     else:
-        made.bank._pooled.clear()
+        made.bank._made.clear()
         made.bank._held = 0
     gc.collect()
     assert view() is None
@@ -218,17 +220,22 @@ def test_a_case_whose_image_is_missing_is_named(qwen, image_cases, tmp_path):
 # What seeing costs.
 
 
-def test_seeing_costs_a_run_of_the_tower(qwen):
+def test_seeing_costs_a_run_of_the_tower(qwen, image_cases):
     tower = TowerShape.from_config(qwen.model.config.vision_config)
-    assert [qwen.seeing(n) for n in (0, 1, 64)] == [tower.read(n) for n in (0, 1, 64)]
-    assert qwen.seeing(0) == 0 < qwen.seeing(1) < qwen.seeing(64)
+    views = qwen.see(image_cases[3], 12)
+    assert len(views) == 2 and qwen.seeing(views) == sum(tower.read(len(v)) for v in views)
+    assert qwen.seeing([]) == 0 < qwen.seeing(views[:1]) < qwen.seeing(views)
 
 
-def test_stored_features_cost_the_aligner_alone(performer):
-    aligner = performer.model.model.aligner
-    products = [m for m in aligner.modules() if isinstance(m, torch.nn.Linear)]
+def test_stored_features_cost_the_aligner_alone(performer, cases):
+    products = [m for m in performer.model.model.aligner.modules() if isinstance(m, torch.nn.Linear)]
     assert len(products) == 3
-    assert performer.seeing(7) == sum(2 * 7 * m.in_features * m.out_features for m in products)
+    prompt = performer.prompt(cases[0], 7)
+    seen = sum(2 * prompt.visual * m.in_features * m.out_features for m in products)
+    assert prompt.visual == 6 and performer.seeing(prompt.views) == seen
+    assert performer.flops(prompt, 3) == performer.shape.answer(6, prompt.text, 3) + seen
+    (answer,) = performer.answer(cases[:1], [7], max_new_tokens=3)
+    assert answer.flops == performer.flops(prompt, answer.generated)
 
 
 def test_the_language_model_alone_gives_the_shape(qwen, performer):

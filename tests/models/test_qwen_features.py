@@ -40,14 +40,14 @@ def test_counted_tokens_grid_and_features_agree(qwen, sight, image_cases, budget
             fields = sight.fields([view])
             assert fields["image_grid_thw"].tolist() == [list(view.grid)]
             assert len(fields["pixel_values"]) == 4 * len(view)
-            (shown,) = sight.inputs(qwen.model, [view])["mm_encoder_outputs"]["image"].pooler_output
+            (shown,) = sight.inputs(qwen.model, [[view]])["mm_encoder_outputs"]["image"].pooler_output
             assert shown is view.features and shown.shape == (len(view), 32)
 
 
 def test_features_are_those_of_the_stock_tower(qwen, sight, image_cases):
     views = [v for c in image_cases for v in views_of(qwen, c, 12)] + [sight.view(noise(90, 150, 9))]
     expected = stock_features(qwen, views)
-    shown = sight.inputs(qwen.model, views)["mm_encoder_outputs"]["image"].pooler_output
+    shown = sight.inputs(qwen.model, [views])["mm_encoder_outputs"]["image"].pooler_output
     for features, stock in zip(shown, expected, strict=True):
         assert torch.allclose(features, stock, atol=1e-5, rtol=1e-4)
         assert stock.std() > 0.1
@@ -68,15 +68,15 @@ def test_many_views_are_seen_in_parts(qwen, sight, runs, monkeypatch, limit, cou
 def test_a_frozen_tower_sees_a_view_once(qwen, sight, runs, image_cases):
     views = views_of(qwen, image_cases[3], 6)
     sight.prefetch(views)
-    first = sight.inputs(qwen.model, [*views, views[0]])
-    again = sight.inputs(qwen.model, [*views, views[0]])
+    first = sight.inputs(qwen.model, [[*views, views[0]]])
+    again = sight.inputs(qwen.model, [[*views, views[0]]])
     assert len(runs) == 1 and runs[0] == sum(4 * len(v) for v in views)
     assert sight.seen == 2
     outs = [x["mm_encoder_outputs"]["image"].pooler_output for x in (first, again)]
     assert all(a is b for a, b in zip(*outs, strict=True))
     assert not any(v.features.requires_grad for v in views)
     assert all(v.job is None for v in views), "patches are let go"
-    sight.inputs(qwen.model, [*views, sight.view_at(views[0].source, 1)])
+    sight.inputs(qwen.model, [views, [sight.view_at(views[0].source, 1)]])
     assert runs[1:] == [4], "another budget is another view; only it is seen"
 
 
@@ -84,7 +84,7 @@ def test_a_frozen_tower_runs_in_every_forward_on_demand(qwen, sight, runs, image
     sight.configure(qwen.model, False, None, nullcontext)
     views = views_of(qwen, image_cases[0], 16)
     for count in (1, 2):
-        inputs = sight.inputs(qwen.model, views)
+        inputs = sight.inputs(qwen.model, [views])
         assert set(inputs) == {"pixel_values", "image_grid_thw"}
         assert views[0].features is None
         qwen.model(**prompt_inputs(qwen, views), **inputs)
@@ -106,7 +106,7 @@ def test_a_tower_that_trains_has_gradients(make_qwen, image_cases):
     performer.processor.sight.configure(performer.model, True, None, nullcontext)
     for _ in range(2):
         performer.model.zero_grad()
-        inputs = {**prompt_inputs(performer, views), **performer.processor.sight.inputs(performer.model, views)}
+        inputs = {**prompt_inputs(performer, views), **performer.processor.sight.inputs(performer.model, [views])}
         performer.model(**inputs, labels=inputs["input_ids"]).loss.backward()
         assert all(p.grad is not None and p.grad.abs().max() > 0 for p in visual.parameters() if p.ndim > 1)
         assert all(v.features is None for v in views)
@@ -115,15 +115,15 @@ def test_a_tower_that_trains_has_gradients(make_qwen, image_cases):
 def test_an_unconfigured_sight_does_not_remember_a_tower_that_trains(make_qwen, image_cases):
     performer = make_qwen(freeze_vision=False)
     views = views_of(performer, image_cases[0], 4)
-    assert set(performer.processor.sight.inputs(performer.model, views)) == {"pixel_values", "image_grid_thw"}
+    assert set(performer.processor.sight.inputs(performer.model, [views])) == {"pixel_values", "image_grid_thw"}
     freeze_vision(performer.model)
-    assert set(performer.processor.sight.inputs(performer.model, views)) == {"mm_encoder_outputs"}
+    assert set(performer.processor.sight.inputs(performer.model, [views])) == {"mm_encoder_outputs"}
 
 
 def test_a_model_that_takes_no_features_gets_pixels(qwen, sight, image_cases, monkeypatch):
     monkeypatch.setattr(qwen_vl, "takes_features", lambda base: False)
     views = views_of(qwen, image_cases[0], 4)
-    assert set(sight.inputs(qwen.model, views)) == {"pixel_values", "image_grid_thw"}
+    assert set(sight.inputs(qwen.model, [views])) == {"pixel_values", "image_grid_thw"}
 
 
 @torch.no_grad()
@@ -131,7 +131,7 @@ def test_pixels_and_features_give_the_same_logits(qwen, sight, image_cases):
     for case in image_cases[:4]:
         views = views_of(qwen, case, 12)
         text = prompt_inputs(qwen, views)
-        by_features = qwen.model(**text, **sight.inputs(qwen.model, views)).logits
+        by_features = qwen.model(**text, **sight.inputs(qwen.model, [views])).logits
         by_pixels = qwen.model(**text, **sight.fields(views)).logits
         assert torch.allclose(by_features, by_pixels, atol=1e-5)
 
@@ -196,11 +196,11 @@ def test_a_second_run_never_runs_the_tower(make_qwen, image_cases, tmp_path):
     first, second = make_qwen(), make_qwen()
     sight, runs = cached(first, tmp_path)
     views = [v for c in image_cases for v in views_of(first, c, 9)] + [sight.view(noise(56, 84, 5))]
-    sight.inputs(first.model, views)
+    sight.inputs(first.model, [views])
     assert len(runs) == 1 and sight.seen == len(views)
     later, none = cached(second, tmp_path)
     again = [v for c in image_cases for v in views_of(second, c, 9)] + [later.view(noise(56, 84, 5))]
-    later.inputs(second.model, again)
+    later.inputs(second.model, [again])
     assert none == [] and later.seen == 0
     assert all(torch.equal(a.features, b.features) for a, b in zip(views, again, strict=True))
     assert later.cache is not None and later.cache.hits == len(views)
@@ -247,11 +247,11 @@ def test_kept_features_may_be_rounded(make_qwen, image_cases, tmp_path):
     assert len(ran) == 1, "rounded features do not pass for exact ones"
     later, none = cached(second, tmp_path, dtype=torch.bfloat16)
     (again,) = views_of(second, image_cases[0], 16)
-    inputs = later.inputs(second.model, [again])
+    inputs = later.inputs(second.model, [[again]])
     assert none == [] and again.features.dtype == torch.bfloat16
     with torch.no_grad():
         text = prompt_inputs(second, [again])
         rounded = second.model(**text, **inputs).logits
-        exact = second.model(**text, **sight.inputs(second.model, [view])).logits
+        exact = second.model(**text, **sight.inputs(second.model, [[view]])).logits
     assert rounded.dtype == torch.float32 and not torch.equal(rounded, exact)
     assert torch.allclose(rounded, exact, atol=0.1)

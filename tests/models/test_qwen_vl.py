@@ -88,7 +88,7 @@ def test_the_backbone_is_found_within_wrappers(qwen):
     base = qwen.model.model
     wrapped = torch.nn.Module()
     wrapped.module = qwen.model
-    adapted = get_peft_model(qwen.model, lora_config(PerformerConfig(family="qwen_vl", lora={"r": 2})))
+    adapted = get_peft_model(qwen.model, lora_config(PerformerConfig(family="qwen_vl", lora={"r": 2}), qwen.model))
     around = torch.nn.Module()
     around.module = adapted
     assert all(backbone(m) is base for m in (base, qwen.model, wrapped, adapted, around))

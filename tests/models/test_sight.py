@@ -152,11 +152,14 @@ def test_stored_features_are_handed_on(bank):
     fields = sight.fields(views)
     assert torch.equal(fields["pixel_values"], torch.cat([v.rows for v in views]))
     assert fields["image_grid_thw"].tolist() == [[1, 1, 4], [1, 1, 1]]
-    inputs = sight.inputs(None, views)
-    assert set(inputs) == set(fields) and torch.equal(inputs["pixel_values"], fields["pixel_values"])
+    inputs = sight.inputs(None, [views])
+    assert torch.equal(inputs["pixel_values"], fields["pixel_values"])
+    assert inputs["shown"].tolist() == [[4, 4, 0, 0], [1, 1, 0, 0]]
+    apart = sight.inputs(None, [[], views[:1], views[1:]])
+    assert apart["shown"][:, 2].tolist() == [1, 2], "rows of the batch that the views belong to"
     assert sight.inputs(None, []) == {}
     assert sight.positions(torch.tensor([5, 3, 3, 6]), views).tolist() == [[0, 1, 2, 3]]
-    assert isinstance(views[0], VisualTokens) and views[0].rows.shape == (4, WIDTH + 3)
+    assert isinstance(views[0], VisualTokens) and views[0].rows.shape == (4, WIDTH + 4)
 
 
 @pytest.mark.parametrize("image", ["field.png", noise(28, 28, 0), np.zeros(3)])
@@ -168,7 +171,7 @@ def test_images_that_are_not_encoded_are_refused(image):
 def test_a_text_model_refuses_images():
     with pytest.raises(InputError, match="use a vision-language model"):
         read_prompt(train_tokenizer(["a"], 280), TextSight(), ask("What?", noise(28, 28, 0)))
-    assert TextSight().fields([]) == {} and TextSight().inputs(None, []) == {}
+    assert TextSight().fields([]) == {} and TextSight().inputs(None, [[]]) == {}
 
 
 def test_a_sight_of_no_family_sees_nothing():

@@ -51,8 +51,8 @@ def test_a_saved_model_gives_equal_logits(performer, bank, inputs, tmp_path):
     again = SlidePerformer.load(tmp_path, bank, show_options=False)
     again.model.eval()
     assert torch.equal(again.model(**inputs).logits, performer.model(**inputs).logits)
-    assert torch.equal(again.model.model.aligner.mean, performer.model.model.aligner.mean)
-    assert performer.model.model.aligner.mean.abs().max() > 0.1, "the features' mean was measured"
+    assert torch.equal(again.model.model.aligner.patches.mean, performer.model.model.aligner.patches.mean)
+    assert performer.model.model.aligner.patches.mean.abs().max() > 0.1, "the features' mean was measured"
     automatic = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert isinstance(automatic, SlideVLM)
 

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import torch
 
-from models.visual import PLACE, FeatureBank, VisualTokens, cells, extent
+from models.visual import COLUMNS, FeatureBank, VisualTokens, cells, extent
 from slides.store import Features, read_features
 from tests.conftest import SIDE, WIDTH, grid_features
 
@@ -35,11 +35,12 @@ def test_every_source_and_budget_is_pooled_once(bank):
 def test_tokens_are_features_then_place(bank):
     tokens = bank.see("field3", 100)
     stored = read_features(bank.files["field3"])
-    assert tokens.rows.shape == (36, WIDTH + PLACE) and tokens.rows.dtype == torch.float32
+    assert tokens.rows.shape == (36, WIDTH + COLUMNS) and tokens.rows.dtype == torch.float32
     assert (len(tokens), tokens.budget, tokens.source) == (36, 100, "field3")
     np.testing.assert_array_equal(tokens.rows[:, :WIDTH].numpy(), stored.features)
-    np.testing.assert_allclose(tokens.rows[0, WIDTH:], [1 / 12, 1 / 12, 1 / 6])
-    np.testing.assert_allclose(tokens.rows[-1, WIDTH:], [11 / 12, 11 / 12, 1 / 6])
+    np.testing.assert_allclose(tokens.rows[0, WIDTH:], [1 / 12, 1 / 12, 1 / 6, 1], rtol=1e-6)
+    np.testing.assert_allclose(tokens.rows[-1, WIDTH:], [11 / 12, 11 / 12, 1 / 6, 1], rtol=1e-6)
+    assert bank.see("field3", 4).rows[:, -1].tolist() == [9.0] * 4, "patches in each"
     assert bank.dim == WIDTH
 
 
@@ -48,7 +49,7 @@ def test_memory_stays_under_the_cap_and_the_oldest_go_first(make_bank):
     budgets = range(2000, 2060)
     seen = [tight.see("field", b) for b in budgets]
     room = 2**20 // seen[0].rows.nbytes
-    assert room == 19
+    assert room == 18
     kept = [tight.see("field", b) is tokens for b, tokens in reversed(list(zip(budgets, seen, strict=True)))]
     assert kept[:room] == [True] * room, "the newest are still there"
     assert not any(kept[room:])

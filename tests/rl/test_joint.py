@@ -46,7 +46,7 @@ def test_performer_and_allocator_both_learn(make_performer, make_trainer):
     allocator = copy.deepcopy(trainer.learner.allocator.state_dict())
     trainer.train()
     after, learnt = performer.model.state_dict(), trainer.learner.allocator.state_dict()
-    for part in ("aligner.place", "aligner.features", "embed_tokens", "layers.0", "lm_head"):
+    for part in ("aligner.patches.place", "aligner.patches.features", "embed_tokens", "layers.0", "lm_head"):
         assert any(not torch.equal(after[n], before[n]) for n in after if part in n), part
     assert not torch.equal(after["lm_head.weight"], before["lm_head.weight"])
     for name in ("see.weight", "question.weight", "head.4.weight"):

@@ -14,7 +14,7 @@ from models.attention import SHARED_PREFIX, check_window, decoder, share_prefix
 from models.processor import token_types
 from models.sight import lay_out
 from models.slide_vlm import SlideVLM, SlideVLMConfig
-from models.visual import PLACE
+from models.visual import COLUMNS
 from rl.packing import PackedBatch, block_mask, flex_mask, groups_of, pack, prefix_length
 from rl.trainer import GroupTrainer
 from tests.conftest import noise
@@ -77,7 +77,7 @@ def draw(spec: list, seed: int) -> tuple:
     for images, text, _ in spec:
         words = torch.randint(4, VOCABULARY, (text,), generator=generator)
         prompts.append(torch.cat([words[:-1], torch.full((images,), IMAGE), words[-1:]]))
-        visual.append(torch.randn(images, WIDTH + PLACE, generator=generator, dtype=torch.float64))
+        visual.append(torch.randn(images, WIDTH + COLUMNS, generator=generator, dtype=torch.float64))
     return prompts, visual, *completions_of(spec, generator, (4, VOCABULARY))
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from envs.columns import case_columns, extra_columns
 from rewards.registry import get_rewards
 from rl.scoring import Scorer
-from rl.table import ScoreTable, score_table
+from rl.table import COLUMNS, ScoreTable, score_table
 from slides.errors import InputError
 
 
@@ -24,6 +25,7 @@ def table() -> ScoreTable:
         np.array([[0, 1, 16]] * 3),
         rng.integers(10, 20, (3, 3)),
         rng.integers(1, 5, (3, 3)),
+        rng.random((3, 3)),
         [[f'"{i}\n{k} ü' for k in range(3)] for i in range(3)],
     )
 
@@ -39,7 +41,7 @@ def test_a_saved_table_is_read_back_whole(table, tmp_path):
 def test_columns_are_taken_by_budget(table):
     part = table.at([16, 0])
     assert part.budgets == [16, 0]
-    for name in ("score", "visual", "prompt", "generated"):
+    for name in COLUMNS:
         np.testing.assert_array_equal(getattr(part, name), getattr(table, name)[:, [2, 0]])
     assert part.text == [[row[2], row[0]] for row in table.text]
     assert part.ids == table.ids
@@ -47,10 +49,13 @@ def test_columns_are_taken_by_budget(table):
         table.at([4])
 
 
-def test_flops_are_those_of_every_answer(table, performer):
-    flops = table.flops(performer.shape)
-    assert flops.shape == (3, 3)
-    assert flops[1, 2] == performer.shape.answer(16, table.prompt[1, 2], table.generated[1, 2])
+def test_a_table_of_an_earlier_version_is_refused(table, tmp_path):
+    table.save(tmp_path / "t.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()]
+    old = [json.dumps({k: v for k, v in row.items() if k != "flops"}) for row in lines]
+    (tmp_path / "t.jsonl").write_text("\n".join(old))
+    with pytest.raises(InputError, match=r"t\.jsonl: has no flops.*delete the file"):
+        ScoreTable.load(tmp_path / "t.jsonl")
 
 
 def test_a_table_answers_every_case_at_every_budget(performer, cases, tmp_path):

@@ -233,7 +233,7 @@ def test_a_warm_start_of_all_weights(make_qwen, image_cases, tmp_path, frozen):
 def test_a_warm_start_through_adapters(make_qwen, image_cases, tmp_path, frozen):
     performer = make_qwen(freeze_vision=frozen)
     before = weights(performer)
-    lora = lora_config(PerformerConfig(family="qwen_vl", lora={"r": 8, "lora_alpha": 32}))
+    lora = lora_config(PerformerConfig(family="qwen_vl", lora={"r": 8, "lora_alpha": 32}), performer.model)
     losses = tune(performer, image_cases, tmp_path / "run", steps=25, lora=lora)
     assert losses[-1] < 0.8 * losses[0]
     model = performer.model
@@ -261,7 +261,11 @@ def test_adapters_serve_the_other_family_as_well(make_performer, cases, tmp_path
     performer = make_performer(aligner_dropout=0.0)
     before = weights(performer)
     losses = tune(
-        performer, cases, tmp_path, steps=20, lora=lora_config(PerformerConfig(family="qwen_vl", lora={"r": 8}))
+        performer,
+        cases,
+        tmp_path,
+        steps=20,
+        lora=lora_config(PerformerConfig(family="qwen_vl", lora={"r": 8}), performer.model),
     )
     assert losses[-1] < losses[0]
     assert not any("lora" in name for name in performer.model.state_dict())
