@@ -17,7 +17,7 @@ from envs.case import Case
 from models.performer import Performer
 from rl.allocation import AllocatorLearner
 from rl.trainer import GroupTrainer
-from sft.warm_start import gold_ids
+from sft.supervised import gold_ids
 from slides.errors import InputError
 
 

@@ -182,7 +182,7 @@ class Evaluation:
     def _attribution(self, own: Point) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, list[str]]]:
         """Points, scores and completions of the stages, each at the static budget that its validation prefers."""
         stages, names = self.stages, ["sft"]
-        if stages.run.evaluation.sft_continued:
+        if stages.run.evaluation.sft_continued and stages.run.sft:
             names.append("sft_continued")
         points: dict[str, Any] = {"base": self._base().to_dict()}
         scores, texts = {}, {}

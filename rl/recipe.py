@@ -16,6 +16,7 @@ from trl import TrlParser
 
 from models.build import PerformerConfig
 from rl.config import FrugalConfig
+from sft.options import Stage, read_stages
 from slides.errors import InputError
 
 T = TypeVar("T")
@@ -108,7 +109,7 @@ class Recipe:
     ladder: list[int] = field(
         default_factory=lambda: [1, 4, 16, 49, 196], metadata={"help": "budgets in visual tokens"}
     )
-    sft: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of TRL's SFTConfig, and text_only"})
+    sft: Any = field(default_factory=dict, metadata={"help": "one stage or a list of them, see docs/training.md"})
     balance: bool = field(
         default=False, metadata={"help": "repeat training cases so that the answers of each choice question are even"}
     )
@@ -128,7 +129,7 @@ class Run:
     encoder: EncoderConfig
     performer: PerformerConfig
     ladder: list[int]
-    sft: dict[str, Any]
+    sft: list[Stage]
     balance: bool
     rewards: list[Any]
     allocator: AllocatorOptions
@@ -184,12 +185,14 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
         raise InputError(
             "cases: `name` is missing; name an environment: manifest, mosaic, simulator or module:function"
         )
+    performer = checked(PerformerConfig, nested["performer"], "performer")
     run = Run(
         cases=nested["cases"],
         encoder=checked(EncoderConfig, nested["encoder"], "encoder"),
-        performer=checked(PerformerConfig, nested["performer"], "performer"),
+        performer=performer,
         ladder=ladder,
-        sft=nested["sft"],
+        # A checkpoint is taken as it is unless the recipe says how it is to be trained.
+        sft=read_stages(nested["sft"] or ([] if performer.checkpoint else {})),
         balance=recipe.balance,
         rewards=nested["rewards"],
         allocator=checked(AllocatorOptions, nested["allocator"], "allocator"),
@@ -223,5 +226,14 @@ def _override(nested: dict[str, Any], item: str) -> None:
         raise InputError(f"--set {item}: write section.key=value with a section among {', '.join(nested)}")
     place = nested
     for name in path:
-        place = place.setdefault(name, {})
+        place = _stage(place, name, item) if isinstance(place, list) else place.setdefault(name, {})
     place[last] = yaml.safe_load(value)
+
+
+def _stage(stages: list[dict[str, Any]], name: str, item: str) -> dict[str, Any]:
+    """The entry of a list of stages that is called `name`."""
+    for stage in stages:
+        if stage.get("stage") == name:
+            return stage
+    known = ", ".join(str(stage.get("stage")) for stage in stages)
+    raise InputError(f"--set {item}: the recipe has no stage {name!r}; it has {known}")

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
+from envs.case import Case
 from envs.columns import case_columns, extra_columns
 from models.allocator import AllocatorConfig, CheapLook, ValueAllocator
 from models.build import build_performer, load_performer, lora_config
@@ -28,7 +30,9 @@ from rl.prepare import load_cases, load_features, load_rewards
 from rl.recipe import Run
 from rl.scoring import Scorer
 from rl.table import ScoreTable, score_table
-from sft.warm_start import merged, sft_config, train_sft
+from sft.options import Stage
+from sft.supervised import merged, sft_config, stage_rates, train_sft
+from slides.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -68,19 +72,31 @@ class Stages:
         return PartialState().is_main_process
 
     def warm_start(self) -> Performer:
-        """SFT from the recipe's performer; with a checkpoint and no `sft` keys the checkpoint is taken as it is."""
-        performer = build_performer(self.run.performer, self.splits["train"], self.bank, self.run.grpo.seed)
-        if self.run.performer.checkpoint and not self.run.sft:
-            return performer
-        return self._sft("sft", performer, {})
+        """The stages of `sft`, one after another; without any, the recipe's performer as it is."""
+        stages = self.run.sft
+        done = [
+            at for at, stage in enumerate(stages) if is_done(self.run.folder / stage.name, self._sft_parts(at + 1))
+        ]
+        if done:
+            performer = self._load(stages[done[-1]].name)
+        else:
+            performer = build_performer(self.run.performer, self.splits["train"], self.bank, self.run.grpo.seed)
+        for at in range(done[-1] + 1 if done else 0, len(stages)):
+            performer = self._sft(stages[at], performer, self._sft_parts(at + 1))
+        return performer
 
     def sft_continued(self) -> Performer:
-        """The warm start trained on for the FLOPs that the joint stage took: the control of equal compute."""
+        """The last stage trained on for the FLOPs that the joint stage took: the control of equal compute."""
+        last, parts = self.run.sft[-1], self._sft_parts(len(self.run.sft))
         spent = is_done(self.run.folder / "grpo", self.grpo_parts())
-        before = is_done(self.run.folder / "sft", self._sft_parts({}))
+        before = is_done(self.run.folder / "sft", parts)
         assert spent is not None and before is not None
         steps = max(1, round(spent["flops"] / (before["flops"] / before["steps"])))
-        return self._sft("sft_continued", self._load("sft"), {"max_steps": steps})
+        longer = replace(last, name="sft_continued", options={**last.options, "max_steps": steps})
+        parts = {**parts, "sft_continued": steps}
+        if is_done(self.run.folder / longer.name, parts):
+            return self._load(longer.name)
+        return self._sft(longer, self._load("sft"), parts)
 
     def joint(self) -> tuple[Performer, ValueAllocator]:
         """GRPO of performer and allocator from one set of rollouts."""
@@ -161,25 +177,40 @@ class Stages:
         allocator.standardise(CheapLook(performer, config)(train[:: max(1, len(train) // 512)])[0])
         return allocator
 
-    def _sft(self, name: str, performer: Performer, changed: dict[str, Any]) -> Performer:
-        folder, parts = self.run.folder / name, self._sft_parts(changed)
-        if is_done(folder, parts):
-            return self._load(name)
-        options = {**self.run.sft, **changed}
+    def _sft(self, stage: Stage, performer: Performer, parts: dict[str, Any]) -> Performer:
+        """Train a stage, write its folder and read it again."""
+        folder, options = self.run.folder / stage.name, dict(stage.options)
+        callbacks, resume = [MarkWhole()], last_whole(folder)
+        cases = self._asked(options.pop("questions", None), f"sft: {stage.kind}")
+        performer.model.to(PartialState().device)
         text_only = options.pop("text_only", 0.05)
-        args = sft_config(folder, options, self.run.grpo.seed)
+        rates = stage_rates(stage.kind, options.pop("learning_rates", None))
+        lora = self.run.performer.lora if rates is None or rates.get("lora") else None
+        lora = options.pop("lora", lora)
         trainer = train_sft(
             performer,
-            self.splits["train"],
-            self.run.ladder,
-            args,
+            cases,
+            options.pop("ladder", self.run.ladder),
+            sft_config(folder, options, self.run.grpo.seed),
             text_only,
-            [MarkWhole()],
-            last_whole(folder),
-            lora_config(self.run.performer, performer.model),
+            callbacks,
+            resume,
+            lora_config(replace(self.run.performer, lora=lora), performer.model),
+            rates,
         )
         self._finish(folder, parts, performer, trainer)
-        return self._load(name)
+        return self._load(stage.name)
+
+    def _asked(self, questions: Sequence[str] | None, where: str) -> list[Case]:
+        """Training cases of some kinds of question; all for None."""
+        train = self.splits["train"]
+        if questions is None:
+            return train
+        found = [c for c in train if c.question in questions]
+        if not found:
+            known = ", ".join(sorted({c.question for c in train}))
+            raise InputError(f"{where}: no training case asks {', '.join(questions)}; there are {known}")
+        return found
 
     def _finish(
         self, folder: Path, parts: dict, performer: Performer, trainer: Any, allocator: Any = None, **record: Any
@@ -198,14 +229,15 @@ class Stages:
         performer.model.to(PartialState().device)
         return performer
 
-    def _sft_parts(self, changed: dict[str, Any]) -> dict[str, Any]:
+    def _sft_parts(self, count: int) -> dict[str, Any]:
+        """What the first `count` stages of `sft` depend on."""
         run = self.run
         return {
             "cases": run.cases,
             "encoder": dataclasses.asdict(run.encoder),
             "performer": dataclasses.asdict(run.performer),
             "ladder": run.ladder,
-            "sft": {**run.sft, **changed},
+            "sft": [dataclasses.asdict(stage) for stage in run.sft[:count]],
             "balance": run.balance,
             "seed": run.grpo.seed,
         }
@@ -215,7 +247,7 @@ class Stages:
         online = dataclasses.asdict(self.run.allocator)
         online = {k: v for k, v in online.items() if not k.startswith("fit_") and k != "weight_decay"}
         return {
-            **self._sft_parts({}),
+            **self._sft_parts(len(self.run.sft)),
             "rewards": [_scoring(r) for r in self.run.rewards],
             "grpo": grpo,
             "allocator": online,

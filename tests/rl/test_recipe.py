@@ -6,6 +6,7 @@ import pytest
 import yaml
 
 from rl.recipe import parse_recipe
+from sft.options import Stage
 from slides.errors import InputError
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yaml"))
@@ -65,7 +66,7 @@ def test_a_recipe_is_read_into_its_parts(recipe):
     )
     assert (run.encoder.mpp, run.performer.layers, run.allocator.price, run.evaluation.bootstrap) == (1.0, 2, 0.2, 10)
     assert run.grpo.learning_rate == 3e-4 and run.grpo.budgets_per_image == 2
-    assert run.sft == {"max_steps": 5} and run.ladder == [1, 4, 16]
+    assert run.sft == [Stage("warm_start", "sft", {"max_steps": 5})] and run.ladder == [1, 4, 16]
     assert run.folder.name == "run"
 
 
@@ -94,7 +95,7 @@ def test_nested_keys_are_set_on_the_command_line(recipe):
     run = parse_recipe([*recipe(), "--set", "cases.slides=40", "performer.show_options=false", "sft.args.x=[1, a]"])
     assert run.cases == {"name": "simulator", "slides": 40}
     assert run.performer.show_options is False
-    assert run.sft == {"args": {"x": [1, "a"]}}
+    assert run.sft[0].options == {"args": {"x": [1, "a"]}}
 
 
 def test_the_command_line_has_the_last_word(recipe):
@@ -146,3 +147,35 @@ def test_a_batch_that_splits_an_image_is_refused_with_the_remedy(recipe):
 
 def test_an_unknown_argument_is_refused(recipe):
     assert "--lerning_rate" in problems([*recipe(), "--lerning_rate", "1"])[0]
+
+
+# Stages of supervised training.
+
+
+def test_stages_are_named_after_what_they_do(recipe):
+    stages = [{"stage": "align", "max_steps": 3}, {"stage": "align"}, {"stage": "case", "learning_rates": {"lora": 0}}]
+    run = parse_recipe([*recipe(sft=stages), "--set", "sft.case.max_steps=9"])
+    assert [(s.kind, s.name) for s in run.sft] == [("align", "sft_align"), ("align", "sft_align_2"), ("case", "sft")]
+    assert run.sft[0].options == {"max_steps": 3}
+    assert run.sft[2].options == {"learning_rates": {"lora": 0}, "max_steps": 9}
+
+
+def test_without_stages_the_warm_start_is_made_and_a_checkpoint_is_taken_as_it_is(recipe):
+    assert parse_recipe(recipe()).sft == [Stage("warm_start", "sft", {})]
+    assert parse_recipe(recipe(performer={"checkpoint": "there"})).sft == []
+    trained = parse_recipe(recipe(performer={"checkpoint": "there"}, sft={"max_steps": 2}))
+    assert trained.sft == [Stage("warm_start", "sft", {"max_steps": 2})]
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([{"stage": "caption"}], "the stage 'caption' is not known; known are mae, contrastive, align, case"),
+        (["align"], "entry 1 is 'align'; give a mapping"),
+    ],
+)
+def test_a_stage_that_is_not_known_is_named(recipe, stages, message):
+    with pytest.raises(InputError, match=message):
+        parse_recipe(recipe(sft=stages))
+    with pytest.raises(InputError, match="the recipe has no stage 'mae'; it has align"):
+        parse_recipe([*recipe(sft=[{"stage": "align"}]), "--set", "sft.mae.max_steps=1"])

@@ -1,23 +1,77 @@
-"""SFT warm start: answers only, at random budgets of the ladder, so that every budget is in distribution."""
+"""Supervised stages: gold answers at random budgets of the ladder, so that every budget is in distribution.
+
+`warm_start` trains all weights (or adapters) at one learning rate. `align` trains what stands between patch features
+and language model, on captions; `case` all of it, at a learning rate for each part (PathoSynVLM, methods 3.3).
+"""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from envs.case import Case
+from models.build import SEEING_PARTS
 from models.performer import Performer
 from models.sight import stack_positions
 from rewards.registry import gold_completion
+from slides.errors import InputError
+
+RATES: dict[str, dict[str, float]] = {
+    "align": {"seeing": 1e-4},
+    "case": {"seeing": 1e-4, "lora": 2e-5, "language": 5e-6},
+}
+"""Published learning rates of the stages' parts (PathoSynVLM, methods 3.3); a part without one is frozen."""
+
+PARTS = ("seeing", "lora", "language")
+
+
+def part_of(name: str) -> str | None:
+    """Which of `PARTS` a parameter belongs to.
+
+    None for a vision tower, and for the original of a module that adapters have replaced.
+    """
+    path = name.split(".")
+    if "original_module" in path or "visual" in path:
+        return None
+    if any(part in path for part in SEEING_PARTS):
+        return "seeing"
+    return "lora" if "lora_" in name else "language"
+
+
+class StageTrainer(SFTTrainer):
+    """`SFTTrainer` with a learning rate for each part of the model.
+
+    Args:
+        rates: learning rate by part, see `PARTS`; a part without one is frozen. None leaves all to the arguments.
+    """
+
+    def __init__(self, *args: Any, rates: Mapping[str, float] | None = None, **kwargs: Any):
+        self.rates = rates
+        super().__init__(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """As its base; every group is divided by part, before anything of it is used."""
+        optimizer = super().create_optimizer(model)
+        if self.rates is None:
+            return optimizer
+        names = {id(p): n for n, p in (self.model if model is None else model).named_parameters()}
+        groups = []
+        for group in optimizer.param_groups:
+            for part, rate in self.rates.items():
+                own = [p for p in group["params"] if part_of(names[id(p)]) == part]
+                if own:
+                    groups.append({**group, "params": own, "lr": rate})
+        optimizer.param_groups[:] = groups
+        return optimizer
 
 
 def gold_ids(tokenizer: Any, case: Case) -> list[int]:
@@ -79,25 +133,46 @@ def train_sft(
     callbacks: Sequence[TrainerCallback] = (),
     resume: str | None = None,
     lora: LoraConfig | None = None,
+    rates: Mapping[str, float] | None = None,
 ) -> SFTTrainer:
     """Fine-tune the performer in place on the gold answers of `cases`; returns the trainer with its log.
 
     Args:
         lora: train through adapters, which are merged into the weights at the end.
+        rates: learning rate of each of `PARTS`; those without one are frozen. None trains all at that of `args`.
     """
-    trainer = SFTTrainer(
-        model=performer.model,
+    model = performer.model if lora is None else get_peft_model(performer.model, lora)
+    if rates is not None:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(rates.get(part_of(name) or "", 0.0) > 0)
+    trainer = StageTrainer(
+        model=model,
         args=args,
         data_collator=BudgetCollator(performer, cases, ladder, text_only, args.seed),
         train_dataset=Dataset.from_dict({"index": list(range(len(cases)))}),
         processing_class=performer.processor,
         callbacks=list(callbacks),
-        peft_config=lora,
+        rates=rates,
     )
     trainer.train(resume_from_checkpoint=resume)
     if lora is not None:
         performer.model = merged(trainer)
     return trainer
+
+
+def stage_rates(kind: str, given: Mapping[str, float] | None) -> dict[str, float] | None:
+    """Learning rates of a stage: the recipe's over the published ones; None for a stage that has neither.
+
+    Raises:
+        InputError: an unknown part, or nothing that is trained.
+    """
+    unknown = sorted(set(given or {}) - set(PARTS))
+    if unknown:
+        raise InputError(f"sft: learning_rates has no part {', '.join(unknown)}; it has {', '.join(PARTS)}")
+    rates = {**RATES.get(kind, {}), **(given or {})}
+    if rates and not any(rates.values()):
+        raise InputError("sft: every learning rate is 0, so that nothing is trained; give one part a rate")
+    return {part: rate for part, rate in rates.items() if rate} or None
 
 
 def merged(trainer: Any) -> Any:
@@ -129,4 +204,7 @@ def sft_config(output_dir: str | Path, options: dict[str, Any], seed: int) -> SF
         "max_length": None,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
-    return SFTConfig(**{**defaults, **options, **fixed})
+    try:
+        return SFTConfig(**{**defaults, **options, **fixed})
+    except TypeError as error:
+        raise InputError(f"sft: {error}; its keys are those of TRL's SFTConfig and of the stage") from error

@@ -1,17 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen2_5_VLForConditionalGeneration
+from trl import SFTTrainer
 
 from models.build import PerformerConfig, lora_config
 from models.performer import QwenPerformer
 from models.processor import token_types
 from rewards.registry import gold_completion
-from sft.warm_start import BudgetCollator, sft_config, train_sft
+from sft.supervised import BudgetCollator, StageTrainer, part_of, sft_config, stage_rates, train_sft
+from slides.errors import InputError
 from tests.conftest import LADDER
 
 
@@ -285,3 +288,54 @@ def test_what_the_images_show_is_learnt(make_qwen, image_cases, tmp_path):
     train_sft(performer, alike, [9], config, text_only=0.0)
     texts = [a.text for a in performer.answer(alike, [9, 9], max_new_tokens=16)]
     assert texts == [gold_completion({"answer": c.answer}) for c in alike]
+
+
+# A learning rate for each part.
+
+
+def test_alignment_trains_what_stands_before_the_language_model(make_performer, cases, tmp_path):
+    performer = make_performer(markers="unique", fusion="cross_attention", cross_layers=[0], aligner_dropout=0.0)
+    before = weights(performer)
+    args = sft_config(tmp_path, {**OPTIONS, "max_steps": 6}, seed=0)
+    trainer = train_sft(performer, cases, LADDER, args, 0.0, rates=stage_rates("align", {"seeing": 1e-2}))
+    names = changed(before, performer)
+    assert names and all(part_of(name) == "seeing" for name in names)
+    assert {name.split(".")[1] for name in names} == {"aligner", "markers", "routes"}
+    assert len({group["lr"] for group in trainer.optimizer.param_groups}) == 1
+
+
+def test_case_training_has_three_learning_rates(make_performer, cases, tmp_path):
+    performer = make_performer(aligner_dropout=0.0)
+    before = weights(performer)
+    rates = stage_rates("case", {"lora": 3e-3, "seeing": 1e-2, "language": 1e-3})
+    adapters = lora_config(PerformerConfig(lora={"r": 2}), performer.model)
+    args = sft_config(tmp_path, {**OPTIONS, "max_steps": 4, "lr_scheduler_type": "constant"}, seed=0)
+    trainer = train_sft(performer, cases, LADDER, args, 0.0, lora=adapters, rates=rates)
+    groups = {group["lr"]: group["params"] for group in trainer.optimizer.param_groups}
+    assert set(groups) == {1e-2, 3e-3, 1e-3}
+    held = [p for group in trainer.optimizer.param_groups for p in group["params"]]
+    assert len({id(p) for p in held}) == len(held), "each weight is in one group"
+    names = changed(before, performer)
+    assert {part_of(name) for name in names} == {"seeing", "language"}
+    assert "lm_head.weight" in names and any("q_proj" in name for name in names)
+    assert not any("lora" in name for name in performer.model.state_dict())
+
+
+def test_published_rates_are_the_defaults():
+    assert stage_rates("align", None) == {"seeing": 1e-4}
+    assert stage_rates("case", {"language": 0}) == {"seeing": 1e-4, "lora": 2e-5}
+    assert stage_rates("warm_start", None) is None
+    with pytest.raises(InputError, match=r"no part vision; it has seeing, lora, language"):
+        stage_rates("case", {"vision": 1e-3})
+    with pytest.raises(InputError, match="every learning rate is 0"):
+        stage_rates("align", {"seeing": 0})
+
+
+def test_the_overridden_method_is_that_of_the_trainer():
+    stock = inspect.signature(SFTTrainer.create_optimizer).parameters
+    assert list(stock) == list(inspect.signature(StageTrainer.create_optimizer).parameters)
+
+
+def test_an_unknown_key_of_a_stage_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"sft: .*'max_stepz'.*SFTConfig"):
+        sft_config(tmp_path, {"max_stepz": 3}, 0)

@@ -1,0 +1,51 @@
+"""The `sft` part of a recipe: one stage or a list of them, each with its options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from slides.errors import InputError
+
+STAGES = ("mae", "contrastive", "align", "case", "warm_start")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of supervised training.
+
+    Args:
+        kind: one of `STAGES`.
+        name: its folder in the run's; the last stage's is `sft`.
+        options: its keys in the recipe, without `stage`.
+    """
+
+    kind: str
+    name: str
+    options: dict[str, Any]
+
+
+def read_stages(spec: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Stage]:
+    """Stages of a recipe; a mapping is one stage, `warm_start` if it names no other.
+
+    Raises:
+        InputError: a stage that is not known, or an entry that is no mapping.
+    """
+    entries = [spec] if isinstance(spec, Mapping) else list(spec)
+    stages: list[Stage] = []
+    for at, entry in enumerate(entries):
+        if not isinstance(entry, Mapping):
+            raise InputError(
+                f"sft: entry {at + 1} is {entry!r}; give a mapping such as {{stage: align, max_steps: 100}}"
+            )
+        options = dict(entry)
+        kind = options.pop("stage", "warm_start")
+        if kind not in STAGES:
+            raise InputError(f"sft: the stage {kind!r} is not known; known are {', '.join(STAGES)}")
+        last = at + 1 == len(entries)
+        repeated = sum(stage.kind == kind for stage in stages)
+        stages.append(
+            Stage(kind, "sft" if last else f"sft_{kind}" + (f"_{repeated + 1}" if repeated else ""), options)
+        )
+    return stages
