@@ -1,0 +1,129 @@
+"""Masked feature pre-training of a resampler: stage 0 of LoC-Path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from models.compressors.chain import Chain
+from models.compressors.reconstruction import MaskedReconstruction
+from models.compressors.resampler import Resampler
+from slides.errors import InputError
+
+
+def train_mae(
+    chain: Chain,
+    rows: Sequence[torch.Tensor],
+    ladder: Sequence[int],
+    args: TrainingArguments,
+    share: float = 0.75,
+    decoder_width: int = 256,
+    callbacks: Sequence[TrainerCallback] = (),
+    resume: str | None = None,
+) -> Trainer:
+    """Pre-train the chain's resampler in place; returns the trainer, whose model has the decoder, with its log.
+
+    Args:
+        chain: its first learned compressor is the resampler, standardised already.
+        rows: what `chain.prepare` gives of each slide, (n, d + 4): features, place as shares of the slide, size. Any
+            object with a length that reads slides as they are asked for will do.
+        ladder: numbers of latents, one drawn for each step.
+        share: of the tokens that are hidden.
+
+    Raises:
+        InputError: no resampler where one must be, no slide, a share or ladder that cannot be.
+    """
+    resampler = chain.learned[0] if chain.learned else None
+    problems = []
+    if not isinstance(resampler, Resampler):
+        problems.append(
+            "the mae stage pre-trains a resampler: name `resampler` first of the learned compressors in "
+            "performer.compressors, or leave the stage out"
+        )
+    if not len(rows):
+        problems.append("the mae stage has no slides to train on")
+    if not 0 < share < 1:
+        problems.append(f"mae: share {share}: must lie between 0 and 1")
+    if not ladder or min(ladder) < 1:
+        problems.append(f"mae: ladder {list(ladder)}: needs numbers of latents of at least 1")
+    if problems or not isinstance(resampler, Resampler):
+        raise InputError(problems)
+    trainer = Trainer(
+        model=MaskedReconstruction(resampler, share, ladder, decoder_width),
+        args=args,
+        train_dataset=rows,
+        data_collator=_collate,
+        callbacks=list(callbacks),
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@torch.no_grad()
+def measure_mae(
+    model: MaskedReconstruction, rows: Sequence[torch.Tensor], budget: int, seed: int = 0
+) -> dict[str, float]:
+    """How well hidden tokens of slides, best of others than were trained on, are told.
+
+    Returns:
+        `loss`: mean squared error of the standardised features. `baseline`: that of predicting the mean of the same
+        tokens, which is their variance. `slide_mean`: that of predicting the mean of the slide's visible tokens.
+        `explained`: 1 - loss / baseline. `tokens`: patches that the hidden tokens stand for.
+    """
+    device = model.resampler.latents.device
+    training = model.training
+    model.eval()
+    wrong = mean_wrong = squares = weights = torch.zeros((), dtype=torch.float64)
+    total = torch.zeros(len(model.resampler.patches.mean), dtype=torch.float64)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for slide in rows:
+            parts = model.reconstruct([slide.to(device)], budget)
+            predicted, target, weight, known = (part[0].double().cpu() for part in parts)
+            wrong = wrong + weight @ ((predicted - target) ** 2).mean(1)
+            mean_wrong = mean_wrong + weight @ ((known - target) ** 2).mean(1)
+            squares = squares + weight @ (target**2).mean(1)
+            total = total + weight @ target
+            weights = weights + weight.sum()
+    model.train(training)
+    if not weights:
+        raise InputError("mae: no slide has more than one token: nothing can be hidden and told")
+    baseline = squares / weights - ((total / weights) ** 2).mean()
+    return {
+        "loss": float(wrong / weights),
+        "baseline": float(baseline),
+        "slide_mean": float(mean_wrong / weights),
+        "explained": float(1 - wrong / weights / baseline),
+        "tokens": float(weights),
+    }
+
+
+def _collate(batch: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
+    return {"rows": batch}
+
+
+def mae_config(output_dir: str | Path, options: dict[str, Any], seed: int) -> TrainingArguments:
+    """`TrainingArguments` with what the stage needs fixed and the recipe's `mae` keys over the defaults."""
+    defaults: dict[str, Any] = {
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 10,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 20,
+        "weight_decay": 0.01,
+        "logging_steps": 50,
+        "report_to": [],
+        "save_steps": 200,
+        "save_total_limit": 2,
+    }
+    fixed = {
+        "output_dir": str(output_dir),
+        "seed": seed,
+        "use_cpu": not torch.accelerator.is_available(),
+        "remove_unused_columns": False,
+    }
+    return TrainingArguments(**{**defaults, **options, **fixed})
