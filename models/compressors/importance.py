@@ -23,6 +23,8 @@ class ImportanceScorer(Compressor):
         dim: width of the tokens. hidden: width of the question. most: tokens kept at most. width: of the MLP.
     """
 
+    asks = True
+
     def __init__(self, dim: int, hidden: int, most: int = 96, width: int = 128):
         super().__init__()
         self.out_dim, self.most = dim, most

@@ -14,7 +14,6 @@ from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverLaye
 from models.compressors.base import Compressor, PatchEmbedding, Tokens, linear_flops
 from slides.errors import InputError
 
-
 LATENT_STD = 0.02
 """Deviation of the latents' initial values; layers normalise what they read."""
 

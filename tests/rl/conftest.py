@@ -48,7 +48,7 @@ def make_learner() -> Callable[..., AllocatorLearner]:
 def make_trainer(cases, make_learner, tmp_path) -> Callable[..., FrugalTrainer]:
     """A trainer whose batch is 2 images x 2 budgets x 2 completions."""
 
-    def make(performer: Performer, **changes) -> FrugalTrainer:
+    def make(performer: Performer, peft_config=None, **changes) -> FrugalTrainer:
         options = {
             **SHORT_RUN,
             "output_dir": str(tmp_path / "run"),
@@ -69,6 +69,7 @@ def make_trainer(cases, make_learner, tmp_path) -> Callable[..., FrugalTrainer]:
             args=FrugalConfig(**{**options, **changes}),
             train_dataset=Dataset.from_list(rows),
             processing_class=performer.processor,
+            peft_config=peft_config,
             performer=performer,
             cases=cases,
             learner=make_learner(performer),
