@@ -253,15 +253,7 @@ class _Run:
             status.level0_mpp, status.mpp_source = scale.mpp, scale.source
             status.notes += scale.notes
             level = self._level(reader, scale, status)
-            thumbnail = read_thumbnail(reader, self._mask_ratio(reader, scale), options.workers, options.read_timeout)
-            grid = make_grid(reader.bounds, scale.mpp, options.mpp, options.tile_px)
-            ink = None if not job.stain else stain_key(job.stain) == "he"
-            mask = find_tissue(
-                thumbnail,
-                reader.bounds[2] * scale.mpp / thumbnail.shape[1],
-                ink=ink,
-                dark_background=options.dark_background,
-            )
+            thumbnail, grid, mask = find_grid(reader, scale, job, options)
             tiles = self._tiles(grid, mask, reader, status)
             self._encode(reader, level, grid, tiles, job, status, scale, encoder)
             if options.qc:
@@ -279,11 +271,6 @@ class _Run:
         level = reader.best_level(options.mpp / scale.mpp, options.mpp_tolerance)
         status.level, status.level_mpp = level, scale.mpp * reader.level_downsamples[level]
         return level
-
-    def _mask_ratio(self, reader: SlideReader, scale: Scale) -> float:
-        """Level-0 pixels per pixel of the thumbnail."""
-        fine = self.options.tile_px * self.options.mpp / scale.mpp / MASK_PARTS
-        return max(1.0, fine, max(reader.bounds[2:]) / MASK_SIDE)
 
     def _tiles(self, grid: Grid, mask: np.ndarray, reader: SlideReader, status: SlideStatus) -> np.ndarray:
         options = self.options
@@ -343,6 +330,29 @@ class _Run:
                     "openslide": openslide.__library_version__,
                 }
             )
+
+
+def find_grid(
+    reader: SlideReader, scale: Scale, job: SlideJob, options: ExtractOptions
+) -> tuple[np.ndarray, Grid, np.ndarray]:
+    """Where the tiles of a slide would lie and where its tissue is.
+
+    Returns:
+        the thumbnail (h, w, 3) uint8, the grid of tiles, and the tissue mask (h, w) bool of the thumbnail.
+
+    Raises:
+        SlideError: damaged, no tissue, or a dark background that was not asked for.
+    """
+    grid = make_grid(reader.bounds, scale.mpp, options.mpp, options.tile_px)
+    ratio = max(1.0, grid.step / MASK_PARTS, max(reader.bounds[2:]) / MASK_SIDE)
+    thumbnail = read_thumbnail(reader, ratio, options.workers, options.read_timeout)
+    mask = find_tissue(
+        thumbnail,
+        reader.bounds[2] * scale.mpp / thumbnail.shape[1],
+        ink=None if not job.stain else stain_key(job.stain) == "he",
+        dark_background=options.dark_background,
+    )
+    return thumbnail, grid, mask
 
 
 def batches(stream: Iterator[tuple[np.ndarray, np.ndarray]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -1,0 +1,148 @@
+"""Count the tissue tiles of slides at several scales, without encoding any.
+
+    python -m slides.count --slides slides/ --setting 2.0:512 --setting 0.5:256
+
+A setting is `mpp:tile_px`. Tissue and tiles are those of `python -m slides.extract` with the same `--mpp`, `--tile-px`
+and `--min-tissue`, before `--max-tiles`. A slide that was scanned coarser than a setting is counted by its geometry,
+which needs no pixels of that scale, and marked `upsampled`: extract refuses it. Slides of all stains are counted. The
+last line is JSON. How-to: docs/slides.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tqdm import tqdm
+
+from slides.errors import InputError, entry
+from slides.extraction import find_grid
+from slides.jobs import SlideJob, find_jobs
+from slides.options import ExtractOptions
+from slides.reader import SlideReader
+from slides.scale import MAX_MPP, MIN_MPP, SlideError, find_scale, plausible
+from slides.tiling import select, tissue_fraction
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A scale and a size of tiles: microns per pixel and pixels of a side."""
+
+    mpp: float
+    tile_px: int
+
+    def __str__(self) -> str:
+        return f"{self.mpp:g}:{self.tile_px}"
+
+
+def parse_setting(text: str) -> Setting:
+    """`2.0:512` as a setting; InputError where it is none."""
+    mpp, _, tile_px = text.partition(":")
+    try:
+        setting = Setting(float(mpp), int(tile_px))
+    except ValueError:
+        raise InputError(f"--setting {text}: write mpp:tile_px, such as 2.0:512") from None
+    if not plausible(setting.mpp) or setting.tile_px < 1:
+        raise InputError(f"--setting {text}: mpp lies in {MIN_MPP} to {MAX_MPP:g}, tile_px is at least 1")
+    return setting
+
+
+def count_tiles(job: SlideJob, settings: Sequence[Setting], options: ExtractOptions) -> dict[str, Any]:
+    """Tissue tiles of one slide by setting.
+
+    Returns:
+        `tiles` (number by setting), `area` (of the tissue, in tiles, by setting: what the number tends to where tiles
+        are small against the tissue), `mpp` (of level 0) and `upsampled` (settings finer than the slide).
+
+    Raises:
+        SlideError: the slide cannot be read, its scale is unknown, or it shows no tissue.
+    """
+    tiles: dict[str, int] = {}
+    area: dict[str, float] = {}
+    upsampled = []
+    with SlideReader(job.file, options.backend, timeout=options.read_timeout) as reader:
+        scale = find_scale(
+            reader.properties, manifest_mpp=job.mpp, flag_mpp=options.slide_mpp, override=options.override_mpp
+        )
+        for setting in settings:
+            own = dataclasses.replace(options, mpp=setting.mpp, tile_px=setting.tile_px)
+            _, grid, mask = find_grid(reader, scale, job, own)
+            fraction = tissue_fraction(grid, mask, reader.bounds)
+            tiles[str(setting)] = len(select(fraction, options.min_tissue))
+            area[str(setting)] = round(float(fraction.sum()), 2)
+            if scale.mpp > setting.mpp * (1 + options.mpp_tolerance):
+                upsampled.append(str(setting))
+    return {"tiles": tiles, "area": area, "mpp": scale.mpp, "upsampled": upsampled}
+
+
+def count_slides(jobs: Sequence[SlideJob], settings: Sequence[Setting], options: ExtractOptions) -> dict[str, Any]:
+    """Counts of all slides, those that could not be counted with their reasons, totals, and ratios.
+
+    `ratio` is the largest count over the smallest, of a slide and of the totals, `area_ratio` the same of the areas;
+    None where the smallest is 0.
+    """
+    slides, failed = {}, {}
+    for job in tqdm(jobs, desc="slides", unit="slide", disable=None, leave=False):
+        try:
+            found = count_tiles(job, settings, options)
+        except SlideError as error:
+            failed[job.id] = str(error)
+        else:
+            slides[job.id] = {**found, "ratio": _ratio(found["tiles"]), "area_ratio": _ratio(found["area"])}
+    total, area = (
+        {str(s): round(sum(found[key][str(s)] for found in slides.values()), 2) for s in settings}
+        for key in ("tiles", "area")
+    )
+    return {"slides": slides, "failed": failed, "total": total, "ratio": _ratio(total), "area_ratio": _ratio(area)}
+
+
+def _ratio(tiles: Mapping[str, float]) -> float | None:
+    least = min(tiles.values())
+    return round(max(tiles.values()) / least, 2) if least else None
+
+
+def parse(arguments: list[str] | None = None) -> tuple[list[SlideJob], list[Setting], ExtractOptions]:
+    """Slides, settings and options from the command line."""
+    default = ExtractOptions()
+    parser = argparse.ArgumentParser(prog="slides.count", description=__doc__.partition("\n")[0])
+    parser.add_argument("--slides", required=True, help="folder, manifest or one slide")
+    parser.add_argument("--setting", action="append", required=True, help="mpp:tile_px, such as 2.0:512; repeat it")
+    parser.add_argument("--min-tissue", type=float, default=default.min_tissue, help="fraction of a tile; as extract")
+    parser.add_argument("--slide-mpp", type=float, help="level-0 mpp of slides that record none; as extract")
+    parser.add_argument("--override-mpp", action="store_true", help="as extract")
+    parser.add_argument("--dark-background", action="store_true", help="read fluorescence too; as extract")
+    found = parser.parse_args(arguments)
+    settings = list(dict.fromkeys(map(parse_setting, found.setting)))
+    options = dataclasses.replace(
+        default,
+        min_tissue=found.min_tissue,
+        slide_mpp=found.slide_mpp,
+        override_mpp=found.override_mpp,
+        dark_background=found.dark_background,
+    )
+    options.check()
+    return find_jobs(found.slides), settings, options
+
+
+@entry
+def main() -> None:
+    """Run the command line; exit status 2 for bad arguments or when not one slide could be counted."""
+    jobs, settings, options = parse()
+    counted = count_slides(jobs, settings, options)
+    for name, found in counted["slides"].items():
+        notes = f"  upsampled: {', '.join(found['upsampled'])}" if found["upsampled"] else ""
+        tiles = "  ".join(f"{setting} {n}" for setting, n in found["tiles"].items())
+        print(f"{name}  {found['mpp']:.4g} mpp  {tiles}  ratio {found['ratio']} (area {found['area_ratio']}){notes}")
+    for name, reason in counted["failed"].items():
+        print(f"{name}  not counted: {reason}")
+    if not counted["slides"]:
+        raise InputError(f"--slides: not one of {len(jobs)} slides could be counted, for the reasons above")
+    print(json.dumps(counted, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    main()
