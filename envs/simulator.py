@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from envs.case import Case
+from envs.simulator_cases import CASE_QUESTIONS, ask_case, compose_cases, single_slides
 from envs.simulator_folder import SlideSpec, fill_folder
 from envs.simulator_questions import PROTOCOL, QUESTIONS, ask, synoptic
 from envs.splits import assign_splits
@@ -42,11 +43,12 @@ def build(
     mpp: float = 1.0,
     questions: Sequence[str] | None = None,
     questions_per_slide: int | None = None,
+    slides_per_case: int = 1,
     val_fraction: float = 0.1,
     test_fraction: float = 0.25,
     workers: int = 2,
 ) -> list[Case]:
-    """Draw a folder of slides, or re-use it, and ask about each slide.
+    """Draw a folder of slides, or re-use it, and ask about each slide, or about cases of several slides.
 
     Every slide follows from `seed` and its number alone, so that more slides can be asked for later and the first ones
     stay as they are. An interrupted run is continued. Processes that build one folder at the same time wait for the
@@ -59,53 +61,76 @@ def build(
         size_mm: side of the square slide, 0.4 to 20. The shapes scale with it, cells keep their real size.
         mpp: micrometres per pixel of the base level, 0.2 to 4; further levels halve it.
         questions: kinds to ask (default all): diagnosis, grade, necrosis, size, margin, quadrant, boxes,
-            mitoses, synoptic.
-        questions_per_slide: at most so many a slide, drawn at random (default all that apply).
+            mitoses, synoptic, report; of several slides case_diagnosis, case_grade, which_slide, carcinoma_slides,
+            case_synoptic.
+        questions_per_slide: at most so many a slide or case, drawn at random (default all that apply).
+        slides_per_case: above 1, questions are about cases of so many slides. A slide keeps its split and is in one
+            case at most; what is left over when cases are balanced is in none.
         val_fraction, test_fraction: shares of the slides, split by patient and spread over the diagnoses.
         workers: processes that draw.
 
     Returns:
-        Choice, detection and synoptic cases, one a question; `question` is its kind, `extra["truth"]` all known about
-        the slide as JSON text.
+        Choice, detection, synoptic and open cases, one a question; `question` is its kind, `extra["truth"]` all known
+        about the slide as JSON text, about several slides as a JSON list.
 
     Raises:
         InputError: a parameter is out of range, or the folder holds slides of other parameters or other files.
     """
-    _check(slides, seed, size_mm, mpp, questions, questions_per_slide, val_fraction, test_fraction, workers)
+    _check(
+        slides,
+        seed,
+        size_mm,
+        mpp,
+        questions,
+        questions_per_slide,
+        slides_per_case,
+        val_fraction,
+        test_fraction,
+        workers,
+    )
     root = Path(os.path.abspath(os.path.expanduser(folder)))
     specs = cohort(slides, seed)
     strata = [f"{spec.diagnosis} {spec.grade}" for spec in specs]
     fractions = {"train": 1 - val_fraction - test_fraction, "val": val_fraction, "test": test_fraction}
     splits = assign_splits([spec.patient for spec in specs], strata, fractions, seed=seed)
-    empty = [name for name, share in fractions.items() if share > 0 and name not in splits]
+    several = slides_per_case > 1
+    units = compose_cases(specs, splits, slides_per_case, seed) if several else single_slides(specs, splits)
+    held = {unit.split for unit in units}
+    empty = [name for name, share in fractions.items() if share > 0 and name not in held]
     if empty:
         raise InputError(
-            f"{slides} slides leave the split {empty[0]!r} empty; ask for more slides or set its fraction to 0"
+            f"{slides} slides leave the split {empty[0]!r} empty{' of whole cases' if several else ''}; "
+            "ask for more slides or set its fraction to 0"
         )
     rows = fill_folder(root, specs, seed=seed, size_mm=size_mm, mpp=mpp, workers=workers)
-    kinds = list(QUESTIONS) if questions is None else list(questions)
+    kinds = questions or (CASE_QUESTIONS if several else QUESTIONS)
     cases = []
-    for spec, row, split in zip(specs, rows, splits, strict=True):
-        asked = [(kind, found) for kind in kinds if (found := ask(kind, row["truth"], size_mm)) is not None]
+    for number, unit in enumerate(units):
+        truths = [rows[i]["truth"] for i in unit.slides]
+        found = [
+            (kind, ask_case(kind, truths, size_mm) if several else ask(kind, truths[0], size_mm)) for kind in kinds
+        ]
+        asked = [(kind, question) for kind, question in found if question is not None]
         if questions_per_slide is not None and len(asked) > questions_per_slide:
-            chosen = np.random.default_rng([seed, spec.index, 2]).permutation(len(asked))[:questions_per_slide]
+            chosen = np.random.default_rng([seed, number, 2]).permutation(len(asked))[:questions_per_slide]
             asked = [asked[i] for i in sorted(chosen)]
-        truth = json.dumps(synoptic(row["truth"], size_mm))
+        known = [synoptic(truth, size_mm) for truth in truths]
+        truth = json.dumps(known if several else known[0])
         cases += [
             Case(
-                id=f"{spec.name}-{kind}",
-                patient=spec.patient,
-                task=found.task,
-                prompt=found.prompt,
-                answer=found.answer,
-                options=found.options,
-                protocol=PROTOCOL if found.task == "synoptic" else None,
-                slides=(str(root / row["slide"]),),
-                split=split,
+                id=f"{unit.name}-{kind}",
+                patient=unit.patient,
+                task=question.task,
+                prompt=question.prompt,
+                answer=question.answer,
+                options=question.options,
+                protocol=PROTOCOL if question.task == "synoptic" else None,
+                slides=tuple(str(root / rows[i]["slide"]) for i in unit.slides),
+                split=unit.split,
                 question=kind,
                 extra={"truth": truth},
             )
-            for kind, found in asked
+            for kind, question in asked
         ]
     return cases
 
@@ -133,12 +158,18 @@ def _check(
     mpp: float,
     questions: Sequence[str] | None,
     questions_per_slide: int | None,
+    slides_per_case: int,
     val_fraction: float,
     test_fraction: float,
     workers: int,
 ) -> None:
     problems = []
-    whole = {"slides": (slides, 1), "seed": (seed, 0), "workers": (workers, 1)}
+    whole = {
+        "slides": (slides, 1),
+        "seed": (seed, 0),
+        "workers": (workers, 1),
+        "slides_per_case": (slides_per_case, 1),
+    }
     if questions_per_slide is not None:
         whole["questions_per_slide"] = (questions_per_slide, 1)
     for name, (count, least) in whole.items():
@@ -153,11 +184,13 @@ def _check(
     if not problems and val_fraction + test_fraction >= 1:
         problems.append("simulator: val_fraction and test_fraction leave nothing to train on; lower either")
     if questions is not None:
+        kinds = CASE_QUESTIONS if slides_per_case != 1 else QUESTIONS
         if isinstance(questions, str) or not questions:
-            problems.append(f"simulator: questions is {questions!r}; give a list of {', '.join(QUESTIONS)}")
+            problems.append(f"simulator: questions is {questions!r}; give a list of {', '.join(kinds)}")
         else:
-            unknown = [kind for kind in questions if kind not in QUESTIONS]
-            problems += [f"simulator: unknown question {kind!r}; use {', '.join(QUESTIONS)}" for kind in unknown]
+            of = f" with slides_per_case {slides_per_case!r}"
+            unknown = [kind for kind in questions if kind not in kinds]
+            problems += [f"simulator: unknown question {kind!r}{of}; use {', '.join(kinds)}" for kind in unknown]
             if len(set(questions)) < len(questions):
                 problems.append(f"simulator: questions repeat an entry: {list(questions)}; name each once")
     if problems:
@@ -173,8 +206,9 @@ class SimulatorArguments:
     seed: int = field(default=0, metadata={"help": "another seed, other slides"})
     size_mm: float = field(default=0.896, metadata={"help": "side of a slide in millimetres"})
     mpp: float = field(default=1.0, metadata={"help": "micrometres per pixel of the base level"})
-    questions: list[str] = field(default_factory=lambda: list(QUESTIONS), metadata={"help": "kinds of question"})
-    questions_per_slide: int | None = field(default=None, metadata={"help": "at most so many a slide"})
+    questions: list[str] | None = field(default=None, metadata={"help": "kinds of question; all by default"})
+    questions_per_slide: int | None = field(default=None, metadata={"help": "at most so many a slide or case"})
+    slides_per_case: int = field(default=1, metadata={"help": "above 1: ask about cases of so many slides"})
     val_fraction: float = field(default=0.1, metadata={"help": "share of the slides for validation"})
     test_fraction: float = field(default=0.25, metadata={"help": "share of the slides for testing"})
     workers: int = field(default=2, metadata={"help": "processes that draw"})

@@ -12,14 +12,14 @@ from typing import Any
 from envs.boxes import boxes_text
 from envs.specimen import DIAGNOSES, MITOSES_CUT, QUADRANTS, close_cut, size_cuts
 
-QUESTIONS = ("diagnosis", "grade", "necrosis", "size", "margin", "quadrant", "boxes", "mitoses", "synoptic")
+QUESTIONS = ("diagnosis", "grade", "necrosis", "size", "margin", "quadrant", "boxes", "mitoses", "synoptic", "report")
 PROTOCOL = "simulator"  # of the answers to `synoptic`
 STEP = 20  # of box coordinates, in thousandths of the slide: a tenth of a small focus
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A question as it is put, its options (None for boxes and reports), its answer and its task."""
+    """A question as it is put, its options (None for all but choices), its answer and its task."""
 
     prompt: str
     options: tuple[str, ...] | None
@@ -72,6 +72,8 @@ def ask(kind: str, truth: Mapping[str, Any], size_mm: float) -> Asked | None:
         return Asked(prompt, ("low", "high"), "high" if truth["mitoses_per_mm2"] >= MITOSES_CUT else "low")
     if kind == "synoptic" and (truth["quadrant"] is not None or not lesion):
         return Asked("Write the synoptic report of this slide.", None, report_text(truth, size_mm), "synoptic")
+    if kind == "report" and (truth["quadrant"] is not None or not lesion):
+        return Asked("Describe the findings of this slide in one sentence.", None, report_sentence(truth), "open")
     return None
 
 
@@ -81,6 +83,18 @@ def report_text(truth: Mapping[str, Any], size_mm: float) -> str:
     names = ("diagnosis", "grade", "necrosis", "quadrant", "margin_status")
     lines = [f"{name.partition('_')[0].capitalize()}: {known[name]}" for name in names if known[name] is not None]
     return "\n".join(lines)
+
+
+def report_sentence(truth: Mapping[str, Any]) -> str:
+    """The findings as dictated, always in the same words; a lesion needs a clear quadrant."""
+    parts = [truth["diagnosis"].capitalize()]
+    if truth["diagnosis"] == "carcinoma":
+        parts.append(f"grade {truth['grade']}")
+    if truth["size_mm"] is not None:
+        parts.append(f"mostly in the {truth['quadrant']} quadrant")
+    if truth["diagnosis"] == "carcinoma":
+        parts.append(f"{'with' if truth['necrosis'] else 'without'} necrosis")
+    return ", ".join(parts) + "."
 
 
 def margin_status(truth: Mapping[str, Any], size_mm: float) -> str:

@@ -23,9 +23,11 @@ from envs.simulator_questions import PROTOCOL, QUESTIONS, ask, synoptic
 from envs.specimen import inked_edge, make_plan
 from envs.stain import draw_stain, to_rgb
 from rewards.detection import parse_boxes, valid
+from rewards.registry import gold_completion
 from rewards.synoptic.check import check_record
 from rewards.synoptic.parse import parse_report
 from rewards.synoptic.protocol import load_protocol
+from rewards.text import bleu4, meteor, rouge_l
 from slides.errors import InputError
 
 SMALL = {"size_mm": 0.5, "mpp": 4.0, "workers": 1, "val_fraction": 0.0, "test_fraction": 0.0}
@@ -234,7 +236,7 @@ def test_options_are_balanced():
             if (asked := ask(kind, plan.truth.as_dict(), 0.9)) is not None and asked.options:
                 options[kind] = set(asked.options)
                 answers[kind][asked.answer] += 1
-    assert set(answers) == set(QUESTIONS) - {"boxes", "synoptic"}
+    assert set(answers) == set(QUESTIONS) - {"boxes", "synoptic", "report"}
     for kind, counts in answers.items():
         assert max(counts.values()) <= 0.62 * counts.total(), (kind, counts)
         assert set(counts) == options[kind]
@@ -329,6 +331,29 @@ def test_all_wrong_parameters_are_named_at_once(tmp_path):
         build(folder=str(tmp_path / "x"), slides=2, val_fraction=0.1, test_fraction=0.1)
 
 
+@pytest.mark.parametrize(
+    ("truth", "sentence"),
+    [
+        (("normal", None, None, False), "Normal."),
+        (("adenoma", None, "lower right", False), "Adenoma, mostly in the lower right quadrant."),
+        (
+            ("carcinoma", 2, "upper left", True),
+            "Carcinoma, grade 2, mostly in the upper left quadrant, with necrosis.",
+        ),
+        (
+            ("carcinoma", 1, "upper right", False),
+            "Carcinoma, grade 1, mostly in the upper right quadrant, without necrosis.",
+        ),
+        (("carcinoma", 1, None, False), None),
+    ],
+)
+def test_the_report_says_what_applies(truth, sentence):
+    values = dict(zip(("diagnosis", "grade", "quadrant", "necrosis"), truth, strict=True))
+    asked = ask("report", values | {"size_mm": None if truth[0] == "normal" else 0.2}, 0.9)
+    assert (asked.answer if asked else None) == sentence
+    assert asked is None or (asked.task, asked.options) == ("open", None)
+
+
 def test_questions_per_slide(tmp_path):
     every = build(folder=str(tmp_path), slides=4, **SMALL)
     some = build(folder=str(tmp_path), slides=4, questions_per_slide=2, **SMALL)
@@ -397,6 +422,9 @@ def test_any_seed_and_size(seed, size_mm, kind):
             assert not read.problems
             assert not check_record(read.record, protocol, complete=True)
             assert {k: str(report[k]) for k in read.record} == read.record
+        elif question == "report":
+            for reward in (bleu4, rouge_l, meteor):
+                assert reward([gold_completion({"answer": asked.answer})], answer=[asked.answer]) == [1.0]
         else:
             assert asked.answer in asked.options
             assert len(set(asked.options)) == len(asked.options)
