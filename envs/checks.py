@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
 from envs.case import SPLITS, Case
 from envs.files import MAX_PIXELS, FileFacts, inspect_files
 from slides.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 REPORT_WORDS = 4  # an open answer of fewer words ("no", "high grade") repeats by nature; a report does not
 _NAMED = 6  # rows that one message names before it only counts the rest
@@ -51,6 +54,7 @@ def check_cases(
             max_pixels=max_pixels,
         )
         problems += file_problems(cases, at, broken)
+        warn_of_lost_slides(cases, broken)
     problems += _across(cases, at, lambda case: [case.patient], "one patient is in several splits", _SAME_SPLIT)
     problems += _across(
         cases,
@@ -103,13 +107,34 @@ def report_keys(case: Case) -> list[str]:
 
 
 def file_problems(cases: Sequence[Case], at: Sequence[str], broken: Mapping[str, str]) -> list[str]:
-    """One message for each row that uses a file `inspect_files` could not."""
+    """One message for each row that uses a file `inspect_files` could not, except for slides a case can do without.
+
+    Images are not left out: they are all decoded before a run starts and soon put right, where slides show what is
+    wrong with them one by one, hours into the extraction of thousands.
+    """
     return [
         f"{place}: {path} {broken[path]}"
         for case, place in zip(cases, at, strict=True)
         for path in (*case.images, *case.slides)
-        if path in broken
+        if path in broken and path not in _spared(case, broken)
     ]
+
+
+def warn_of_lost_slides(cases: Sequence[Case], broken: Mapping[str, str]) -> None:
+    """One warning of all slides that `inspect_files` could not use in cases that have others."""
+    lost = {path: broken[path] for case in cases for path in _spared(case, broken)}
+    if lost:
+        touched = sum(bool(_spared(case, broken)) for case in cases)
+        names = _name([f"{path} {reason}" for path, reason in lost.items()])
+        logger.warning(
+            "%d slides are left out, %d cases go on with what else they show: %s", len(lost), touched, names
+        )
+
+
+def _spared(case: Case, broken: Mapping[str, str]) -> list[str]:
+    """Slides that cannot be used, of a case that has something else to show."""
+    lost = [path for path in case.slides if path in broken]
+    return lost if any(path not in broken for path in (*case.images, *case.slides)) else []
 
 
 _SAME_SPLIT = "put all its rows in one split"

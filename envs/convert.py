@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from envs.boxes import boxes_from_mask, boxes_text, to_frame
 from envs.case import Case, as_text
-from envs.files import resolve_path
+from envs.files import AbsentFile, resolve_path
 from envs.rows import SPLIT_NAMES, Row
 from envs.swift import swift_row
 from slides.errors import InputError
@@ -134,8 +134,13 @@ def _to_case(row: Row, reading: Reading, format: str, options: Sequence[str] | N
 
 
 def _resolve(values: dict[str, Any], reading: Reading) -> list[str]:
-    """Make paths absolute in place; what is wrong with those that are left as they are."""
-    problems = []
+    """Make paths absolute in place; what is wrong with those that are left as they are.
+
+    A slide that is not there is no problem of a case that has something else to show: it keeps its place.
+    """
+    problems: list[str] = []
+    absent: list[str] = []
+    present = 0
     for name in ("images", "slides"):
         entries = [values[name]] if isinstance(values.get(name), str) else values.get(name)
         if not isinstance(entries, list):
@@ -145,9 +150,14 @@ def _resolve(values: dict[str, Any], reading: Reading) -> list[str]:
             try:
                 if isinstance(entry, str):
                     entry = str(resolve_path(entry, reading.root, allow_outside=reading.allow_outside))
+                    present += 1
+            except AbsentFile as error:
+                (absent if name == "slides" else problems).append(str(error))
+                entry = str(error.path)
             except ValueError as error:
                 problems.append(str(error))
             values[name].append(entry)
+    problems += [] if present else absent
     protocol = values.get("protocol")
     if isinstance(protocol, str) and protocol.endswith((".yaml", ".yml")):  # a file of the user's, not a name
         try:

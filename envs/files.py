@@ -31,11 +31,20 @@ class FileFacts:
     height: int = 0
 
 
+class AbsentFile(ValueError):
+    """There is no such file; `path` is where it should be."""
+
+    def __init__(self, path: Path, message: str):
+        self.path = path
+        super().__init__(message)
+
+
 def resolve_path(text: str, root: Path, *, allow_outside: bool = False) -> Path:
     """Absolute path of a manifest's entry, links followed; relative entries start from `root`.
 
     Raises:
-        ValueError: it leaves `root` and `allow_outside` is off, or there is no such file; says so in one sentence.
+        ValueError: it leaves `root` and `allow_outside` is off; says so in one sentence.
+        AbsentFile: there is no such file.
     """
     if "\0" in text or not text.strip():
         raise ValueError(f"{text!r} is not a path")
@@ -44,7 +53,8 @@ def resolve_path(text: str, root: Path, *, allow_outside: bool = False) -> Path:
     if not allow_outside and not path.is_relative_to(root):
         raise ValueError(f"{text!r} leads outside {root}; move the file, or set allow_outside: true if you trust it")
     if not path.is_file():
-        raise ValueError(f"no file {text!r} under {root}; correct the path, or set root to the folder it starts from")
+        remedy = "correct the path, or set root to the folder it starts from"
+        raise AbsentFile(path, f"no file {text!r} under {root}; {remedy}")
     return path
 
 

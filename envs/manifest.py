@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from envs.case import SPLITS, TASKS, Case
-from envs.checks import check_cases, drop_copies, file_problems
+from envs.checks import check_cases, drop_copies, file_problems, warn_of_lost_slides
 from envs.convert import Reading, to_cases
 from envs.files import MAX_PIXELS, inspect_files
 from envs.rows import Row, read_rows
@@ -132,6 +132,7 @@ def build(
     if limit is not None:
         chosen = limit_cases(cases, chosen, limit, seed)
     cases, places = [cases[i] for i in chosen], [places[i] for i in chosen]
+    warn_of_lost_slides(cases, broken)
     required = [*need, *(["val"] if val_fraction else []), *(["test"] if test_fraction else [])]
     if cases:
         try:

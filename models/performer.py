@@ -96,14 +96,20 @@ class Performer(ABC):
     def view(self, case: Case, number: int, budget: int) -> View:
         """What is shown of a case's image or slide of that number at a budget of at least 1 token."""
 
+    def shown(self, case: Case) -> dict[int, str]:
+        """Images and slides of a case by their number; one that has no features keeps its number and is left out."""
+        sources = (*case.images, *case.slides)
+        return {number: source for number, source in enumerate(sources) if source not in self.bank.missing}
+
     def sources(self, case: Case) -> tuple[str, ...]:
-        """Images and slides of a case, in order."""
-        return (*case.images, *case.slides)
+        """Images and slides of a case that can be shown, in order."""
+        return tuple(self.shown(case).values())
 
     def see(self, case: Case, budget: int) -> list[View]:
         """Views of a case at a budget, which its images and slides share; one without a share is not shown."""
-        shares = share_out(budget, len(self.sources(case)))
-        return [self.view(case, number, share) for number, share in enumerate(shares) if share]
+        numbers = self.shown(case)
+        shares = share_out(budget, len(numbers))
+        return [self.view(case, number, share) for number, share in zip(numbers, shares, strict=True) if share]
 
     def messages(self, case: Case, visual: Sequence[View] = ()) -> list[dict]:
         """Conversation that puts the question; images come before the text."""
@@ -183,10 +189,10 @@ class SlidePerformer(Performer):
         config, learned = self.config, bool(self.chain.learned)
         if config.markers == "unique" and number >= config.max_slides:
             raise InputError(
-                f"case {case.id}: it has {len(self.sources(case))} slides, the performer has markers for "
+                f"case {case.id}: it has {len(case.images) + len(case.slides)} slides, the performer has markers for "
                 f"{config.max_slides}; raise performer.max_slides, or split the case"
             )
-        source = self.sources(case)[number]
+        source = self.shown(case)[number]
         # What learned compressors start from does not hang on the budget.
         (tokens,) = self.bank.prepare(source, [0 if learned else budget], self._name, self.chain.prepare)
         realised = self.chain.count(len(tokens.rows), budget) + (config.markers != "none")
@@ -238,7 +244,7 @@ class QwenPerformer(Performer):
         self._view = lru_cache(maxsize=256)(self.processor.sight.view_at)
 
     def view(self, case: Case, number: int, budget: int) -> View:
-        return self._view(self.sources(case)[number], budget)
+        return self._view(self.shown(case)[number], budget)
 
     def see(self, case: Case, budget: int) -> list[View]:
         if case.slides:

@@ -58,10 +58,11 @@ class FeatureBank:
     Args:
         files: feature file (HDF5) of each image or slide path.
         cache_mb: memory for compressed tokens, in MiB; the least recently used go first.
+        missing: slides of the cases without features, and why; they are not shown.
     """
 
-    def __init__(self, files: dict[str, str], cache_mb: int = 2048):
-        self.files = files
+    def __init__(self, files: dict[str, str], cache_mb: int = 2048, missing: dict[str, str] | None = None):
+        self.files, self.missing = files, missing or {}
         self.cache_bytes = cache_mb * 2**20
         self._made: OrderedDict[tuple[str, Hashable, int], VisualTokens] = OrderedDict()
         self._held = 0

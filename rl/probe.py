@@ -58,10 +58,9 @@ def linear_probe(
 
 
 def _inputs(cases: list[Case], bank: FeatureBank) -> np.ndarray:
-    """Mean features (N, d): of all images of a case."""
-    return np.stack(
-        [np.mean([bank.see(s, 1).rows[0, :-COLUMNS].numpy() for s in (*c.images, *c.slides)], axis=0) for c in cases]
-    )
+    """Mean features (N, d): of all images and slides of a case that have features."""
+    sources = [[s for s in (*c.images, *c.slides) if s not in bank.missing] for c in cases]
+    return np.stack([np.mean([bank.see(s, 1).rows[0, :-COLUMNS].numpy() for s in each], axis=0) for each in sources])
 
 
 def _fit(x: np.ndarray, y: np.ndarray, strength: float) -> Any:

@@ -32,6 +32,7 @@ class EncoderConfig:
         mpp, tile_px, cells: tiling of slides, see `slides.extract`.
         slide: further options of `slides.extract.ExtractOptions`.
         folder: where features are kept; null puts them into the run's folder.
+        strict: a slide without features is an error, also where its cases have others.
     """
 
     name: str = "efficientnet-lite0"
@@ -43,6 +44,7 @@ class EncoderConfig:
     cells: int = 7
     slide: dict[str, Any] = field(default_factory=dict)
     folder: str | None = None
+    strict: bool = False
 
 
 @dataclass

@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +17,10 @@ matplotlib.use("agg")
 from accelerate import PartialState
 from matplotlib import pyplot as plt
 
+from envs.case import Case
 from rl.checkpoints import is_done
 from rl.fields import print_fields
+from rl.prepare import cases_of
 from slides.whole import whole, write_text
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ def write_report(stages: Stages, evaluation: Evaluation) -> dict[str, Any]:
     summary = {
         **evaluation.summary(),
         "warnings": joint.get("warnings", []),
+        "missing_slides": missing_slides(stages.cases, stages.bank.missing),
         "price_unit": "score per cost of the largest budget",
         "ladder": stages.run.ladder,
         "splits": {s: len(members) for s, members in stages.splits.items()},
@@ -48,6 +52,12 @@ def write_report(stages: Stages, evaluation: Evaluation) -> dict[str, Any]:
         write_text(folder / "cases.jsonl", _cases(evaluation, summary["headline"]["price"]))
         plot(summary, folder / "pareto.png")
     return summary
+
+
+def missing_slides(cases: Sequence[Case], missing: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Slides that gave no features: `slide`, `reason`, and the number of `cases` that went on without it."""
+    count = cases_of(cases, missing)
+    return [{"slide": slide, "reason": reason, "cases": count[slide]} for slide, reason in missing.items()]
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
@@ -79,6 +89,8 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         values = ", ".join(f"{k} {row[k]['value']:.3f}" for k in ("linear_probe", "best_static", "allocator"))
         print(f"balanced accuracy, {question} (n={row['n']}): {values}")
     print_fields(summary["synoptic"])
+    for lost in summary["missing_slides"]:
+        print(f"left out of {lost['cases']} cases: {lost['slide']}: {lost['reason']}")
     for warning in summary["warnings"]:
         print(f"warning: {warning}")
     print(f"report: {folder}")

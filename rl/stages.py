@@ -240,6 +240,7 @@ class Stages:
             "sft": [dataclasses.asdict(stage) for stage in run.sft[:count]],
             "balance": run.balance,
             "seed": run.grpo.seed,
+            **({"missing_slides": sorted(self.bank.missing)} if self.bank.missing else {}),
         }
 
     def grpo_parts(self) -> dict[str, Any]:

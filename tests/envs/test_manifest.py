@@ -17,6 +17,7 @@ from PIL import Image
 
 from envs import mosaic
 from envs.boxes import boxes_from_mask, to_frame
+from envs.checks import check_cases
 from envs.files import inspect_files
 from envs.manifest import build, read_manifest
 from envs.rows import read_rows
@@ -282,6 +283,46 @@ def test_every_bad_row_is_reported_at_once(home):
         assert any(p.startswith(f"{path}:{number}: ") and words in p for p in problems), (number, words, problems)
     assert not any(p.startswith(f"{path}:1: ") for p in problems)
     assert len(problems) == len(bad) + 4  # row 9 has a second problem, row 12 lacks three columns more
+
+
+def test_a_lost_slide_is_a_warning_where_the_case_shows_something_else(home, caplog):
+    for name in ("a.tif", "b.tif", "c.h5"):
+        (home / name).write_bytes(name.encode())
+    (home / "empty.tif").touch()
+    image(home / "1.png")
+    slides = [
+        ["a.tif", "gone.tif"],
+        ["gone.tif"],  # beside an image
+        ["b.tif", "c.h5", "empty.tif"],
+    ]
+    rows = [row(i, images=["1.png"] if i == 1 else [], slides=each) for i, each in enumerate(slides)]
+    path = write_jsonl(home, rows)
+    cases = build(path=path)
+    assert [[Path(p).name for p in case.slides] for case in cases] == slides, "every slide keeps its place"
+    (warning,) = [record.getMessage() for record in caplog.records]
+    assert warning.startswith("2 slides are left out, 3 cases go on")
+    assert f"{home / 'gone.tif'} cannot be read" in warning and "the file is empty" in warning
+    caplog.clear()
+    check_cases(cases)
+    assert [record.getMessage() for record in caplog.records] == [warning], "also without what was found before"
+
+
+def test_cases_without_any_slide_are_named(home, caplog):
+    (home / "a.tif").write_bytes(b"a")
+    (home / "empty.tif").touch()
+    outside = [row(3, images=[], slides=["a.tif", "../gone.tif"])]
+    rows = [row(i, images=[], slides=each) for i, each in enumerate((["gone.tif", "lost.h5"], ["empty.tif"]))]
+    path = write_jsonl(home, [*rows, row(2, images=["gone.png"], slides=["a.tif"]), *outside])
+    problems = problems_of(path=path)
+    for line, words in (
+        (1, "no file 'gone.tif'"),
+        (1, "no file 'lost.h5'"),
+        (2, "is empty"),
+        (3, "no file 'gone.png'"),
+    ):
+        assert any(p.startswith(f"{path}:{line}: ") and words in p for p in problems), (line, words, problems)
+    assert any(p.startswith(f"{path}:4: ") and "leads outside" in p for p in problems)
+    assert len(problems) == 5 and not caplog.records
 
 
 def test_bad_rows_of_a_table(home):

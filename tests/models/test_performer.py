@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from models import performer as module
+from models.allocator import AllocatorConfig, CheapLook
 from models.cost import TowerShape
 from models.performer import question_text
 from slides.errors import InputError
-from tests.conftest import noise
+from tests.conftest import WIDTH, noise
 
 
 def test_answers_come_in_the_order_of_the_cases(performer, cases):
@@ -43,6 +44,22 @@ def test_several_images_share_the_budget(performer, cases):
     assert sum(map(len, performer.see(both, 16))) <= 16
     assert [v.source for v in performer.see(both, 2)] == ["field0", "field1"], "there is none for the third"
     assert [v.slide for v in performer.see(both, 3)] == [0, 1, 2]
+
+
+def test_a_slide_without_features_is_left_out_and_the_others_keep_their_numbers(make_performer, cases, monkeypatch):
+    performer = make_performer(markers="unique", max_slides=3)
+    performer.model.eval()
+    case = dataclasses.replace(cases[0], images=(), slides=("field0", "lost", "field2"))
+    monkeypatch.setattr(performer.bank, "missing", {"lost": "no tissue"})
+    assert performer.sources(case) == ("field0", "field2")
+    views = performer.see(case, 12)
+    assert [(view.source, view.slide, view.budget) for view in views] == [("field0", 0, 6), ("field2", 2, 6)]
+    assert performer.answer([case], [12], max_new_tokens=2)[0].visual == sum(view.tokens for view in views)
+    looked = CheapLook(performer, AllocatorConfig(ladder=(1, 4), look=(1,), feature_dim=WIDTH))([case])[0]
+    both = dataclasses.replace(case, slides=("field0", "field2"))
+    assert torch.equal(
+        looked, CheapLook(performer, AllocatorConfig(ladder=(1, 4), look=(1,), feature_dim=WIDTH))([both])[0]
+    )
 
 
 @pytest.mark.parametrize("several", [False, True])
