@@ -193,7 +193,6 @@ class SlideTextModel(PreTrainedModel):
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor,
         losses: Sequence[str] | None = None,
-        **kwargs: Any,
     ) -> SlideTextOutput:
         """The losses of B pairs; other pairs of the batch (of this process alone) are the negatives.
 
