@@ -186,15 +186,13 @@ class SlidePerformer(Performer):
         self._name = json.dumps(self.config.compressors[: len(self.chain.fixed)])
 
     def view(self, case: Case, number: int, budget: int) -> VisualTokens:
-        config, learned = self.config, bool(self.chain.learned)
+        config = self.config
         if config.markers == "unique" and number >= config.max_slides:
             raise InputError(
                 f"case {case.id}: it has {len(case.images) + len(case.slides)} slides, the performer has markers for "
                 f"{config.max_slides}; raise performer.max_slides, or split the case"
             )
-        source = self.shown(case)[number]
-        # What learned compressors start from does not hang on the budget.
-        (tokens,) = self.bank.prepare(source, [0 if learned else budget], self._name, self.chain.prepare)
+        tokens = self.prepared(self.shown(case)[number], budget)
         realised = self.chain.count(len(tokens.rows), budget) + (config.markers != "none")
         return replace(
             tokens,
@@ -205,26 +203,29 @@ class SlidePerformer(Performer):
             question=self._question(case) if self.chain.asks else None,
         )
 
+    def prepared(self, source: str, budget: int) -> VisualTokens:
+        """What the model gets of an image or slide: its tokens, or what learned compressors make them of."""
+        # The latter does not hang on the budget.
+        at = 0 if self.chain.learned else budget
+        return self.bank.prepare(source, [at], self._name, self.chain.prepare)[0]
+
     def _question(self, case: Case) -> torch.Tensor:
         text = question_text(case, self.show_options)
         return torch.tensor(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def seeing(self, views: Sequence[VisualTokens]) -> float:
-        aligner = linear_flops(
-            self.model.model.aligner, sum(v.tokens - (self.config.markers != "none") for v in views)
-        )
+        marked = len(views) * (self.config.markers != "none")
+        aligner = linear_flops(self.model.model.aligner, sum(v.tokens for v in views) - marked)
         return aligner + sum(self.chain.flops(len(v.rows), v.budget) for v in views)
 
     def flops(self, prompt: Prompt, generated: float) -> float:
         if self.config.in_text:
             return super().flops(prompt, generated)
-        read = self.shape.answer(0, prompt.text, generated) + self.seeing(prompt.views)
-        looks = (
-            self.model.model.routes.flops(prompt.text + max(0.0, generated - 1), prompt.visual)
-            if prompt.views
-            else 0.0
-        )
-        return read + looks
+        read = self.shape.answer(0, prompt.text, generated)
+        if not prompt.views:
+            return read
+        looks = self.model.model.routes.flops(prompt.text + max(0.0, generated - 1), prompt.visual)
+        return read + looks + self.seeing(prompt.views)
 
     @classmethod
     def load(cls, folder: str | Path, bank: FeatureBank, **options: Any) -> SlidePerformer:

@@ -15,7 +15,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
-from envs.case import Case
 from envs.columns import case_columns, extra_columns
 from models.allocator import AllocatorConfig, CheapLook, ValueAllocator
 from models.build import build_performer, load_performer, lora_config
@@ -31,8 +30,8 @@ from rl.recipe import Run
 from rl.scoring import Scorer
 from rl.table import ScoreTable, score_table
 from sft.options import Stage
-from sft.supervised import merged, sft_config, stage_rates, train_sft
-from slides.errors import InputError
+from sft.running import Supervision
+from sft.supervised import merged
 
 logger = logging.getLogger(__name__)
 
@@ -179,38 +178,12 @@ class Stages:
 
     def _sft(self, stage: Stage, performer: Performer, parts: dict[str, Any]) -> Performer:
         """Train a stage, write its folder and read it again."""
-        folder, options = self.run.folder / stage.name, dict(stage.options)
-        callbacks, resume = [MarkWhole()], last_whole(folder)
-        cases = self._asked(options.pop("questions", None), f"sft: {stage.kind}")
+        run, folder = self.run, self.run.folder / stage.name
+        shared = Supervision(self.splits["train"], self.splits["val"], run.ladder, run.performer, run.grpo.seed)
         performer.model.to(PartialState().device)
-        text_only = options.pop("text_only", 0.05)
-        rates = stage_rates(stage.kind, options.pop("learning_rates", None))
-        lora = self.run.performer.lora if rates is None or rates.get("lora") else None
-        lora = options.pop("lora", lora)
-        trainer = train_sft(
-            performer,
-            cases,
-            options.pop("ladder", self.run.ladder),
-            sft_config(folder, options, self.run.grpo.seed),
-            text_only,
-            callbacks,
-            resume,
-            lora_config(replace(self.run.performer, lora=lora), performer.model),
-            rates,
-        )
-        self._finish(folder, parts, performer, trainer)
+        trainer, record = shared.run(stage, performer, folder, [MarkWhole()], last_whole(folder))
+        self._finish(folder, parts, performer, trainer, **record)
         return self._load(stage.name)
-
-    def _asked(self, questions: Sequence[str] | None, where: str) -> list[Case]:
-        """Training cases of some kinds of question; all for None."""
-        train = self.splits["train"]
-        if questions is None:
-            return train
-        found = [c for c in train if c.question in questions]
-        if not found:
-            known = ", ".join(sorted({c.question for c in train}))
-            raise InputError(f"{where}: no training case asks {', '.join(questions)}; there are {known}")
-        return found
 
     def _finish(
         self, folder: Path, parts: dict, performer: Performer, trainer: Any, allocator: Any = None, **record: Any

@@ -75,7 +75,9 @@ def test_of_too_many_patches_evenly_spaced_ones_are_read(caplog):
     with caplog.at_level(logging.WARNING):
         out = qformer(Tokens.from_rows([long, short]), 6).features
         qformer(Tokens.from_rows([long]), 6)
-    assert [r.getMessage() for r in caplog.records] == ["a slide of 25 patches: the Q-Former reads 10 of them, evenly spaced"]
+    assert [r.getMessage() for r in caplog.records] == [
+        "a slide of 25 patches: the Q-Former reads 10 of them, evenly spaced"
+    ]
     kept = long[[0, 2, 5, 7, 10, 12, 15, 17, 20, 22]]
     torch.testing.assert_close(out, qformer(Tokens.from_rows([kept, short]), 6).features)
     assert qformer.flops(25, 6) == qformer.flops(10, 6)

@@ -1,0 +1,190 @@
+"""One stage of supervised training, from its keys in a recipe to a trained performer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback
+
+from envs.case import Case
+from models.build import PerformerConfig, lora_config
+from models.compressors.qformer import QFormer
+from models.compressors.reconstruction import MaskedReconstruction
+from models.performer import Performer, SlidePerformer
+from models.slide_text import copy_qformer
+from sft.contrastive import build_model, contrastive_config, train_contrastive
+from sft.mae import mae_config, measure_mae, train_mae
+from sft.options import Stage
+from sft.supervised import sft_config, stage_rates, train_sft
+from slides.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+MEASURED = 64
+"""Validation slides that a masked reconstruction is measured on."""
+
+
+@dataclass
+class Supervision:
+    """What all stages of a run share.
+
+    Args:
+        train, val: cases. ladder: budgets. config: of the performer. seed: of everything that is drawn.
+    """
+
+    train: Sequence[Case]
+    val: Sequence[Case]
+    ladder: Sequence[int]
+    config: PerformerConfig
+    seed: int
+
+    def run(
+        self,
+        stage: Stage,
+        performer: Performer,
+        folder: Path,
+        callbacks: Sequence[TrainerCallback],
+        resume: str | None,
+    ) -> tuple[Trainer, dict[str, Any]]:
+        """Train the performer in place; returns the trainer and what else is to be kept of the stage.
+
+        Args:
+            folder: the stage's, for checkpoints and for what belongs to this stage alone.
+
+        Raises:
+            InputError: a key that the stage does not have, or a performer that has not what it trains.
+        """
+        options = dict(stage.options)
+        cases = asked(self.train, options.pop("questions", None), stage.kind)
+        if stage.kind == "mae":
+            return self._mae(options, _slides(performer, stage), cases, folder, callbacks, resume)
+        if stage.kind == "contrastive":
+            return self._contrastive(options, _slides(performer, stage), cases, folder, callbacks, resume)
+        rates = stage_rates(stage.kind, options.pop("learning_rates", None))
+        lora = options.pop("lora", self.config.lora if rates is None or "lora" in rates else None)
+        ladder, text_only = options.pop("ladder", self.ladder), options.pop("text_only", 0.05)
+        trainer = train_sft(
+            performer,
+            cases,
+            ladder,
+            sft_config(folder, options, self.seed),
+            text_only,
+            callbacks,
+            resume,
+            lora_config(replace(self.config, lora=lora), performer.model),
+            rates,
+        )
+        return trainer, {}
+
+    def _mae(
+        self,
+        options: dict,
+        performer: SlidePerformer,
+        cases: Sequence[Case],
+        folder: Path,
+        callbacks: Any,
+        resume: Any,
+    ) -> tuple[Trainer, dict[str, Any]]:
+        chain = performer.model.model.compressor
+        most = chain.learned[0].most if chain.learned else 0
+        # Where another compressor follows, it is always given all latents.
+        ladder = [most] if len(chain.learned) > 1 else [b for b in self.ladder if b <= most] or [most]
+        own = {key: options.pop(key) for key in ("share", "decoder_width") if key in options}
+        trainer = train_mae(
+            chain,
+            Prepared(performer, shown(performer, cases)),
+            options.pop("ladder", ladder),
+            mae_config(folder, options, self.seed),
+            callbacks=callbacks,
+            resume=resume,
+            **own,
+        )
+        held = Prepared(performer, shown(performer, self.val))
+        step = max(1, len(held) // MEASURED)
+        assert isinstance(trainer.model, MaskedReconstruction)
+        told = measure_mae(trainer.model, [held[i] for i in range(0, len(held), step)], most, self.seed)
+        logger.warning("mae on validation slides: loss %(loss).3f, of the mean %(baseline).3f", told)
+        return trainer, {"validation": told}
+
+    def _contrastive(
+        self,
+        options: dict,
+        performer: SlidePerformer,
+        cases: Sequence[Case],
+        folder: Path,
+        callbacks: Any,
+        resume: Any,
+    ) -> tuple[Trainer, dict[str, Any]]:
+        target = performer.model.model.compressor.learned[0] if performer.chain.learned else None
+        if not isinstance(target, QFormer):
+            raise InputError(
+                "the contrastive stage trains a Q-Former: name `qformer` first of the learned compressors in "
+                "performer.compressors, or leave the stage out"
+            )
+        single = [c for c in cases if len(performer.sources(c)) == 1]
+        slides = Prepared(performer, [performer.sources(c)[0] for c in single])
+        spec = performer.config.compressors[len(performer.chain.fixed)]
+        shape = {} if isinstance(spec, str) else {key: value for key, value in spec.items() if key != "name"}
+        shape |= options.pop("model", {})
+        own = {key: options.pop(key) for key in ("patches",) if key in options}
+        tokenizer = performer.processor.tokenizer
+        model = build_model(slides, tokenizer, shape, self.seed)
+        trainer = train_contrastive(
+            model,
+            slides,
+            [c.answer for c in single],
+            tokenizer,
+            contrastive_config(folder, options, self.seed),
+            callbacks=callbacks,
+            resume=resume,
+            **own,
+        )
+        copy_qformer(model.qformer, target)
+        if trainer.is_world_process_zero():
+            model.save_pretrained(folder / "slide_text")
+            tokenizer.save_pretrained(folder / "slide_text")
+        return trainer, {}
+
+
+class Prepared(Sequence):
+    """What learned compressors get of images and slides: rows (n, d + 4), read as they are asked for."""
+
+    def __init__(self, performer: SlidePerformer, sources: Sequence[str]):
+        self.performer, self.sources = performer, sources
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return self.performer.prepared(self.sources[index], 1).rows
+
+
+def shown(performer: Performer, cases: Sequence[Case]) -> list[str]:
+    """The images and slides of cases, each once."""
+    return list(dict.fromkeys(s for c in cases for s in performer.sources(c)))
+
+
+def asked(cases: Sequence[Case], questions: Sequence[str] | None, kind: str) -> Sequence[Case]:
+    """The cases of some kinds of question; all for None.
+
+    Raises:
+        InputError: there are none.
+    """
+    if questions is None:
+        return cases
+    found = [c for c in cases if c.question in questions]
+    if not found:
+        known = ", ".join(sorted({c.question for c in cases}))
+        raise InputError(f"sft.{kind}: no training case asks {', '.join(questions)}; there are {known}")
+    return found
+
+
+def _slides(performer: Performer, stage: Stage) -> SlidePerformer:
+    if not isinstance(performer, SlidePerformer):
+        raise InputError(f"sft: the stage {stage.kind} trains compressors of slides; use performer.family slide_vlm")
+    return performer
