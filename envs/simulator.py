@@ -64,8 +64,9 @@ def build(
             mitoses, synoptic, report; of several slides case_diagnosis, case_grade, which_slide, carcinoma_slides,
             case_synoptic.
         questions_per_slide: at most so many a slide or case, drawn at random (default all that apply).
-        slides_per_case: above 1, questions are about cases of so many slides. A slide keeps its split and is in one
-            case at most; what is left over when cases are balanced is in none.
+        slides_per_case: above 1, there are cases of so many slides, and the default is to ask about these alone. A
+            slide keeps its split and is in one case at most; what is left over when cases are balanced is in none.
+            Kinds about one slide that are named in `questions` are asked of every slide by itself.
         val_fraction, test_fraction: shares of the slides, split by patient and spread over the diagnoses.
         workers: processes that draw.
 
@@ -94,8 +95,11 @@ def build(
     fractions = {"train": 1 - val_fraction - test_fraction, "val": val_fraction, "test": test_fraction}
     splits = assign_splits([spec.patient for spec in specs], strata, fractions, seed=seed)
     several = slides_per_case > 1
-    units = compose_cases(specs, splits, slides_per_case, seed) if several else single_slides(specs, splits)
-    held = {unit.split for unit in units}
+    kinds = questions or (CASE_QUESTIONS if several else QUESTIONS)
+    units = compose_cases(specs, splits, slides_per_case, seed) if several else []
+    if set(kinds) & set(QUESTIONS):
+        units += single_slides(specs, splits)
+    held = {unit.split for unit in units if len(unit.slides) == slides_per_case}
     empty = [name for name, share in fractions.items() if share > 0 and name not in held]
     if empty:
         raise InputError(
@@ -103,19 +107,19 @@ def build(
             "ask for more slides or set its fraction to 0"
         )
     rows = fill_folder(root, specs, seed=seed, size_mm=size_mm, mpp=mpp, workers=workers)
-    kinds = questions or (CASE_QUESTIONS if several else QUESTIONS)
     cases = []
     for number, unit in enumerate(units):
         truths = [rows[i]["truth"] for i in unit.slides]
+        together = len(truths) > 1
         found = [
-            (kind, ask_case(kind, truths, size_mm) if several else ask(kind, truths[0], size_mm)) for kind in kinds
+            (kind, ask_case(kind, truths, size_mm) if together else ask(kind, truths[0], size_mm)) for kind in kinds
         ]
         asked = [(kind, question) for kind, question in found if question is not None]
         if questions_per_slide is not None and len(asked) > questions_per_slide:
             chosen = np.random.default_rng([seed, number, 2]).permutation(len(asked))[:questions_per_slide]
             asked = [asked[i] for i in sorted(chosen)]
         known = [synoptic(truth, size_mm) for truth in truths]
-        truth = json.dumps(known if several else known[0])
+        truth = json.dumps(known if together else known[0])
         cases += [
             Case(
                 id=f"{unit.name}-{kind}",
@@ -184,7 +188,7 @@ def _check(
     if not problems and val_fraction + test_fraction >= 1:
         problems.append("simulator: val_fraction and test_fraction leave nothing to train on; lower either")
     if questions is not None:
-        kinds = CASE_QUESTIONS if slides_per_case != 1 else QUESTIONS
+        kinds = (*CASE_QUESTIONS, *QUESTIONS) if slides_per_case != 1 else QUESTIONS
         if isinstance(questions, str) or not questions:
             problems.append(f"simulator: questions is {questions!r}; give a list of {', '.join(kinds)}")
         else:

@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from models.allocator import CheapLook, ValueAllocator
-from models.build import build_performer
 from models.performer import Performer
 from rewards.bootstrap import Bootstrap
 from rewards.registry import gold_completion
@@ -204,9 +203,7 @@ class Evaluation:
 
     def _base(self) -> Point:
         """The performer before any training here, at the largest budget."""
-        run = self.stages.run
-        base = build_performer(run.performer, self.stages.splits["train"], self.stages.bank, run.grpo.seed)
-        table = self.stages.table("base", base, "test", [self.ladder[-1]])
+        table = self.stages.table("base", self.stages.base(), "test", [self.ladder[-1]])
         return point(table.score[:, 0], table.visual[:, 0], table.flops[:, 0], self.bootstrap, budget=self.ladder[-1])
 
     def _text_only(self) -> Point:

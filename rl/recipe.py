@@ -112,6 +112,9 @@ class Recipe:
         default_factory=lambda: [1, 4, 16, 49, 196], metadata={"help": "budgets in visual tokens"}
     )
     sft: Any = field(default_factory=dict, metadata={"help": "one stage or a list of them, see docs/training.md"})
+    questions: list[str] | None = field(
+        default=None, metadata={"help": "kinds of question of GRPO and report; others are for stages of sft alone"}
+    )
     balance: bool = field(
         default=False, metadata={"help": "repeat training cases so that the answers of each choice question are even"}
     )
@@ -132,6 +135,7 @@ class Run:
     performer: PerformerConfig
     ladder: list[int]
     sft: list[Stage]
+    questions: list[str] | None
     balance: bool
     rewards: list[Any]
     allocator: AllocatorOptions
@@ -195,6 +199,7 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
         ladder=ladder,
         # A checkpoint is taken as it is unless the recipe says how it is to be trained.
         sft=read_stages(nested["sft"] or ([] if performer.checkpoint else {})),
+        questions=nested["questions"],
         balance=recipe.balance,
         rewards=nested["rewards"],
         allocator=checked(AllocatorOptions, nested["allocator"], "allocator"),

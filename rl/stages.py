@@ -30,7 +30,7 @@ from rl.recipe import Run
 from rl.scoring import Scorer
 from rl.table import ScoreTable, score_table
 from sft.options import Stage
-from sft.running import Supervision
+from sft.running import Supervision, asked
 from sft.supervised import merged
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,8 @@ class Stages:
 
     def __init__(self, run: Run):
         self.run = run
-        self.splits = load_cases(run)
+        self.all_splits = load_cases(run)
+        self.splits = {s: list(asked(members, run.questions, "questions")) for s, members in self.all_splits.items()}
         self.cases = [c for members in self.splits.values() for c in members]
         self.rewards = load_rewards(run, self.cases)
         self.scorer = Scorer(self.rewards, run.ladder[-1])
@@ -63,7 +64,7 @@ class Stages:
     def bank(self) -> FeatureBank:
         """Stored features of all cases."""
         folder = Path(self.run.encoder.folder) if self.run.encoder.folder else self.run.folder / "features"
-        return load_features(self.cases, self.run.encoder, folder)
+        return load_features([c for members in self.all_splits.values() for c in members], self.run.encoder, folder)
 
     @property
     def is_main(self) -> bool:
@@ -76,13 +77,14 @@ class Stages:
         done = [
             at for at, stage in enumerate(stages) if is_done(self.run.folder / stage.name, self._sft_parts(at + 1))
         ]
-        if done:
-            performer = self._load(stages[done[-1]].name)
-        else:
-            performer = build_performer(self.run.performer, self.splits["train"], self.bank, self.run.grpo.seed)
+        performer = self._load(stages[done[-1]].name) if done else self.base()
         for at in range(done[-1] + 1 if done else 0, len(stages)):
             performer = self._sft(stages[at], performer, self._sft_parts(at + 1))
         return performer
+
+    def base(self) -> Performer:
+        """The recipe's performer before any training here."""
+        return build_performer(self.run.performer, self.all_splits["train"], self.bank, self.run.grpo.seed)
 
     def sft_continued(self) -> Performer:
         """The last stage trained on for the FLOPs that the joint stage took: the control of equal compute."""
@@ -179,7 +181,8 @@ class Stages:
     def _sft(self, stage: Stage, performer: Performer, parts: dict[str, Any]) -> Performer:
         """Train a stage, write its folder and read it again."""
         run, folder = self.run, self.run.folder / stage.name
-        shared = Supervision(self.splits["train"], self.splits["val"], run.ladder, run.performer, run.grpo.seed)
+        train, val = self.all_splits["train"], self.splits["val"]
+        shared = Supervision(train, val, run.questions, run.ladder, run.performer, run.grpo.seed)
         performer.model.to(PartialState().device)
         trainer, record = shared.run(stage, performer, folder, [MarkWhole()], last_whole(folder))
         self._finish(folder, parts, performer, trainer, **record)
@@ -207,6 +210,7 @@ class Stages:
         run = self.run
         return {
             "cases": run.cases,
+            "questions": run.questions,
             "encoder": dataclasses.asdict(run.encoder),
             "performer": dataclasses.asdict(run.performer),
             "ladder": run.ladder,

@@ -34,11 +34,14 @@ class Supervision:
     """What all stages of a run share.
 
     Args:
-        train, val: cases. ladder: budgets. config: of the performer. seed: of everything that is drawn.
+        train, val: cases.
+        questions: kinds of question that a stage trains on unless it names others; None is all.
+        ladder: budgets. config: of the performer. seed: of everything that is drawn.
     """
 
     train: Sequence[Case]
     val: Sequence[Case]
+    questions: Sequence[str] | None
     ladder: Sequence[int]
     config: PerformerConfig
     seed: int
@@ -60,7 +63,7 @@ class Supervision:
             InputError: a key that the stage does not have, or a performer that has not what it trains.
         """
         options = dict(stage.options)
-        cases = asked(self.train, options.pop("questions", None), stage.kind)
+        cases = asked(self.train, options.pop("questions", self.questions), f"sft.{stage.kind}")
         if stage.kind == "mae":
             return self._mae(options, _slides(performer, stage), cases, folder, callbacks, resume)
         if stage.kind == "contrastive":
@@ -169,7 +172,7 @@ def shown(performer: Performer, cases: Sequence[Case]) -> list[str]:
     return list(dict.fromkeys(s for c in cases for s in performer.sources(c)))
 
 
-def asked(cases: Sequence[Case], questions: Sequence[str] | None, kind: str) -> Sequence[Case]:
+def asked(cases: Sequence[Case], questions: Sequence[str] | None, where: str) -> Sequence[Case]:
     """The cases of some kinds of question; all for None.
 
     Raises:
@@ -180,7 +183,7 @@ def asked(cases: Sequence[Case], questions: Sequence[str] | None, kind: str) -> 
     found = [c for c in cases if c.question in questions]
     if not found:
         known = ", ".join(sorted({c.question for c in cases}))
-        raise InputError(f"sft.{kind}: no training case asks {', '.join(questions)}; there are {known}")
+        raise InputError(f"{where}: no case asks {', '.join(questions)}; there are {known}")
     return found
 
 
