@@ -17,6 +17,7 @@ from typing import Any, Literal
 from envs.case import SPLITS, Case
 from envs.files import FileFacts, inspect_files
 from envs.manifest import read_manifest
+from envs.mosaic_cases import CASE_QUESTIONS, ask_cases, several_cases
 from envs.mosaic_files import ASKED, Mosaic, plan_mosaics, write_lines, write_mosaics
 from envs.mosaic_layout import can_hold
 from envs.mosaic_questions import QUESTIONS, answer_of, ask, options_of, prompt_of
@@ -37,7 +38,8 @@ def build(
     grid: int = 8,
     tile_px: int = 96,
     region_tiles: Sequence[int] = (3, 4),
-    questions: Sequence[str] = QUESTIONS,
+    questions: Sequence[str] | None = None,
+    slides_per_case: int = 1,
     lesion_name: str | None = None,
     image_column: str = "file",
     label_column: str = "label",
@@ -50,7 +52,7 @@ def build(
     seed: int = 0,
     workers: int = 2,
 ) -> list[Case]:
-    """Write the mosaics that are not there yet and return the questions about them.
+    """Write the mosaics that are not there yet and return the questions about them, or about cases of several.
 
     Args:
         tiles: folder with one sub-folder per class, or a manifest with a file and a label in each row.
@@ -62,7 +64,10 @@ def build(
         grid: tiles along a side.
         tile_px: pixels of a tile; tiles of another size are resized.
         region_tiles: smallest and largest side of a lesion region in tiles; at most half the grid.
-        questions: which of `diagnosis`, `presence`, `count`, `quadrant`, `boxes` to ask.
+        questions: which of `diagnosis`, `presence`, `count`, `quadrant`, `boxes` to ask, of several mosaics which of
+            `case_presence`, `which_slide`, `lesion_slides`; all by default.
+        slides_per_case: above 1, questions are about cases of so many mosaics, fields or slides; as many whole cases
+            are made as `mosaics` allows. One third of them has no lesion, one third on one mosaic alone.
         lesion_name: what questions call the lesion; its label, or `lesion` where there are several.
         image_column, label_column, patient_column: columns of the tile manifest.
         val_fraction: share of the train tiles set apart for val mosaics, where the tiles have no val split.
@@ -74,26 +79,33 @@ def build(
         workers: threads that write.
 
     Returns:
-        cases of all splits; `extra` holds `mosaic` (none, focal-1 .. focal-3, diffuse), `regions`, `area` (share of
-        the mosaic that is lesion) and `mpp` where it is known.
+        cases of all splits; `extra` holds `mosaic` (none, focal-1 .. focal-3, diffuse; joined by commas for several),
+        `regions`, `area` (share of the mosaics that is lesion) and `mpp` where it is known.
 
     Raises:
         InputError: a parameter is out of range, a class has no tiles in a split, or the folder holds other mosaics.
     """
     backgrounds, lesions = _labels(background), _labels(lesion)
+    asked_for = list(questions if questions is not None else QUESTIONS if slides_per_case == 1 else CASE_QUESTIONS)
     margin = (1 if kind == "slide" else 0) if margin is None else margin
     _check(
         kind=kind,
         mosaics=mosaics,
-        questions=questions,
+        questions=asked_for,
+        slides_per_case=slides_per_case,
         labels=[*backgrounds, *lesions],
-        at_least_one={"grid": grid, "tile_px": tile_px, "workers": workers},
+        at_least_one={
+            "grid": grid,
+            "tile_px": tile_px,
+            "workers": workers,
+            "slides_per_case": slides_per_case,
+        },
         at_least_zero={"margin": margin, "seed": seed},
         region_tiles=region_tiles,
         grid=grid,
         quality=quality,
     )
-    counts = {split: mosaics[split] for split in SPLITS if mosaics.get(split)}
+    counts = {split: mosaics[split] // slides_per_case * slides_per_case for split in SPLITS if mosaics.get(split)}
     source = read_manifest(
         tiles,
         prompt="tile",
@@ -126,13 +138,20 @@ def build(
         "quality": quality,
         "seed": seed,
     }
+    if slides_per_case > 1:
+        record["slides_per_case"] = slides_per_case
     home = Path(folder).expanduser().absolute()
     plan = plan_mosaics(record, pools)
-    asked = _choose(plan, record, questions)
+    asked = _choose(plan, record, asked_for)
     _claim(home, record)
     files = write_mosaics(plan, home, record, workers)
     names = _Names(lesion_name or (lesions[0] if len(lesions) == 1 else "lesion"), (*backgrounds, *lesions))
-    cases = _cases(plan, files, asked, record, names)
+    # Part of the ids, so that cases of two mosaic folders can stand in one run.
+    mark = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]
+    if slides_per_case == 1:
+        cases = _cases(plan, files, asked, record, mark, names)
+    else:
+        cases = several_cases(plan, files, asked, record, mark, names.lesion)
     root = Path(tiles).expanduser()
     root = (root if root.is_dir() else root.parent).resolve()
     write_lines(home / _CASES, [_portable(case, home) for case in cases])
@@ -155,6 +174,7 @@ def _check(
     kind: str,
     mosaics: Mapping[str, int],
     questions: Sequence[str],
+    slides_per_case: int,
     labels: Sequence[str],
     at_least_one: Mapping[str, int],
     at_least_zero: Mapping[str, int],
@@ -174,9 +194,12 @@ def _check(
             problems.append(f"mosaics has {split}: {number!r}; give a number for {', '.join(SPLITS)}")
     if not any(mosaics.values()):
         problems.append("mosaics asks for none; give the number for each split, such as {train: 800, test: 300}")
+    known = QUESTIONS if slides_per_case == 1 else CASE_QUESTIONS
     for question in questions:
-        if question not in QUESTIONS:
-            problems.append(f"unknown question {question!r}; use {', '.join(QUESTIONS)}")
+        if question not in known:
+            problems.append(
+                f"unknown question {question!r} with slides_per_case {slides_per_case!r}; use {', '.join(known)}"
+            )
     if not questions or len(set(questions)) < len(questions):
         problems.append("questions is empty or names one twice")
     if len(set(labels)) < len(labels) or len(labels) < 2:
@@ -263,18 +286,24 @@ def _claim(home: Path, record: Mapping[str, Any]) -> None:
 
 
 def _choose(plan: Sequence[Mosaic], record: Mapping[str, Any], questions: Sequence[str]) -> dict[str, set[int]]:
-    """By question the mosaics of the plan that it is asked of, balanced within each split."""
+    """By question the mosaics of the plan that it is asked of (the first ones of cases), even within each split."""
     asked: dict[str, set[int]] = {question: set() for question in questions}
     problems = []
+    size = record.get("slides_per_case", 1)
     for split in record["mosaics"]:
         rows = [i for i, mosaic in enumerate(plan) if mosaic.split == split]
+        layouts, seed = [plan[i].layout for i in rows], (ASKED, record["seed"], SPLITS.index(split))
         for question in questions:
-            chosen = ask(question, [plan[i].layout for i in rows], (ASKED, record["seed"], SPLITS.index(split)))
+            if size == 1:
+                chosen = ask(question, layouts, seed)
+            else:
+                grouped = [layouts[at : at + size] for at in range(0, len(rows), size)]
+                chosen = [size * at for at in ask_cases(question, grouped, record["kind"], seed)]
             asked[question] |= {rows[at] for at in chosen}
             if not chosen:
                 problems.append(
                     f"mosaic: {len(rows)} {split} mosaics are too few to ask {question!r} with more than one answer; "
-                    f"raise mosaics.{split}, 20 are enough"
+                    f"raise mosaics.{split}, {20 if size == 1 else 6 * size} are enough"
                 )
     if problems:
         raise InputError(problems)
@@ -286,11 +315,10 @@ def _cases(
     files: Sequence[Path],
     asked: Mapping[str, set[int]],
     record: Mapping[str, Any],
+    mark: str,
     names: _Names,
 ) -> list[Case]:
     """Cases of all splits, mosaic by mosaic."""
-    # Part of the ids, so that cases of two mosaic folders can stand in one run.
-    mark = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]
     cases = []
     for i, mosaic in enumerate(plan):
         layout = mosaic.layout

@@ -15,11 +15,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from envs.case import SPLITS
-from envs.mosaic_layout import Layout, draw_layouts
+from envs.mosaic_layout import Layout, case_kinds, draw_layouts
 from envs.pyramid import write_pyramid
 from slides.whole import whole, write_text
 
-LAYOUTS, TILES, ASKED = 1, 2, 3
+LAYOUTS, TILES, ASKED, CASES = 1, 2, 3, 4
 """First number of each seed, so that no two things drawn share a stream."""
 _GLASS = 242  # grey of the empty glass around a slide's tissue
 
@@ -41,8 +41,10 @@ def plan_mosaics(record: Mapping[str, Any], pools: Mapping[tuple[str, str], Sequ
     for split, number in record["mosaics"].items():
         stream = seed, SPLITS.index(split)
         sides = tuple(record["region_tiles"])
+        size = record.get("slides_per_case", 1)
+        kinds = case_kinds(number // size, size, (CASES, *stream)) if size > 1 else None
         layouts = draw_layouts(
-            number, record["grid"], sides, record["background"], record["lesion"], (LAYOUTS, *stream)
+            number, record["grid"], sides, record["background"], record["lesion"], (LAYOUTS, *stream), kinds
         )
         for i, layout in enumerate(layouts):
             rng = np.random.default_rng([TILES, *stream, i])

@@ -79,14 +79,24 @@ class Layout:
 
 
 def draw_layouts(
-    n: int, grid: int, sides: tuple[int, int], backgrounds: Sequence[str], lesions: Sequence[str], seed: Sequence[int]
+    n: int,
+    grid: int,
+    sides: tuple[int, int],
+    backgrounds: Sequence[str],
+    lesions: Sequence[str],
+    seed: Sequence[int],
+    kinds: Sequence[str] | None = None,
 ) -> list[Layout]:
-    """Layouts of the kinds of `KINDS` in their shares, shuffled; sides of regions are `sides[0]`..`sides[1]`."""
+    """Layouts of `n` given kinds, or of those of `KINDS` in their shares, shuffled.
+
+    Sides of regions are `sides[0]`..`sides[1]` tiles.
+    """
     rng = np.random.default_rng(list(seed))
-    quota = np.floor(np.array(list(KINDS.values())) * n).astype(int)
-    order = np.argsort(quota - np.array(list(KINDS.values())) * n, kind="stable")
-    quota[order[: n - quota.sum()]] += 1
-    kinds = rng.permutation(np.repeat(list(KINDS), quota))
+    if kinds is None:
+        quota = np.floor(np.array(list(KINDS.values())) * n).astype(int)
+        order = np.argsort(quota - np.array(list(KINDS.values())) * n, kind="stable")
+        quota[order[: n - quota.sum()]] += 1
+        kinds = rng.permutation(np.repeat(list(KINDS), quota)).tolist()
     layouts, singles = [], 0
     for i, kind in enumerate(kinds):
         lesion = np.zeros((grid, grid), bool)
@@ -106,6 +116,26 @@ def draw_layouts(
             Layout(str(kind), tuple(regions), lesion, backgrounds[i % len(backgrounds)], lesions[i % len(lesions)])
         )
     return layouts
+
+
+def case_kinds(cases: int, size: int, seed: Sequence[int]) -> list[str]:
+    """Kinds of mosaics (keys of `KINDS`), case by case.
+
+    In turn a case has a lesion on one mosaic (at every place equally often), on none, and on several (2 to `size`).
+    """
+    rng = np.random.default_rng(list(seed))
+    names = [kind for kind in KINDS if kind != "none"]
+    shares = np.array([KINDS[kind] for kind in names])
+    kinds: list[str] = []
+    for i in range(cases):
+        turn, kind = divmod(i, 3)
+        if kind == 0:
+            places = [turn % size]
+        else:
+            places = [] if kind == 1 else rng.permutation(size)[: 2 + turn % (size - 1)].tolist()
+        drawn = rng.choice(names, size, p=shares / shares.sum())
+        kinds += [str(drawn[place]) if place in places else "none" for place in range(size)]
+    return kinds
 
 
 def can_hold(grid: int, sides: tuple[int, int]) -> bool:

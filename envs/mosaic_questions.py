@@ -17,14 +17,18 @@ NO_QUADRANT = "none"
 
 def ask(question: str, layouts: Sequence[Layout], seed: Sequence[int]) -> list[int]:
     """Which mosaics to ask a question of, so that each answer (number of boxes) is right equally often; in order."""
+    return even([_answer_class(question, layout) for layout in layouts], (*seed, QUESTIONS.index(question)))
+
+
+def even(answers: Sequence[str | None], seed: Sequence[int]) -> list[int]:
+    """As many places of each answer, drawn at random, in order; none where all answers are one. None is no answer."""
     by_answer: dict[str, list[int]] = defaultdict(list)
-    for i, layout in enumerate(layouts):
-        answer = _answer_class(question, layout)
+    for i, answer in enumerate(answers):
         if answer is not None:
             by_answer[answer].append(i)
     if len(by_answer) < 2:
-        return []  # one answer for all asks nothing
-    rng = np.random.default_rng([*seed, QUESTIONS.index(question)])
+        return []
+    rng = np.random.default_rng(list(seed))
     n = min(len(rows) for rows in by_answer.values())
     return sorted(row for rows in by_answer.values() for row in rng.permutation(rows)[:n].tolist())
 
