@@ -163,8 +163,10 @@ def _contradictions(cases: Sequence[Case], at: Sequence[str], facts: Mapping[str
     """The same question about the same pixels with two right options."""
     seen: dict[tuple, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for case, place in zip(cases, at, strict=True):
-        if case.task == "choice" and (files := file_keys(case, facts)):
-            seen[case.prompt, tuple(sorted(files))][case.answer].append(place)
+        if case.task == "choice" and file_keys(case, facts):
+            # A slide that is not there still tells two cases apart.
+            shown = [facts[path].digest if path in facts else path for path in (*case.images, *case.slides)]
+            seen[case.prompt, tuple(sorted(shown))][case.answer].append(place)
     return [
         "the same question about the same image has different answers: "
         + "; ".join(f"{answer!r}: {_name(places)}" for answer, places in answers.items())

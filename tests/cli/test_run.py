@@ -55,6 +55,7 @@ def test_report_is_complete(finished):
         assert low <= summary[name]["accuracy"] <= high
     assert summary["oracle"]["accuracy"] >= max(p["accuracy"] for p in summary["static"])
     assert summary["text_only"]["tokens"] == 0
+    assert summary["missing_slides"] == []
     costs = [p["flops"] for p in summary["static"]]
     assert costs == sorted(costs) and costs[0] < costs[-1]
     assert (recipe.parent / "run" / "report" / "pareto.png").stat().st_size > 5000

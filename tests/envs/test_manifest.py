@@ -294,13 +294,15 @@ def test_a_lost_slide_is_a_warning_where_the_case_shows_something_else(home, cap
         ["a.tif", "gone.tif"],
         ["gone.tif"],  # beside an image
         ["b.tif", "c.h5", "empty.tif"],
+        ["a.tif", "empty.tif"],  # not the first case, with another answer
     ]
     rows = [row(i, images=["1.png"] if i == 1 else [], slides=each) for i, each in enumerate(slides)]
+    rows[3]["answer"] = "malignant"
     path = write_jsonl(home, rows)
     cases = build(path=path)
     assert [[Path(p).name for p in case.slides] for case in cases] == slides, "every slide keeps its place"
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert warning.startswith("2 slides are left out, 3 cases go on")
+    assert warning.startswith("2 slides are left out, 4 cases go on")
     assert f"{home / 'gone.tif'} cannot be read" in warning and "the file is empty" in warning
     caplog.clear()
     check_cases(cases)
