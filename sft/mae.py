@@ -77,27 +77,27 @@ def measure_mae(
     device = model.resampler.latents.device
     training = model.training
     model.eval()
-    wrong = mean_wrong = squares = weights = torch.zeros((), dtype=torch.float64)
+    sums = torch.zeros(4, dtype=torch.float64)
     total = torch.zeros(len(model.resampler.patches.mean), dtype=torch.float64)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for slide in rows:
             parts = model.reconstruct([slide.to(device)], budget)
             predicted, target, weight, known = (part[0].double().cpu() for part in parts)
-            wrong = wrong + weight @ ((predicted - target) ** 2).mean(1)
-            mean_wrong = mean_wrong + weight @ ((known - target) ** 2).mean(1)
-            squares = squares + weight @ (target**2).mean(1)
-            total = total + weight @ target
-            weights = weights + weight.sum()
+            errors = (predicted - target, known - target, target)
+            sums += torch.stack([*(weight @ (e**2).mean(1) for e in errors), weight.sum()])
+            total += weight @ target
     model.train(training)
+    weights = sums[3]
     if not weights:
         raise InputError("mae: no slide has more than one token: nothing can be hidden and told")
-    baseline = squares / weights - ((total / weights) ** 2).mean()
+    loss, slide_mean, square = (sums[:3] / weights).tolist()
+    baseline = square - float(((total / weights) ** 2).mean())
     return {
-        "loss": float(wrong / weights),
-        "baseline": float(baseline),
-        "slide_mean": float(mean_wrong / weights),
-        "explained": float(1 - wrong / weights / baseline),
+        "loss": loss,
+        "baseline": baseline,
+        "slide_mean": slide_mean,
+        "explained": 1 - loss / baseline,
         "tokens": float(weights),
     }
 

@@ -15,9 +15,11 @@ from models.compressors.base import Compressor, Tokens, linear_flops
 class ImportanceScorer(Compressor):
     """Keeps the tokens of the highest scores, a_j = MLP([z_j ; question]), in the order they came in.
 
-    Kept tokens go out as they came; only their gradient knows the score: a token is treated as if a lower score let it
-    fade into the mean of its slide's tokens (straight-through). Weighting tokens by their score would teach nothing
-    here, as the layer norm of whatever reads them next undoes every scale.
+    Kept tokens go out as they came; only their gradient knows the scores: they are treated as if the mean of all the
+    slide's tokens, weighted by the softmax of the scores, were added to each (straight-through). So the score of a
+    token that was dropped rises too where its content would have lowered the loss. Weighting kept tokens by their own
+    scores would tell the scorer nothing about the others, and nothing at all where a layer norm that undoes every
+    scale reads them next.
 
     Args:
         dim: width of the tokens. hidden: width of the question. most: tokens kept at most. width: of the MLP.
@@ -53,11 +55,9 @@ class ImportanceScorer(Compressor):
         scores = self.scores(tokens, question)
         ranked = scores.masked_fill(~here, -torch.inf).sort(dim=1, descending=True, stable=True).indices
         kept = ranked[:, : self.count(scores.shape[1], budget)].sort(dim=1).values
-        weight = (here / here.sum(1, keepdim=True).clamp_min(1)).to(scores.dtype)
-        mean = (weight[:, None] @ tokens.features).detach()
         features, place = (_at(part, kept) for part in (tokens.features, tokens.place))
-        gate = scores.gather(1, kept).sigmoid()
-        features = features + (gate - gate.detach())[..., None] * (features.detach() - mean)
+        share = scores.masked_fill(~here, torch.finfo(scores.dtype).min).softmax(1)
+        features = features + (share - share.detach())[:, None] @ tokens.features.detach()
         return Tokens(features, place, tokens.size.gather(1, kept))
 
 

@@ -17,6 +17,9 @@ from models.compressors.resampler import Resampler
 FREQUENCIES = tuple(2.0**k for k in range(7))
 """Half periods across the slide of a query's sines and cosines; the finest spans 1/32 of it."""
 
+LEAST = 0.1
+"""Least deviation that a feature is divided by in the loss, of the mean deviation."""
+
 
 class FeatureDecoder(nn.Module):
     """Features of the tokens at given places, from a resampler's latents.
@@ -94,6 +97,8 @@ class MaskedReconstruction(nn.Module):
         given, asked = Tokens.from_rows(visible), Tokens.from_rows(hidden)
         latents = self.resampler(given, budget).features
         mean, std = self.resampler.patches.mean, self.resampler.patches.std
+        # Else a feature that hardly varied in training would outweigh all others where it does.
+        std = std.clamp_min(float(LEAST * std.mean()))
         known = (given.size[:, None] @ given.features) / given.size.sum(1)[:, None, None]
         target = (asked.features - mean) / std
         return self.decoder(latents, asked.place), target, asked.size, (known - mean) / std
