@@ -1,0 +1,92 @@
+"""Slides and their texts, from a manifest or from the cases of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from envs.rows import read_rows
+from models.retrieval import Item, slide_rows
+from rl.prepare import load_cases, load_features
+from rl.recipe import parse_recipe
+from slides.errors import InputError
+from slides.store import read_features
+
+
+class FeatureFiles(Sequence):
+    """Rows (n, d + 4) of slides, read when they are asked for; a pair's files stand one after another.
+
+    Args:
+        files: feature files of each pair.
+    """
+
+    def __init__(self, files: Sequence[Sequence[str | Path]]):
+        self.files = files
+        self.encoder: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, at: Any) -> torch.Tensor:
+        return torch.cat([self._read(file) for file in self.files[at]])
+
+    def _read(self, file: str | Path) -> torch.Tensor:
+        stored = read_features(file)
+        if not len(stored):
+            raise InputError(f"{file}: no patches; leave the slide out, or check its tissue mask")
+        encoder = stored.attrs.get("encoder_fingerprint") or stored.attrs.get("encoder")
+        if encoder and self.encoder and encoder != self.encoder:
+            raise InputError(
+                f"{file}: features of the encoder {encoder}, others are of {self.encoder}; extract all slides with one"
+            )
+        self.encoder = encoder or self.encoder
+        return slide_rows(stored)
+
+
+def from_manifest(path: Path) -> tuple[list[Item], FeatureFiles]:
+    """Slides and feature files of a manifest (CSV, TSV, JSON lines, JSON or parquet).
+
+    A row has `slide`, a feature file relative to the manifest (`python -m slides.extract` writes them); `text`, its
+    report, which may be empty; `patient`, by default the row's id; `id`, by default the file's stem.
+
+    Raises:
+        InputError: all rows that cannot be used, with their places.
+    """
+    rows, problems = read_rows(path)
+    items, files = [], []
+    for row in rows:
+        named = str(row.values.get("slide") or "").strip()
+        file = path.parent / named
+        if not named:
+            problems.append(f"{row.at}: no `slide`; name its feature file")
+        elif file.suffix != ".h5":
+            problems.append(f"{row.at}: {named} is no feature file (.h5); write it with `python -m slides.extract`")
+        elif not file.is_file():
+            problems.append(f"{row.at}: no such file {file}")
+        name = str(row.values.get("id") or file.stem)
+        text = str(row.values.get("text") or "").strip()
+        items.append(Item(name, str(row.values.get("patient") or name), text or None))
+        files.append([file])
+    if problems:
+        raise InputError(problems)
+    return items, FeatureFiles(files)
+
+
+def from_recipe(config: str, split: str, question: str | None) -> tuple[list[Item], FeatureFiles]:
+    """Slides and feature files of a recipe's cases that are answered with text; features are made if need be.
+
+    Raises:
+        InputError: there is no such case.
+    """
+    run = parse_recipe(["--config", config])
+    cases = load_cases(run)[split]
+    told = [c for c in cases if c.task in ("open", "synoptic") and question in (None, c.question)]
+    if not told:
+        asked = sorted({c.question for c in cases})
+        raise InputError(f"{config}: no {split} case with a text as its answer; its questions are {', '.join(asked)}")
+    bank = load_features(told, run.encoder, Path(run.encoder.folder or run.folder / "features"))
+    items = [Item(c.id, c.patient, c.answer) for c in told]
+    return items, FeatureFiles([[bank.files[s] for s in (*c.images, *c.slides)] for c in told])

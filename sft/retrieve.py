@@ -1,0 +1,137 @@
+"""Find slides by text and texts by slide, and measure how well both are found.
+
+    python sft/retrieve.py build --model MODEL --manifest pairs.csv --index INDEX
+    python sft/retrieve.py query --index INDEX --text "carcinoma, grade 3" -k 5
+    python sft/retrieve.py query --index INDEX --slide slide.h5
+    python sft/retrieve.py evaluate --index INDEX [--prompts prompts.yaml --labels labels.csv]
+
+For the manifest see `sft.pairs.from_manifest`; `--config recipe.yaml` takes the open and synoptic cases of a recipe
+instead. The prompts map each class to its descriptions; the labels are rows of `id` and `label`. Answers are JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from envs.rows import read_rows
+from models.retrieval import Embedder, RetrievalIndex
+from models.zero_shot import class_probabilities, class_vectors
+from rewards.retrieval import retrieval
+from rewards.zero_shot import classification
+from sft.pairs import FeatureFiles, from_manifest, from_recipe
+from slides.errors import InputError, entry
+
+
+def build(options: argparse.Namespace) -> dict[str, Any]:
+    """Embed slides and texts and write the index."""
+    if options.manifest:
+        items, files = from_manifest(Path(options.manifest))
+    else:
+        items, files = from_recipe(options.config, options.split, options.question)
+    index = RetrievalIndex.build(Embedder.load(options.model), items, files)
+    index.encoder = files.encoder
+    index.save(options.index)
+    return {"index": options.index, "slides": len(items), "distinct_texts": len(index.texts), "encoder": files.encoder}
+
+
+def query(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The k best answers of an index to a text or a slide."""
+    index = RetrievalIndex.load(options.index, options.model)
+    if options.text is not None:
+        return index.query_text(options.text, options.k)
+    files = FeatureFiles([[options.slide]])
+    files.encoder = index.encoder
+    return index.query_slide(files[0], options.k)
+
+
+def evaluate(options: argparse.Namespace) -> dict[str, Any]:
+    """Retrieval figures of an index and, with prompts and labels, those of zero-shot classification."""
+    index = RetrievalIndex.load(options.index, options.model)
+    scores, items = index.pairs()
+    if not items:
+        raise InputError(f"{options.index}: none of its slides has a text; build it with texts")
+    texts, patients = [str(item.text) for item in items], [item.patient for item in items]
+    found = {"retrieval": retrieval(scores, texts, patients, options.resamples)}
+    if options.prompts:
+        found["zero_shot"] = zero_shot(index, Path(options.prompts), Path(options.labels), options.resamples)
+    return found
+
+
+def zero_shot(index: RetrievalIndex, prompts: Path, labels: Path, resamples: int) -> dict[str, Any]:
+    """Figures of the slides that have a label.
+
+    Raises:
+        InputError: the prompts are no mapping of classes to texts, or a label is of no slide.
+    """
+    if not prompts.is_file():
+        raise InputError(f"{prompts}: no such file; it maps each class to its descriptions")
+    try:
+        classes = yaml.safe_load(prompts.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise InputError(f"{prompts}: not valid YAML: {error}") from error
+    if not isinstance(classes, dict):
+        raise InputError(f"{prompts}: write a mapping of each class to a list of texts")
+    rows, problems = read_rows(labels)
+    number = {item.id: i for i, item in enumerate(index.items)}
+    at, named = [], []
+    for row in rows:
+        name, label = str(row.values.get("id") or ""), str(row.values.get("label") or "")
+        if name not in number or not label:
+            problems.append(f"{row.at}: the id {name!r} is not in the index, or has no `label`")
+            continue
+        at.append(number[name])
+        named.append(label)
+    if problems:
+        raise InputError(problems)
+    classes = {str(name): texts for name, texts in classes.items()}
+    vectors = class_vectors(index.embedder, classes)
+    values = class_probabilities(index.embedder, index.slide_vectors[at], vectors).numpy()
+    return classification(values, named, list(classes), [index.items[i].patient for i in at], resamples)
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True)
+    made = {}
+    for run in (build, query, evaluate):
+        made[run] = commands.add_parser(run.__name__, help=str(run.__doc__))
+        made[run].add_argument("--index", required=True, help="folder of the index")
+        made[run].add_argument(
+            "--model", required=run is build, help="folder of the model; an index knows that of its own"
+        )
+        made[run].set_defaults(run=run)
+    source = made[build].add_mutually_exclusive_group(required=True)
+    source.add_argument("--manifest", help="rows of slide, text, patient and id")
+    source.add_argument("--config", help="a recipe, whose cases are taken")
+    made[build].add_argument("--split", default="test", choices=("train", "val", "test"), help="of the recipe's cases")
+    made[build].add_argument("--question", help="kind of question of the recipe's cases")
+    asked = made[query].add_mutually_exclusive_group(required=True)
+    asked.add_argument("--text", help="find slides that fit it")
+    asked.add_argument("--slide", help="feature file (.h5); find texts that fit it")
+    made[query].add_argument("-k", type=int, default=5, help="how many")
+    made[evaluate].add_argument("--prompts", help="YAML: each class with its descriptions")
+    made[evaluate].add_argument("--labels", help="rows of id and label")
+    made[evaluate].add_argument("--resamples", type=int, default=2000, help="of the bootstrap")
+    options = parser.parse_args(argv)
+    if options.run is evaluate and bool(options.prompts) != bool(options.labels):
+        raise InputError("--prompts and --labels belong together; give both or neither")
+    return options
+
+
+@entry
+def main() -> None:
+    """Run a command and print its answer as JSON."""
+    options = parse(sys.argv[1:])
+    print(json.dumps(options.run(options), ensure_ascii=False, indent=1))
+
+
+if __name__ == "__main__":
+    main()
