@@ -288,3 +288,33 @@ def test_texts_that_cannot_be_compared_are_refused(tokenizer):
 def test_an_unknown_loss_is_refused(losses):
     with pytest.raises(InputError, match="one or more of itc, itm, itg"):
         SlideTextConfig(losses=losses)
+
+
+def test_gradient_checkpointing_changes_no_gradient(tokenizer):
+    gradients = []
+    for checkpointing in (False, True):
+        model = make(tokenizer, dropout=0.0).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+            assert model.is_gradient_checkpointing
+        torch.manual_seed(1)  # of the negatives
+        model(**batch(tokenizer)).loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("whole", [False, True])
+def test_half_precision_gives_nearly_the_same_losses(model, tokenizer, whole):
+    inputs = batch(tokenizer)
+    torch.manual_seed(1)
+    want = model(**inputs)
+    torch.manual_seed(1)
+    if whole:
+        got = model.to(torch.bfloat16)(**inputs)
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            got = model(**inputs)
+    for name in ("itc", "itm", "itg"):
+        assert got[name].item() == pytest.approx(want[name].item(), rel=0.05)
