@@ -2,7 +2,8 @@
 
 Many reports are equal word for word, so that a hit is any candidate of the query's own text, not its own pair alone.
 A pool of many equal texts is easy at rank 1 and hard after it, because copies of one wrong text fill the first ranks;
-therefore slides also search the distinct texts, each listed once.
+therefore slides also search the distinct texts, each listed once. Equal texts find the same slides, so that a pool of
+few distinct texts asks few questions; therefore each distinct text also asks once.
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ def retrieval(
         resamples, seed: of the bootstrap.
 
     Returns:
-        `pairs`, `distinct_texts`, `patients`, and for `slide_to_text`, `slide_to_distinct_text` and `text_to_slide`:
-        `recall@k` (each `value`, `ci95` by patient, and `chance`, that of a random order), `median_rank` (from 1) and
-        `pool`.
+        `pairs`, `distinct_texts`, `patients`, and for `slide_to_text`, `slide_to_distinct_text`, `text_to_slide` and
+        `distinct_text_to_slide`: `queries`, `pool`, `median_rank` (from 1) and `recall@k`, each of `value`, `ci95` and
+        `chance`, that of a random order. Intervals hold the pool as it is and draw the queries again: by patient, and
+        distinct texts one by one.
 
     Raises:
         ValueError: shapes differ, there is no pair, or a score is not finite.
@@ -52,6 +54,9 @@ def retrieval(
         "slide_to_text": _direction(scores, hits, bootstrap),
         "slide_to_distinct_text": _direction(scores[:, once], hits[:, once], bootstrap),
         "text_to_slide": _direction(scores.T, hits, bootstrap),
+        "distinct_text_to_slide": _direction(
+            scores.T[once], hits[once], Bootstrap([str(i) for i in range(len(once))], resamples, seed)
+        ),
     }
 
 
@@ -68,7 +73,7 @@ def first_ranks(scores: np.ndarray, hits: np.ndarray) -> np.ndarray:
 def _direction(scores: np.ndarray, hits: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:
     ranks = first_ranks(scores, hits)
     pool = scores.shape[1]
-    found: dict[str, Any] = {"pool": pool, "median_rank": float(np.median(ranks))}
+    found: dict[str, Any] = {"queries": len(ranks), "pool": pool, "median_rank": float(np.median(ranks))}
     for k in RANKS:
         hit = (ranks <= k).astype(float)
         # No hit among the k first of a random order.

@@ -7,7 +7,7 @@ import pytest
 
 from rewards.retrieval import RANKS, first_ranks, retrieval
 
-WAYS = ("slide_to_text", "slide_to_distinct_text", "text_to_slide")
+WAYS = ("slide_to_text", "slide_to_distinct_text", "text_to_slide", "distinct_text_to_slide")
 
 
 def patients(n: int) -> list[str]:
@@ -50,6 +50,20 @@ def test_an_equal_text_is_a_hit():
         assert found[way]["recall@1"]["chance"] == pytest.approx((2 / 3 + 2 / 3 + 1 / 3) / 3)
 
 
+def test_a_text_that_many_slides_share_asks_once():
+    texts = ["common"] * 8 + ["rare", "rarer"]
+    # Both rare texts find a slide of the common one first.
+    scores = np.zeros((10, 10))
+    scores[0] = 1
+    found = retrieval(scores, texts, patients(10), resamples=50)
+    assert found["text_to_slide"]["recall@1"]["value"] == pytest.approx(0.8)
+    assert found["text_to_slide"]["queries"] == 10
+    distinct = found["distinct_text_to_slide"]
+    assert (distinct["queries"], distinct["pool"]) == (3, 10)
+    assert distinct["recall@1"]["value"] == pytest.approx(1 / 3)
+    assert distinct["recall@1"]["chance"] == pytest.approx((0.8 + 0.1 + 0.1) / 3)
+
+
 def test_copies_of_a_wrong_text_fill_the_pool_of_pairs_but_not_that_of_texts():
     texts = ["common"] * 5 + ["rare"]
     scores = np.tile(np.array([0.9] * 5 + [0.8]), (6, 1))
@@ -68,7 +82,7 @@ def test_random_scores_give_the_chance_that_is_stated():
     for way in WAYS:
         for k in RANKS:
             recall = found[way][f"recall@{k}"]
-            error = np.sqrt(recall["chance"] * (1 - recall["chance"]) / n)
+            error = np.sqrt(recall["chance"] * (1 - recall["chance"]) / found[way]["queries"])
             assert abs(recall["value"] - recall["chance"]) < 4 * error, (way, k)
             assert recall["ci95"][0] <= recall["value"] <= recall["ci95"][1]
     assert found["slide_to_distinct_text"]["recall@3"]["chance"] == pytest.approx(3 / found["distinct_texts"])
