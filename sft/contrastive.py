@@ -104,7 +104,8 @@ class ContrastiveTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs:
-            logs = logs | {name: float(torch.stack(found).mean()) for name, found in self._parts.items()}
+            means = {name: torch.stack(found).mean()[None] for name, found in self._parts.items()}
+            logs = logs | {name: float(self.accelerator.gather(mean).mean()) for name, mean in means.items()}
             self._parts.clear()
         super().log(logs, start_time)
 
