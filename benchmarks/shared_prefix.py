@@ -26,9 +26,7 @@ import itertools
 import json
 import os
 import platform
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -40,9 +38,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from benchmarks.measure import Others, Peak, give, run_worker, settle, versions
 from benchmarks.shapes import PRESETS, flops, shape
 
-ROOT = Path(__file__).resolve().parents[1]
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 """Dense bf16 FLOPs a second, by name of the GPU."""
 
@@ -259,11 +257,10 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     parts["generate"] = [0.0, *parts["generate"]][-len(starts) :]
     first = {k: parts[k][1:steps] for k in ("train_step", "generate", "step")}
     last = {k: parts[k][-options.steps :] for k in first}
-    peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return {
         **last,
         "first_sight": first,
-        "peak_gb": peak / 1e9,
+        "peak_gb": Peak(options.device).read() / 1e9,
         "device": torch.cuda.get_device_name() if cuda else platform.processor() or platform.machine(),
     }
 
@@ -286,14 +283,6 @@ def compare(folder: str) -> dict[str, float]:
     return {"max_logp_diff": logps, "max_grad_rel_diff": max(errors)}
 
 
-def busy() -> tuple[float, float]:
-    """Seconds that all cores of the machine worked, and that passed."""
-    import psutil
-
-    times = psutil.cpu_times(percpu=True)
-    return sum(sum(t) - t.idle - getattr(t, "iowait", 0.0) for t in times), time.perf_counter()
-
-
 def main() -> None:
     """Run both trainers and print one JSON line."""
     import torch
@@ -301,30 +290,20 @@ def main() -> None:
     import trl
 
     options = parse()
-    options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    settle(options)
     if options.checkpointing is None:
         options.checkpointing = options.device == "cuda"
-    if hasattr(os, "sched_setaffinity") and options.device == "cpu":
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.cores])
     if options.worker:
-        print("RESULT " + json.dumps(work(options)))
+        give(work(options))
         return
     found: dict[str, dict[str, Any]] = {}
-    before = busy()
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    others = Others()
     with tempfile.TemporaryDirectory() as folder:
         for worker in ("stock", "ours"):
-            command = [sys.executable, __file__, *sys.argv[1:], "--worker", worker, "--folder", folder]
-            done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-            if done.returncode or not lines:
-                raise SystemExit(f"the {worker} trainer failed:\n{done.stderr[-4000:]}")
-            found[worker] = json.loads(lines[0][len("RESULT ") :])
+            arguments = [*sys.argv[1:], "--worker", worker, "--folder", folder]
+            found[worker] = run_worker(__file__, arguments, f"the {worker} trainer")
         equality = compare(folder)
-    worked, wall = (now - then for now, then in zip(busy(), before, strict=True))
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    own = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
+    others_busy = others.busy()
     result: dict[str, Any] = {}
     formula = {name: flops(options, name == "ours") for name in found}
     for part in ("train_step", "generate", "step"):
@@ -347,17 +326,14 @@ def main() -> None:
             name: round(options.prompts * formula[name]["train_step"] / middle[name] / peak, 3) for name in found
         }
     settings = {k: v for k, v in vars(options).items() if k not in ("worker", "folder")}
-    versions = {"python": platform.python_version()} | {
-        module.__name__: module.__version__ for module in (torch, transformers, trl)
-    }
     result |= {
         **equality,
         "n": options.steps,
         "statistic": "median of steps",
-        "others_busy": round(max(0.0, worked - own) / (wall * (os.cpu_count() or 1)), 3),
+        "others_busy": others_busy,
         "device_name": device,
         "options": settings,
-        "versions": versions,
+        "versions": versions(torch, transformers, trl),
         "command": " ".join(["python", "benchmarks/shared_prefix.py", *sys.argv[1:]]),
     }
     print(json.dumps(result))
