@@ -66,8 +66,9 @@ def build(
         region_tiles: smallest and largest side of a lesion region in tiles; at most half the grid.
         questions: which of `diagnosis`, `presence`, `count`, `quadrant`, `boxes` to ask, of several mosaics which of
             `case_presence`, `which_slide`, `lesion_slides`; all by default.
-        slides_per_case: above 1, questions are about cases of so many mosaics, fields or slides; as many whole cases
-            are made as `mosaics` allows. One third of them has no lesion, one third on one mosaic alone.
+        slides_per_case: above 1, there are cases of so many mosaics, fields or slides, and the default is to ask about
+            these alone; as many whole cases are made as `mosaics` allows. One third of them has no lesion, one third
+            on one mosaic alone. Kinds about one mosaic that are named in `questions` are asked of single ones.
         lesion_name: what questions call the lesion; its label, or `lesion` where there are several.
         image_column, label_column, patient_column: columns of the tile manifest.
         val_fraction: share of the train tiles set apart for val mosaics, where the tiles have no val split.
@@ -142,16 +143,16 @@ def build(
         record["slides_per_case"] = slides_per_case
     home = Path(folder).expanduser().absolute()
     plan = plan_mosaics(record, pools)
-    asked = _choose(plan, record, asked_for)
+    asked = _choose(plan, record, [q for q in asked_for if q in QUESTIONS], 1)
+    asked_of_cases = _choose(plan, record, [q for q in asked_for if q in CASE_QUESTIONS], slides_per_case)
     _claim(home, record)
     files = write_mosaics(plan, home, record, workers)
     names = _Names(lesion_name or (lesions[0] if len(lesions) == 1 else "lesion"), (*backgrounds, *lesions))
     # Part of the ids, so that cases of two mosaic folders can stand in one run.
     mark = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]
-    if slides_per_case == 1:
-        cases = _cases(plan, files, asked, record, mark, names)
-    else:
-        cases = several_cases(plan, files, asked, record, mark, names.lesion)
+    cases = _cases(plan, files, asked, record, mark, names)
+    if slides_per_case > 1:
+        cases += several_cases(plan, files, asked_of_cases, record, mark, names.lesion)
     root = Path(tiles).expanduser()
     root = (root if root.is_dir() else root.parent).resolve()
     write_lines(home / _CASES, [_portable(case, home) for case in cases])
@@ -194,7 +195,7 @@ def _check(
             problems.append(f"mosaics has {split}: {number!r}; give a number for {', '.join(SPLITS)}")
     if not any(mosaics.values()):
         problems.append("mosaics asks for none; give the number for each split, such as {train: 800, test: 300}")
-    known = QUESTIONS if slides_per_case == 1 else CASE_QUESTIONS
+    known = QUESTIONS if slides_per_case == 1 else (*CASE_QUESTIONS, *QUESTIONS)
     for question in questions:
         if question not in known:
             problems.append(
@@ -285,11 +286,16 @@ def _claim(home: Path, record: Mapping[str, Any]) -> None:
     write_lines(path, [record])
 
 
-def _choose(plan: Sequence[Mosaic], record: Mapping[str, Any], questions: Sequence[str]) -> dict[str, set[int]]:
-    """By question the mosaics of the plan that it is asked of (the first ones of cases), even within each split."""
+def _choose(
+    plan: Sequence[Mosaic], record: Mapping[str, Any], questions: Sequence[str], size: int
+) -> dict[str, set[int]]:
+    """By question the mosaics of the plan that it is asked of, even within each split.
+
+    Args:
+        questions: all of single mosaics, or all of cases. size: mosaics of a case, of which the first is named.
+    """
     asked: dict[str, set[int]] = {question: set() for question in questions}
     problems = []
-    size = record.get("slides_per_case", 1)
     for split in record["mosaics"]:
         rows = [i for i, mosaic in enumerate(plan) if mosaic.split == split]
         layouts, seed = [plan[i].layout for i in rows], (ASKED, record["seed"], SPLITS.index(split))

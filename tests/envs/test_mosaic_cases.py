@@ -122,9 +122,19 @@ def test_the_folder_is_used_again_and_by_no_other_size(made, tiles, tmp_path):
     assert not {case.id for case in single} & {case.id for case in cases}
 
 
+def test_single_mosaics_are_asked_about_beside_their_cases(made, tiles):
+    home, cases = made
+    both = make(tiles, home, questions=["presence", *CASE_QUESTIONS])
+    assert [case for case in both if case.question != "presence"] == cases
+    single = [case for case in both if case.question == "presence"]
+    assert {len((*case.images, *case.slides)) for case in single} == {1}
+    split = {path: case.split for case in cases for path in (*case.images, *case.slides)}
+    assert all(split.get(path, case.split) == case.split for case in single for path in (*case.images, *case.slides))
+
+
 def test_what_cannot_be_asked(tiles, tmp_path):
-    with pytest.raises(InputError, match="unknown question 'count' with slides_per_case 3; use case_presence"):
-        make(tiles, tmp_path / "a", questions=["count"])
+    with pytest.raises(InputError, match="unknown question 'many' with slides_per_case 3; use case_presence"):
+        make(tiles, tmp_path / "a", questions=["many"])
     with pytest.raises(InputError, match="unknown question 'which_slide' with slides_per_case 1; use diagnosis"):
         make(tiles, tmp_path / "a", questions=["which_slide"], slides_per_case=1)
     with pytest.raises(InputError, match="slides_per_case is 0"):

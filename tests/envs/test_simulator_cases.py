@@ -133,11 +133,13 @@ def test_cases_and_single_slides_share_a_folder(tmp_path):
     some = build(folder=str(tmp_path), slides=40, slides_per_case=2, questions=["which_slide"], **SMALL)
     assert some == [case for case in cases if case.question == "which_slide"]
     assert build(folder=str(tmp_path), slides=40, **SMALL) == single
+    both = build(folder=str(tmp_path), slides=40, slides_per_case=2, questions=["which_slide", "grade"], **SMALL)
+    assert both == [*some, *(case for case in single if case.question == "grade")]
 
 
 def test_what_cannot_be_asked_or_composed(tmp_path):
-    with pytest.raises(InputError, match="unknown question 'diagnosis' with slides_per_case 2; use case_diagnosis"):
-        build(folder=str(tmp_path / "a"), slides=10, slides_per_case=2, questions=["diagnosis"], **SMALL)
+    with pytest.raises(InputError, match="unknown question 'worst' with slides_per_case 2; use case_diagnosis"):
+        build(folder=str(tmp_path / "a"), slides=10, slides_per_case=2, questions=["worst"], **SMALL)
     with pytest.raises(InputError, match="unknown question 'which_slide' with slides_per_case 1; use diagnosis"):
         build(folder=str(tmp_path / "a"), slides=10, questions=["which_slide"], **SMALL)
     with pytest.raises(InputError, match="slides_per_case is 0"):
