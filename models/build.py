@@ -27,6 +27,8 @@ SEEING = (
     "cross_heads",
 )  # fmt: skip
 """Keys of the performer that are keys of `SlideVLMConfig`."""
+ASKING = ("show_options", "repeat_prompt", "system")
+"""Keys of the performer that say how a question is put."""
 SEEING_PARTS = ("compressor", "aligner", "markers", "routes")
 """Modules of `SlideVLM` beside the language model."""
 LORA_TARGETS = r".*language_model\.layers.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
@@ -49,8 +51,7 @@ class PerformerConfig:
             small vision tower.
         compressors, aligner, aligner_width, aligner_dropout, markers, max_slides, fusion, cross_layers, cross_heads:
             of slide_vlm, see `SlideVLMConfig`.
-        show_options: list a choice case's options after its prompt.
-        system: system message.
+        show_options, repeat_prompt, system: see `Performer`.
     """
 
     family: str = "slide_vlm"
@@ -75,6 +76,7 @@ class PerformerConfig:
     cross_layers: list[int] | None = None
     cross_heads: int | None = None
     show_options: bool = True
+    repeat_prompt: bool = False
     system: str | None = None
 
     def __post_init__(self) -> None:
@@ -102,7 +104,7 @@ def load_performer(folder: str | Path, config: PerformerConfig, bank: FeatureBan
     Raises:
         InputError: it reads features of another width than the cases have.
     """
-    options: dict[str, Any] = {"show_options": config.show_options, "system": config.system}
+    options: dict[str, Any] = {key: getattr(config, key) for key in ASKING}
     if AutoConfig.from_pretrained(folder).model_type == "qwen2_5_vl":
         return QwenPerformer.load(folder, bank, frozen=config.freeze_vision, **options)
     performer = SlidePerformer.load(folder, bank, **options)
@@ -180,7 +182,7 @@ def _tokenizer_for(config: PerformerConfig, cases: list[Case]) -> Any:
 
 
 def _build_qwen(config: PerformerConfig, cases: list[Case], bank: FeatureBank) -> QwenPerformer:
-    options: dict[str, Any] = {"show_options": config.show_options, "system": config.system}
+    options: dict[str, Any] = {key: getattr(config, key) for key in ASKING}
     if config.pretrained:
         # Small steps would be rounded away in bfloat16 weights; frozen ones may stay in it.
         dtype = torch.float32 if config.lora is None else "auto"
@@ -206,9 +208,7 @@ def _build_slide(config: PerformerConfig, cases: list[Case], bank: FeatureBank) 
         model = SlideVLM(SlideVLMConfig(text_config=text_config, image_token_id=image_token_id, **shared))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    performer = SlidePerformer(
-        model, SlideProcessor(tokenizer), bank, show_options=config.show_options, system=config.system
-    )
+    performer = SlidePerformer(model, SlideProcessor(tokenizer), bank, **{key: getattr(config, key) for key in ASKING})
     sources = list(dict.fromkeys(s for c in cases for s in performer.sources(c)))
     step = max(1, len(sources) // 256)
     rows = [bank.see(s, 16).rows[:, :-COLUMNS] for s in sources[::step]]

@@ -64,6 +64,7 @@ class Performer(ABC):
     Args:
         bank: stored features of the cases' images and slides.
         show_options: list a choice case's options after its prompt.
+        repeat_prompt: put the question twice (PathoSynVLM's prompt style "double", methods 3.3).
         system: system message, or None.
     """
 
@@ -74,9 +75,10 @@ class Performer(ABC):
         bank: FeatureBank,
         show_options: bool = True,
         system: str | None = None,
+        repeat_prompt: bool = False,
     ):
         self.model, self.processor, self.bank = model, processor, bank
-        self.show_options, self.system = show_options, system
+        self.show_options, self.system, self.repeat_prompt = show_options, system, repeat_prompt
         self._read: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
@@ -115,7 +117,8 @@ class Performer(ABC):
         """Conversation that puts the question; images come before the text."""
         parts: list[dict] = [{"type": "image", "image": v} for v in visual]
         system = [{"role": "system", "content": self.system}] if self.system else []
-        parts.append({"type": "text", "text": question_text(case, self.show_options)})
+        question = question_text(case, self.show_options)
+        parts.append({"type": "text", "text": f"{question}\n{question}" if self.repeat_prompt else question})
         return [*system, {"role": "user", "content": parts}]
 
     def prompt(self, case: Case, budget: int) -> Prompt:

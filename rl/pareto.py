@@ -143,6 +143,7 @@ class Evaluation:
         random_gain = gained - mixed(test.score, rungs)
         attribution, scores, texts = self._attribution(own)
         evaluation = self.stages.run.evaluation
+        majority, nothing = self._majority(), np.zeros(len(test.ids))
         headline = {
             "price": price,
             "best_static_budget": self.ladder[k],
@@ -150,6 +151,8 @@ class Evaluation:
             "cost_saved_vs_static": None if equal is None else 1 - own.flops / equal,
             "accuracy_lost": self.bootstrap.difference(test.score[:, k] - gained),
             "gain_over_random": self.bootstrap.difference(random_gain),
+            "gain_over_text_only": self.bootstrap.difference(gained - self.test.at([0]).score[:, 0]),
+            "gain_over_majority": self.bootstrap.difference(gained - majority),
             "gain_over_sft": self.bootstrap.difference(scores["grpo"] - scores["sft"]),
             "hypervolume": hypervolume([p for p, _ in pairs], largest),
             "hypervolume_static": hypervolume(static, largest),
@@ -165,7 +168,7 @@ class Evaluation:
             "random": [p.to_dict() for _, p in pairs],
             "oracle": oracle.to_dict(),
             "text_only": self._text_only().to_dict(),
-            "majority": self._majority().to_dict(),
+            "majority": point(majority, nothing, nothing, self.bootstrap, budget=0).to_dict(),
             "operating_point": own.to_dict(),
             "operating_random": random.to_dict(),
             "attribution": attribution,
@@ -210,8 +213,8 @@ class Evaluation:
         table = self.test.at([0])
         return point(table.score[:, 0], table.visual[:, 0], table.flops[:, 0], self.bootstrap, budget=0)
 
-    def _majority(self) -> Point:
-        """The commonest training answer of each kind of question; costs nothing."""
+    def _majority(self) -> np.ndarray:
+        """Scores (N,) of the commonest training answer of each kind of question."""
         counts: dict[str, dict[str, int]] = {}
         for case in {c.id: c for c in self.stages.splits["train"]}.values():
             answers = counts.setdefault(case.question, {})
@@ -219,9 +222,7 @@ class Evaluation:
         usual = {q: max(sorted(a), key=a.__getitem__) for q, a in counts.items()}
         cases = self.stages.splits["test"]
         texts = [gold_completion({"answer": usual.get(c.question, "")}) for c in cases]
-        score = self.stages.scorer(texts, cases, [0] * len(cases), [0] * len(cases))
-        nothing = np.zeros(len(cases))
-        return point(score, nothing, nothing, self.bootstrap, budget=0)
+        return self.stages.scorer(texts, cases, [0] * len(cases), [0] * len(cases))
 
     def _by_question(self, rungs: np.ndarray, test: ScoreTable) -> dict[str, Any]:
         out = {}

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from rl.pareto import Evaluation
     from rl.stages import Stages
 
+GAINS = (
+    "gain_over_sft", "gain_over_sft_continued", "gain_over_random", "gain_over_text_only", "gain_over_majority",
+    "accuracy_lost",
+)  # fmt: skip
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy", "openslide-python")
 
 
@@ -74,7 +78,7 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
         low, high = p["ci95"]
         print(f"{name:18s}{p['accuracy']:9.3f}  [{low:.3f}, {high:.3f}] {p['tokens']:7.1f}{p['flops'] / largest:8.3f}")
     print("attribution: " + ", ".join(f"{k} {v['accuracy']:.3f}" for k, v in summary["attribution"].items()))
-    for name in ("gain_over_sft", "gain_over_sft_continued", "gain_over_random", "accuracy_lost"):
+    for name in GAINS:
         if name in head:
             low, high = head[name]["ci95"]
             print(f"{name}: {head[name]['value']:+.3f} [{low:+.3f}, {high:+.3f}]")
@@ -144,6 +148,7 @@ def _cases(evaluation: Evaluation, price: float) -> str:
             json.dumps(
                 {
                     "id": case.id,
+                    "patient": case.patient,
                     "question": case.question,
                     "answer": case.answer,
                     "budget": test.budgets[k],

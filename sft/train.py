@@ -1,9 +1,10 @@
-"""SFT warm start alone: the first stage of a recipe, which `rl/grpo.py` goes on from.
+"""Supervised training alone: the stages of a recipe's `sft`, which `rl/grpo.py` goes on from.
 
     accelerate launch sft/train.py --config configs/recipes/<x>.yaml [--set sft.max_steps=500 ...]
 
-Writes the performer to `sft/` of the recipe's `output_dir` and prints its score on the validation cases at every
-budget. A finished stage is not run again; a stopped one goes on from its last whole checkpoint.
+Writes the performer to `sft/` of the recipe's `output_dir`, stages before the last to `sft_<stage>/`, and prints its
+score on the validation cases at every budget. A finished stage is not run again; a stopped one goes on from its last
+whole checkpoint.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from slides.errors import InputError, entry
 
 @entry
 def main() -> None:
-    """Run the warm start."""
+    """Run the stages."""
     run = parse_recipe()
     if run.performer.checkpoint and not run.sft:
         raise InputError(
@@ -23,6 +24,10 @@ def main() -> None:
         )
     stages = Stages(run)
     performer = stages.warm_start()
+    if run.sft and run.sft[-1].kind in ("mae", "contrastive"):
+        if stages.is_main:
+            print(f"written to {run.folder / 'sft'}; nothing of it answers questions yet")
+        return
     table = stages.table("sft", performer, "val", run.ladder)
     if stages.is_main:
         for budget, score in zip(run.ladder, table.score.mean(0), strict=True):
