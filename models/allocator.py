@@ -11,10 +11,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from envs.case import Case
 from models.performer import Performer, question_text
+from slides.errors import InputError
+
+SHARES = ("equal", "attention")
 
 
 class AllocatorConfig(PreTrainedConfig):
@@ -26,6 +30,7 @@ class AllocatorConfig(PreTrainedConfig):
         feature_dim: width d of the patch features.
         width: hidden width; buckets: size of the hashed vocabulary of question tokens.
         dropout: before the hidden layer; look_dropout: of the standardised features of the look.
+        share: how a budget is divided among the slides of a case: `equal`, or `attention` by what they show.
     """
 
     model_type = "frugalpath_value_allocator"
@@ -39,16 +44,45 @@ class AllocatorConfig(PreTrainedConfig):
         buckets: int = 4096,
         dropout: float = 0.3,
         look_dropout: float = 0.5,
+        share: str = "equal",
         **kwargs: Any,
     ):
+        if share not in SHARES:
+            raise InputError(f"allocator.share: {share!r} is not known; known are {', '.join(SHARES)}")
         self.ladder, self.look = list(ladder), list(look)
         self.feature_dim, self.width, self.buckets = feature_dim, width, buckets
-        self.dropout, self.look_dropout = dropout, look_dropout
+        self.dropout, self.look_dropout, self.share = dropout, look_dropout, share
         super().__init__(**kwargs)
 
 
+class SlideShares(nn.Module):
+    """What share of a budget each slide of a case gets: attention over slides (Ilse et al. 2018, section 2.4).
+
+    The same attention gathers the slides for the predicted score, and is learned with it: a slide that says more about
+    how well the case will be answered gets more.
+    """
+
+    def __init__(self, config: AllocatorConfig):
+        super().__init__()
+        width = config.width // 4
+        self.see = nn.Sequential(nn.LayerNorm(config.feature_dim), nn.Linear(config.feature_dim, width))
+        self.question = nn.EmbeddingBag(config.buckets, width, mode="mean", padding_idx=0)
+        self.score = nn.Parameter(torch.zeros(width))
+
+    def forward(self, look: torch.Tensor, question: torch.Tensor, there: torch.Tensor) -> torch.Tensor:
+        """Shares (B, K) that sum to 1, of looks (B, K, tokens, d); 0 for slides that are not there."""
+        asked = self.question(question)[:, None]
+        scores = torch.tanh(self.see(look.mean(2)) + asked) @ self.score
+        return scores.masked_fill(~there, torch.finfo(scores.dtype).min).softmax(1)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Initial values: equal shares."""
+        nn.init.zeros_(self.score)
+
+
 class ValueAllocator(PreTrainedModel):
-    """Predicted score (as a logit) of every rung: look (B, sum(look), d) and question (B, T) -> (B, rungs)."""
+    """Predicted score (as a logit) of every rung: look (B, K, sum(look), d), question (B, T) -> (B, rungs)."""
 
     config_class = AllocatorConfig
 
@@ -60,6 +94,7 @@ class ValueAllocator(PreTrainedModel):
         self.drop = nn.Dropout(config.look_dropout)
         self.see = nn.Linear(config.feature_dim, config.width // 4)
         self.question = nn.EmbeddingBag(config.buckets, config.width, mode="mean", padding_idx=0)
+        self.shares = SlideShares(config) if config.share == "attention" else None
         self.head = nn.Sequential(
             nn.LayerNorm(tokens * (config.width // 4) + config.width),
             nn.Dropout(config.dropout),
@@ -69,14 +104,34 @@ class ValueAllocator(PreTrainedModel):
         )
         self.post_init()
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SlideShares):
+            module.reset()
+
     def forward(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
         """Logits (B, rungs) of the performer's score."""
-        seen = self.see(self.drop((look - self.mean) / self.std)).flatten(1)
-        return self.head(torch.cat([seen, self.question(question)], 1))
+        seen = self.see(self.drop((look - self.mean) / self.std)).flatten(2)
+        gathered = (self._weights(look, question)[..., None] * seen).sum(1)
+        return self.head(torch.cat([gathered, self.question(question)], 1))
+
+    def _weights(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+        there = look.flatten(2).any(-1)  # slides that a case does not have are nought
+        if self.shares is not None:
+            return self.shares(look, question, there)
+        return there / there.sum(1, keepdim=True).clamp_min(1)
+
+    @torch.no_grad()
+    def divide(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+        """Shares (B, K) of a budget for the slides of each case: half of it equally, half by attention."""
+        there = look.flatten(2).any(-1)
+        equal = there / there.sum(1, keepdim=True).clamp_min(1)
+        return (equal + self._weights(look, question)) / 2
 
     @property
     def flops(self) -> float:
-        """FLOPs of one decision (a multiply-add counts 2)."""
+        """FLOPs of one decision about one slide (a multiply-add counts 2)."""
         narrow = self.config.width // 4
         tokens = sum(self.config.look)
         first, last = self.head[2], self.head[-1]
@@ -88,8 +143,8 @@ class ValueAllocator(PreTrainedModel):
 
     @torch.no_grad()
     def standardise(self, look: torch.Tensor) -> None:
-        """Set mean and deviation of the features from the looks (B, tokens, d) of training cases."""
-        rows = look.flatten(0, 1)
+        """Set mean and deviation of the features from the looks (B, K, tokens, d) of training cases."""
+        rows = look[look.flatten(2).any(-1)].flatten(0, 1)
         self.mean.copy_(rows.mean(0))
         self.std.copy_(rows.std(0).clamp_min(1e-3))
 
@@ -114,8 +169,8 @@ class CheapLook:
         self.performer, self.config = performer, config
 
     def __call__(self, cases: Sequence[Case]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Look (B, tokens, d) and hashed question tokens (B, T), 0-padded."""
-        looks = torch.stack([self._look(c) for c in cases])
+        """Look (B, K, tokens, d) and hashed question tokens (B, T), both 0-padded; K is the most slides of a case."""
+        looks = pad_sequence([self._look(c) for c in cases], batch_first=True)
         tokenizer = self.performer.processor.tokenizer
         ids = [tokenizer(question_text(c, self.performer.show_options))["input_ids"] for c in cases]
         question = torch.zeros(len(cases), max(map(len, ids)), dtype=torch.long)
@@ -124,14 +179,22 @@ class CheapLook:
         return looks, question
 
     def _look(self, case: Case) -> torch.Tensor:
+        """Look (K, tokens, d) at the slides of a case."""
         sources = self.performer.sources(case)
         d = self.config.feature_dim
-        look = torch.zeros(sum(self.config.look), d)
-        for source in sources:
+        look = torch.zeros(len(sources), sum(self.config.look), d)
+        for slide, source in zip(look, sources, strict=True):
             at = 0
             for tokens, size in zip(
                 self.performer.bank.see_all(source, self.config.look), self.config.look, strict=True
             ):
-                look[at : at + len(tokens)] += tokens.rows[:, :d] / len(sources)
+                slide[at : at + len(tokens)] = tokens.rows[:, :d]
                 at += size
         return look
+
+    def divide(self, allocator: ValueAllocator, cases: Sequence[Case]) -> list[list[float] | None]:
+        """Shares of a budget for the images and slides of each case; None where all get the same."""
+        if allocator.shares is None:
+            return [None] * len(cases)
+        shares = allocator.divide(*self(cases))
+        return [row[: len(self.performer.sources(c))] for row, c in zip(shares.tolist(), cases, strict=True)]

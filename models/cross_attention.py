@@ -64,6 +64,11 @@ class CrossAttention(nn.Module):
         seen = F.scaled_dot_product_attention(query, key.to(query.dtype), value.to(query.dtype), mask.to(query.dtype))
         return hidden + self.gate.tanh() * self.out(seen.transpose(1, 2).flatten(2))
 
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Initial value that a model's own initialisation does not know: a closed gate."""
+        nn.init.zeros_(self.gate)
+
 
 class Routes(nn.Module):
     """The adapters of all chosen layers.
@@ -93,12 +98,6 @@ class Routes(nn.Module):
         """FLOPs of `text` positions that look at `tokens` visual tokens, whose keys and values are made once."""
         d = self.adapters[0].query.in_features
         return len(self.layers) * (4.0 * d * d * text + 4.0 * d * text * (tokens + 1) + 4.0 * d * d * tokens)
-
-    @torch.no_grad()
-    def reset(self) -> None:
-        """Initial values that a model's own initialisation does not know: closed gates."""
-        for adapter in self.adapters:
-            nn.init.zeros_(adapter.gate)
 
 
 def attach(owner: Any, language_model: nn.Module) -> None:

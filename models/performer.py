@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -107,10 +108,14 @@ class Performer(ABC):
         """Images and slides of a case that can be shown, in order."""
         return tuple(self.shown(case).values())
 
-    def see(self, case: Case, budget: int) -> list[View]:
-        """Views of a case at a budget, which its images and slides share; one without a share is not shown."""
+    def see(self, case: Case, budget: int, weights: Sequence[float] | None = None) -> list[View]:
+        """Views of a case at a budget, which its images and slides share; one without a share is not shown.
+
+        Args:
+            weights: what share each of `sources` gets; None is the same for all.
+        """
         numbers = self.shown(case)
-        shares = share_out(budget, len(numbers))
+        shares = share_out(budget, weights if weights is not None else [1.0] * len(numbers))
         return [self.view(case, number, share) for number, share in zip(numbers, shares, strict=True) if share]
 
     def messages(self, case: Case, visual: Sequence[View] = ()) -> list[dict]:
@@ -121,9 +126,13 @@ class Performer(ABC):
         parts.append({"type": "text", "text": f"{question}\n{question}" if self.repeat_prompt else question})
         return [*system, {"role": "user", "content": parts}]
 
-    def prompt(self, case: Case, budget: int) -> Prompt:
-        """The prompt of a case at a budget; it is rendered and tokenized once, however often the case is drawn."""
-        views = self.see(case, budget)
+    def prompt(self, case: Case, budget: int, weights: Sequence[float] | None = None) -> Prompt:
+        """The prompt of a case at a budget; it is rendered and tokenized once, however often the case is drawn.
+
+        Args:
+            weights: see `see`.
+        """
+        views = self.see(case, budget, weights)
         # Tokens depend on how many are shown, in what grid. The views are not kept: their features are large.
         key = (case.id, *map(_shape, views))
         if key not in self._read:
@@ -136,9 +145,18 @@ class Performer(ABC):
 
     @torch.no_grad()
     def answer(
-        self, cases: Sequence[Case], budgets: Sequence[int], max_new_tokens: int = 64, batch_size: int = 64
+        self,
+        cases: Sequence[Case],
+        budgets: Sequence[int],
+        max_new_tokens: int = 64,
+        batch_size: int = 64,
+        weights: Sequence[Sequence[float] | None] | None = None,
     ) -> list[Answer]:
-        """Greedy answers of the cases, each at its own budget; rows of like length share a batch."""
+        """Greedy answers of the cases, each at its own budget; rows of like length share a batch.
+
+        Args:
+            weights: of each case, see `see`.
+        """
         was_training = self.model.training
         self.model.eval()
         order = sorted(range(len(cases)), key=lambda i: (budgets[i], len(cases[i].prompt)))
@@ -154,7 +172,7 @@ class Performer(ABC):
         for at in range(0, len(order), batch_size):
             chunk = order[at : at + batch_size]
             start = time.perf_counter()
-            prompts = [self.prompt(cases[i], budgets[i]) for i in chunk]
+            prompts = [self.prompt(cases[i], budgets[i], weights[i] if weights else None) for i in chunk]
             written = generate(
                 self.model,
                 self.processor.sight,
@@ -250,13 +268,13 @@ class QwenPerformer(Performer):
     def view(self, case: Case, number: int, budget: int) -> View:
         return self._view(self.shown(case)[number], budget)
 
-    def see(self, case: Case, budget: int) -> list[View]:
+    def see(self, case: Case, budget: int, weights: Sequence[float] | None = None) -> list[View]:
         if case.slides:
             raise InputError(
                 f"case {case.id}: it shows slides, and qwen_vl reads images; use performer.family slide_vlm, or cut "
                 "fields of view from the slides"
             )
-        return super().see(case, budget)
+        return super().see(case, budget, weights)
 
     def seeing(self, views: Sequence[View]) -> float:
         tower = TowerShape.from_config(self.model.config.vision_config)
@@ -283,9 +301,14 @@ class QwenPerformer(Performer):
         return cls(model, QwenProcessor.load(folder), bank, **options)
 
 
-def share_out(budget: int, count: int) -> list[int]:
-    """A budget in shares that are as equal as they can be, the first ones larger."""
-    return [budget // count + (number < budget % count) for number in range(count)]
+def share_out(budget: int, weights: Sequence[float]) -> list[int]:
+    """A budget in whole shares by weight; what is left over goes by largest remainder, to the first of equals."""
+    quotas = [budget * weight / sum(weights) for weight in weights]
+    shares = [math.floor(q + 1e-9) for q in quotas]
+    order = sorted(range(len(quotas)), key=lambda at: shares[at] - quotas[at])
+    for at in order[: budget - sum(shares)]:
+        shares[at] += 1
+    return shares
 
 
 def _shape(view: Any) -> tuple[int, ...]:

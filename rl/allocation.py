@@ -22,11 +22,12 @@ FOLDS = 5
 
 @dataclass(frozen=True)
 class Drawn:
-    """Budgets drawn for a batch: look (B, tokens, d), question (B, T), rungs (B, M)."""
+    """Budgets drawn for a batch: look (B, K, tokens, d), question (B, T), rungs (B, M), shares of the slides."""
 
     look: torch.Tensor
     question: torch.Tensor
     rungs: torch.Tensor
+    shares: list[list[float] | None]
 
 
 class AllocatorLearner:
@@ -65,7 +66,8 @@ class AllocatorLearner:
         policy = (value / self.temperature).softmax(-1) * (1 - self.explore) + self.explore / len(self.ladder)
         # Where nothing is explored the second budget would have no probability at all.
         policy = policy.clamp_min(1e-9)
-        return Drawn(look, question, torch.multinomial(policy, count, replacement=count > len(self.ladder)))
+        rungs = torch.multinomial(policy, count, replacement=count > len(self.ladder))
+        return Drawn(look, question, rungs, self.look.divide(self.allocator, cases))
 
     def update(
         self, look: torch.Tensor, question: torch.Tensor, rungs: torch.Tensor, score: torch.Tensor
@@ -122,13 +124,15 @@ def fit_table(
     """Fit the allocator on score[case, rung] of a frozen performer; returns the mean loss of each epoch.
 
     Args:
-        look: (N, tokens, d). question: (N, T). scores: (N, rungs) in 0..1.
+        look: (N, K, tokens, d). question: (N, T). scores: (N, rungs) in 0..1, of answers at the allocator's own
+            shares, which therefore stay as they are.
         seed: of the order of the cases and of dropout.
         after_epoch: called with the number of each epoch, from 0.
     """
     torch.manual_seed(seed)
     allocator.standardise(look)
-    optimizer = torch.optim.AdamW(allocator.parameters(), learning_rate, weight_decay=weight_decay)
+    fitted = [p for name, p in allocator.named_parameters() if not name.startswith("shares.")]
+    optimizer = torch.optim.AdamW(fitted, learning_rate, weight_decay=weight_decay)
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for epoch in range(epochs):
@@ -136,7 +140,7 @@ def fit_table(
         total = 0.0
         for rows in torch.randperm(len(scores), generator=generator).split(batch_size):
             loss = F.binary_cross_entropy_with_logits(allocator(look[rows], question[rows]), scores[rows])
-            optimizer.zero_grad()
+            allocator.zero_grad()
             loss.backward()
             optimizer.step()
             total += loss.item() * len(rows)

@@ -52,8 +52,8 @@ def compare(runs: list[dict[str, Any]], draws: int = 2000) -> dict[str, Any]:
         other = set(ids) ^ set(run["cases"])
         if other:
             raise InputError(
-                f"{run['name']}: {len(other)} test cases are not those of {first['name']}, such as {sorted(other)[0]}; "
-                "compare runs on the same cases"
+                f"{run['name']}: {len(other)} test cases are not those of {first['name']}, such as "
+                f"{sorted(other)[0]}; compare runs on the same cases"
             )
     bootstrap = Bootstrap([first["cases"][i]["patient"] for i in ids], draws)
     scores = {run["name"]: np.array([run["cases"][i]["score"] for i in ids]) for run in runs}
@@ -109,9 +109,8 @@ def main() -> None:
     write_text(options.out / "compare.json", json.dumps(found, indent=1) + "\n")
     plot(found, options.out / "compare.png")
     print(f"{found['n']} test questions of {found['n_patients']} patients")
-    print(
-        f"{'':20s}{'score':>6s} {'95 % interval':16s}{'tokens':>7s}{'GFLOPs':>8s}  over majority           over text only"
-    )
+    head = f"{'':20s}{'score':>6s} {'95 % interval':16s}{'tokens':>7s}{'GFLOPs':>8s}"
+    print(f"{head}  over majority           over text only")
     for name, run in found["runs"].items():
         p = run["operating_point"]
         gains = "  ".join(

@@ -64,13 +64,16 @@ class FrugalTrainer(GroupTrainer):
             cases = [self.cases[row["index"]] for row in inputs[:: self.args.budgets_per_image * group]]
             self._drawn = self.learner.draw(cases, self.args.budgets_per_image)
             rungs = self._drawn.rungs.flatten().tolist()
+            shares = [own for own in self._drawn.shares for _ in range(self.args.budgets_per_image)]
         else:
             rungs = [len(self.learner.ladder) - 1] * len(first)
+            evaluated = [self.cases[row["index"]] for row in first]
+            shares = self.learner.look.divide(self.learner.allocator, evaluated)
         rows: list[dict[str, Any]] = []
         self._prompts = []
-        for at, (row, rung) in enumerate(zip(first, rungs, strict=True)):
+        for at, (row, rung, own) in enumerate(zip(first, rungs, shares, strict=True)):
             case, budget = self.cases[row["index"]], self.learner.ladder[rung]
-            prompt = self.performer.prompt(case, budget)
+            prompt = self.performer.prompt(case, budget, own)
             self._prompts.append(prompt)
             extra = {"budget": budget, "tokens": prompt.visual, "max_budget": self.learner.ladder[-1]}
             shared = {"prompt": self.performer.messages(case, prompt.views), "views": prompt.views, **extra}
@@ -117,15 +120,14 @@ class FrugalTrainer(GroupTrainer):
             score = score.view(*self._drawn.rungs.shape, self.num_generations)
             score = score[..., : self.num_generations - self.args.gold_rollout].mean(-1)
             # Every process updates on the rollouts of all, so that the allocators stay equal without DDP.
-            drawn = [
-                gather(t.to(local.device)) for t in (self._drawn.look, self._question(), self._drawn.rungs, score)
-            ]
+            parts = (self._padded(self._drawn.look), self._padded(self._drawn.question), self._drawn.rungs, score)
+            drawn = [gather(t.to(local.device)) for t in parts]
             for name, value in self.learner.update(*(t.cpu() for t in drawn)).items():
                 self._metrics["train"][f"allocator/{name}"].append(value)
         return rewards
 
-    def _question(self) -> torch.Tensor:
-        return self.accelerator.pad_across_processes(self._drawn.question.to(self.accelerator.device), dim=1)
+    def _padded(self, rows: torch.Tensor) -> torch.Tensor:
+        return self.accelerator.pad_across_processes(rows.to(self.accelerator.device), dim=1)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

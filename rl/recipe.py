@@ -14,6 +14,7 @@ import yaml
 from accelerate import PartialState
 from trl import TrlParser
 
+from models.allocator import SHARES
 from models.build import PerformerConfig
 from rl.config import FrugalConfig
 from sft.options import Stage, read_stages
@@ -53,6 +54,7 @@ class AllocatorOptions:
 
     Args:
         look: budgets whose pooled tokens are the cheapest look.
+        share: `equal` divides a budget evenly among the slides of a case, `attention` by what they show.
         width, dropout: of the value head.
         price: lambda while exploring in the joint step.
         temperature, explore: spread of drawn budgets around the best, and share of uniform draws.
@@ -61,6 +63,7 @@ class AllocatorOptions:
     """
 
     look: list[int] = field(default_factory=lambda: [1, 4])
+    share: str = "equal"
     width: int = 64
     dropout: float = 0.3
     price: float = 0.1
@@ -207,6 +210,8 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
         grpo=grpo,
         path=path,
     )
+    if run.allocator.share not in SHARES:
+        raise InputError(f"allocator.share: {run.allocator.share!r} is not known; known are {', '.join(SHARES)}")
     if not set(run.allocator.look) <= set(ladder):
         raise InputError(f"allocator.look: {run.allocator.look} must be budgets of the ladder {ladder}")
     return run

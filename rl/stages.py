@@ -141,6 +141,11 @@ class Stages:
     def table(self, name: str, performer: Performer, split: str, budgets: Sequence[int] | None = None) -> ScoreTable:
         """Score table of a stage's performer on a split, kept under `tables/`; budget 0 (no image) comes first."""
         budgets = list(budgets) if budgets is not None else [0, *self.run.ladder]
+        path = self.run.folder / "tables" / f"{name}.{split}.jsonl"
+        weights = None
+        if name == "grpo" and self.run.allocator.share != "equal" and not path.is_file():
+            allocator = ValueAllocator.from_pretrained(self.run.folder / "grpo" / "allocator")
+            weights = CheapLook(performer, allocator.config).divide(allocator, self.splits[split])
         return score_table(
             performer,
             self.splits[split],
@@ -148,8 +153,9 @@ class Stages:
             self.scorer,
             self.max_new_tokens,
             self.run.evaluation.batch_size,
-            self.run.folder / "tables" / f"{name}.{split}.jsonl",
+            path,
             label=f"{name} on {split}",
+            weights=weights,
         )
 
     def rung_cost(self, performer: Performer) -> list[float]:
@@ -172,6 +178,7 @@ class Stages:
             feature_dim=self.bank.dim,
             width=options.width,
             dropout=options.dropout,
+            share=options.share,
         )
         allocator = ValueAllocator(config)
         train = self.splits["train"]
@@ -182,7 +189,8 @@ class Stages:
         """Train a stage, write its folder and read it again."""
         run, folder = self.run, self.run.folder / stage.name
         train, val = self.all_splits["train"], self.splits["val"]
-        shared = Supervision(train, val, run.questions, run.ladder, run.performer, run.grpo.seed)
+        uneven = run.allocator.share != "equal"
+        shared = Supervision(train, val, run.questions, run.ladder, run.performer, run.grpo.seed, uneven)
         performer.model.to(PartialState().device)
         trainer, record = shared.run(stage, performer, folder, [MarkWhole()], last_whole(folder))
         self._finish(folder, parts, performer, trainer, **record)

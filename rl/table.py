@@ -87,10 +87,14 @@ def score_table(
     batch_size: int = 128,
     path: str | Path | None = None,
     label: str = "scoring",
+    weights: Sequence[Sequence[float] | None] | None = None,
 ) -> ScoreTable:
     """Answer every case at every budget, the cases shared out over the processes; every process gets the whole table.
 
     With a `path` that exists, the table is read from it instead.
+
+    Args:
+        weights: shares of a budget for the slides of each case, see `Performer.see`.
     """
     if path is not None and Path(path).is_file():
         return ScoreTable.load(path)
@@ -98,7 +102,9 @@ def score_table(
     mine = list(range(len(cases)))[state.process_index :: state.num_processes]
     columns: list[list[Answer]] = []
     for budget in tqdm(budgets, desc=label, disable=not state.is_main_process, unit="budget"):
-        columns.append(performer.answer([cases[i] for i in mine], [budget] * len(mine), max_new_tokens, batch_size))
+        own = [weights[i] for i in mine] if weights else None
+        shown = [cases[i] for i in mine]
+        columns.append(performer.answer(shown, [budget] * len(mine), max_new_tokens, batch_size, own))
     local = [(i, [column[k] for column in columns]) for k, i in enumerate(mine)]
     rows = sorted(gather_object(local) if state.num_processes > 1 else local, key=lambda item: item[0])
     answers = [row for _, row in rows]

@@ -37,6 +37,7 @@ class Supervision:
         train, val: cases.
         questions: kinds of question that a stage trains on unless it names others; None is all.
         ladder: budgets. config: of the performer. seed: of everything that is drawn.
+        uneven: budgets are not always divided evenly among the slides of a case.
     """
 
     train: Sequence[Case]
@@ -45,6 +46,7 @@ class Supervision:
     ladder: Sequence[int]
     config: PerformerConfig
     seed: int
+    uneven: bool = False
 
     def run(
         self,
@@ -81,6 +83,7 @@ class Supervision:
             resume,
             lora_config(replace(self.config, lora=lora), performer.model),
             rates,
+            self.uneven,
         )
         return trainer, {}
 

@@ -90,25 +90,43 @@ class BudgetCollator:
     Args:
         ladder: budgets to draw from.
         text_only: share of batches without visual tokens.
+        uneven: divide the budget at random among the slides of a case in half of the batches.
     """
 
     def __init__(
-        self, performer: Performer, cases: Sequence[Case], ladder: Sequence[int], text_only: float, seed: int
+        self,
+        performer: Performer,
+        cases: Sequence[Case],
+        ladder: Sequence[int],
+        text_only: float,
+        seed: int,
+        uneven: bool = False,
     ):
         self.performer, self.cases, self.ladder, self.text_only = performer, cases, list(ladder), text_only
-        self.seed = seed
+        self.seed, self.uneven = seed, uneven
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         # The draw depends on the rows alone (each epoch shuffles them anew), so that a resumed run sees the same.
         draw = random.Random(hash((self.seed, *(row["index"] for row in rows))))
         budget = 0 if draw.random() < self.text_only else draw.choice(self.ladder)
-        return self.batch([self.cases[row["index"]] for row in rows], budget)
+        cases = [self.cases[row["index"]] for row in rows]
+        if not self.uneven or draw.random() < 0.5:
+            return self.batch(cases, budget)
+        # Uniform on the simplex.
+        return self.batch(cases, budget, [[draw.expovariate(1) for _ in self.performer.sources(c)] for c in cases])
 
-    def batch(self, cases: Sequence[Case], budget: int) -> dict[str, torch.Tensor]:
-        """Model inputs of the cases at one budget, right-padded, with labels (B, T)."""
+    def batch(
+        self, cases: Sequence[Case], budget: int, weights: Sequence[Sequence[float]] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Model inputs of the cases at one budget, right-padded, with labels (B, T).
+
+        Args:
+            weights: shares of the slides of each case, see `Performer.see`.
+        """
         performer = self.performer
         tokenizer, sight = performer.processor.tokenizer, performer.processor.sight
-        prompts = [performer.prompt(c, budget) for c in cases]
+        shares = weights if weights is not None else [None] * len(cases)
+        prompts = [performer.prompt(c, budget, own) for c, own in zip(cases, shares, strict=True)]
         rows: dict[str, list[torch.Tensor]] = {"input_ids": [], "attention_mask": [], "labels": []}
         places: list[torch.Tensor] = []
         for prompt, case in zip(prompts, cases, strict=True):
@@ -134,12 +152,14 @@ def train_sft(
     resume: str | None = None,
     lora: LoraConfig | None = None,
     rates: Mapping[str, float] | None = None,
+    uneven: bool = False,
 ) -> SFTTrainer:
     """Fine-tune the performer in place on the gold answers of `cases`; returns the trainer with its log.
 
     Args:
         lora: train through adapters, which are merged into the weights at the end.
         rates: learning rate of each of `PARTS`; those without one are frozen. None trains all at that of `args`.
+        uneven: see `BudgetCollator`.
     """
     model = performer.model if lora is None else get_peft_model(performer.model, lora)
     if rates is not None:
@@ -148,7 +168,7 @@ def train_sft(
     trainer = StageTrainer(
         model=model,
         args=args,
-        data_collator=BudgetCollator(performer, cases, ladder, text_only, args.seed),
+        data_collator=BudgetCollator(performer, cases, ladder, text_only, args.seed, uneven),
         train_dataset=Dataset.from_dict({"index": list(range(len(cases)))}),
         processing_class=performer.processor,
         callbacks=list(callbacks),

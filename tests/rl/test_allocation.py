@@ -16,7 +16,7 @@ def batch() -> list[torch.Tensor]:
     """Look, question, rungs and score of 6 cases with 4 drawn budgets each."""
     generator = torch.Generator().manual_seed(0)
     return [
-        torch.randn(6, 5, WIDTH, generator=generator),
+        torch.randn(6, 1, 5, WIDTH, generator=generator),
         torch.randint(1, 64, (6, 7), generator=generator),
         torch.randint(0, 3, (6, 4), generator=generator),
         torch.rand(6, 4, generator=generator),
@@ -102,7 +102,7 @@ def test_a_planted_table_is_learnt():
     count = 300
     light = torch.rand(count, generator=generator) < 0.5
     hopeless = torch.rand(count, generator=generator) < 0.3
-    look = torch.randn(count, 5, WIDTH, generator=generator) + 3.0 * light[:, None, None]
+    look = torch.randn(count, 1, 5, WIDTH, generator=generator) + 3.0 * light[:, None, None, None]
     question = torch.where(hopeless[:, None], 9, 5).expand(count, 4)
     solved = torch.stack([~light, ~light, torch.ones(count, dtype=torch.bool)], 1) & ~hopeless[:, None]
     torch.manual_seed(0)
@@ -123,7 +123,7 @@ def test_a_fit_is_repeatable():
     for _ in range(2):
         torch.manual_seed(3)
         allocator = ValueAllocator(config)
-        look, question, scores = torch.randn(20, 5, WIDTH), torch.randint(1, 32, (20, 3)), torch.rand(20, 3)
+        look, question, scores = torch.randn(20, 1, 5, WIDTH), torch.randint(1, 32, (20, 3)), torch.rand(20, 3)
         found.append(fit_table(allocator, look, question, scores, epochs=3, batch_size=8))
     assert found[0] == found[1]
 
@@ -132,7 +132,7 @@ def test_a_fit_stops_before_it_learns_noise_by_heart():
     """Scores that nothing tells: the held-out loss soon rises, and the predictions stay near the mean of each rung."""
     generator = torch.Generator().manual_seed(0)
     count, chance = 120, torch.tensor([0.2, 0.5, 0.8])
-    look = torch.randn(count, 5, WIDTH, generator=generator)
+    look = torch.randn(count, 1, 5, WIDTH, generator=generator)
     question = torch.full((count, 4), 5)
     scores = (torch.rand(count, 3, generator=generator) < chance).float()
     torch.manual_seed(0)
