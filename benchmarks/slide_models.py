@@ -36,6 +36,7 @@ import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ PANELS = {
 }  # fmt: skip
 
 
-def parse() -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--paths", nargs="+", choices=list(PATHS), default=list(PATHS), metavar="PATH")
@@ -76,7 +77,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--cores", type=int, default=2, help="CPU cores that the benchmark may use")
     parser.add_argument("--out", default="runs/benchmarks/slide_models.png", help="picture")
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(arguments)
 
 
 def train_flops(performer: Any, prompt: Any, length: int, frozen: bool) -> float:
