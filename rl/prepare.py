@@ -49,6 +49,12 @@ def load_cases(run: Run) -> dict[str, list[Case]]:
             f"cases: no case in split {' and '.join(empty)} ({len(cases)} cases in all); every run needs train, val "
             "(allocator, choices) and test (report): state the splits in the manifest or let the environment make them"
         )
+    patients = {c.patient for c in splits["val"]}
+    if len(patients) < 2:
+        raise InputError(
+            f"cases: the val split has one patient, {min(patients)}; the allocator is fitted and tested on different "
+            "ones, so give it at least two"
+        )
     if run.balance:
         splits["train"] = balanced(splits["train"])
     return splits

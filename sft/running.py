@@ -72,7 +72,11 @@ class Supervision:
             return self._contrastive(options, _slides(performer, stage), cases, folder, callbacks, resume)
         rates = stage_rates(stage.kind, options.pop("learning_rates", None))
         lora = options.pop("lora", self.config.lora if rates is None or "lora" in rates else None)
-        ladder, text_only = options.pop("ladder", self.ladder), options.pop("text_only", 0.05)
+        # Without an image nothing is trained where the language model is frozen.
+        blind = rates is not None and set(rates) == {"seeing"}
+        ladder, text_only = options.pop("ladder", self.ladder), options.pop("text_only", 0.0 if blind else 0.05)
+        if blind and text_only:
+            raise InputError(f"sft.{stage.kind}: text_only {text_only}, but the language model is frozen; set it to 0")
         trainer = train_sft(
             performer,
             cases,
