@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -124,3 +125,16 @@ def test_a_resumed_run_ends_where_the_whole_run_ends(make_performer, make_traine
     for whole, resumed in zip(*ends, strict=True):
         for name, value in whole.items():
             torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_slides_of_a_case_are_shown_at_the_shares_of_the_allocator(cases, make_performer, make_trainer, monkeypatch):
+    performer = make_performer()
+    trainer = make_trainer(performer)
+    both = [dataclasses.replace(c, images=(*c.images, "field0")) for c in cases]
+    trainer.cases = both
+    monkeypatch.setattr(trainer.learner.look, "divide", lambda allocator, asked: [[0.9, 0.1]] * len(asked))
+    trainer.model.train()
+    trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
+    for prompt in trainer._prompts:
+        counts = [len(view) for view in prompt.views]
+        assert counts in ([1], [4], [12, 2]), "14 tokens make a grid of 3 x 4"
