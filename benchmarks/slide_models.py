@@ -201,14 +201,19 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(3.6 * len(PANELS), 3.6), layout="constrained")
+    sizes = sorted({row["n"] for row in rows})
     for axis, (key, label) in zip(axes, PANELS.items(), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="patches N", title=label)
         for path, own in itertools.groupby(rows, key=lambda row: row["path"]):
             points = [(row["n"], row[key]) for row in own]
-            axis.plot(*zip(*points, strict=True), "o-", ms=3, label=path)
-        axis.set(xscale="log", yscale="log", xlabel="patches N", title=label)
+            # Broken lines let those beneath them be seen.
+            style = "o--" if path == "pathosynvlm_all" else "o-"
+            axis.plot(*zip(*points, strict=True), style, ms=3, label=path)
+        axis.set_xticks(sizes, [f"{n:,}" for n in sizes], rotation=45)
+        axis.tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize="small")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right center")
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)
     plt.close(figure)
