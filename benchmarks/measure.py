@@ -19,7 +19,6 @@ from typing import Any
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
 MARK = "RESULT "
 
 
@@ -39,7 +38,7 @@ def run_worker(script: str, arguments: Sequence[str], name: str) -> dict[str, An
     Raises:
         SystemExit: it failed; the end of what it wrote to stderr.
     """
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True)
     lines = [line for line in done.stdout.splitlines() if line.startswith(MARK)]
     if done.returncode or not lines:
         raise SystemExit(f"{name} failed:\n{done.stderr[-4000:]}")

@@ -46,8 +46,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 from benchmarks.measure import Others, Peak, give, machine, run_worker, settle, timed, versions
 from benchmarks.shapes import PRESETS, shape
-from benchmarks.slide_paths import BUDGETS, PATHS, build, write_slide
-from slides.errors import entry
+from benchmarks.slide_paths import BUDGETS, PATHS, build, cut, write_slide
+from slides.errors import InputError, entry
+from slides.store import read_features
 
 SIZES = [256, 512, 1024, 2048, 4096, 8192, 16384]
 WARM = 16
@@ -258,6 +259,10 @@ def main() -> None:
     if options.worker:
         give(work(options))
         return
+    if min(options.sizes) < 1:
+        raise InputError(f"--sizes {min(options.sizes)}: a slide has at least 1 patch")
+    if options.features:
+        cut(read_features(options.features), max(options.sizes))
     rows, others = [], Others()
     for path, n in itertools.product(options.paths, options.sizes):
         meanwhile = Others()
