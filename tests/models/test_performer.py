@@ -259,3 +259,10 @@ def test_the_language_model_alone_gives_the_shape(qwen, performer):
     for made in (qwen, performer):
         text = made.model.config.get_text_config()
         assert made.shape.layers == text.num_hidden_layers and made.shape.vocab == len(made.processor.tokenizer)
+
+
+def test_the_question_is_put_twice_on_demand(make_performer, cases):
+    made = make_performer(repeat_prompt=True)
+    (user,) = made.messages(cases[0])
+    assert user["content"][0]["text"] == f"{cases[0].prompt}\n{cases[0].prompt}"
+    assert make_performer().messages(cases[0])[0]["content"][0]["text"] == cases[0].prompt
