@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from models.compressors.base import PLACE, Tokens
 from models.slide_text import LOSSES, SlideTextConfig, SlideTextModel, text_batch
+from sft.options import trainer_arguments
 from slides.errors import InputError
 
 STANDARDISED = 256
@@ -160,27 +161,15 @@ def train_contrastive(
 
 
 def contrastive_config(output_dir: str | Path, options: dict[str, Any], seed: int) -> TrainingArguments:
-    """`TrainingArguments` with what this stage needs fixed and `options` over the defaults, which are BLIP-2's.
+    """Arguments of the stage: the recipe's keys over its defaults, which are BLIP-2's.
 
     BLIP-2's batch is in the thousands (Li et al. 2023, section 3.4), which is the one value not taken over.
     """
-    defaults: dict[str, Any] = {
+    defaults = {
         "learning_rate": 1e-4,
         "per_device_train_batch_size": 64,
-        "num_train_epochs": 10,
-        "lr_scheduler_type": "cosine",
         "warmup_steps": 0.05,
         "weight_decay": 0.05,
         "adam_beta2": 0.98,
-        "logging_steps": 50,
-        "report_to": [],
-        "save_steps": 200,
-        "save_total_limit": 2,
     }
-    fixed = {
-        "output_dir": str(output_dir),
-        "seed": seed,
-        "use_cpu": not torch.accelerator.is_available(),
-        "remove_unused_columns": False,
-    }
-    return TrainingArguments(**{**defaults, **options, **fixed})
+    return trainer_arguments(TrainingArguments, output_dir, options, seed, **defaults)

@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from models.compressors.chain import Chain
 from models.compressors.reconstruction import MaskedReconstruction
 from models.compressors.resampler import Resampler
+from sft.options import trainer_arguments
 from slides.errors import InputError
 
 
@@ -107,23 +108,6 @@ def _collate(batch: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
 
 
 def mae_config(output_dir: str | Path, options: dict[str, Any], seed: int) -> TrainingArguments:
-    """`TrainingArguments` with what the stage needs fixed and the recipe's `mae` keys over the defaults."""
-    defaults: dict[str, Any] = {
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 8,
-        "num_train_epochs": 10,
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 20,
-        "weight_decay": 0.01,
-        "logging_steps": 50,
-        "report_to": [],
-        "save_steps": 200,
-        "save_total_limit": 2,
-    }
-    fixed = {
-        "output_dir": str(output_dir),
-        "seed": seed,
-        "use_cpu": not torch.accelerator.is_available(),
-        "remove_unused_columns": False,
-    }
-    return TrainingArguments(**{**defaults, **options, **fixed})
+    """Arguments of the stage: the recipe's keys over its defaults."""
+    defaults = {"learning_rate": 1e-3, "per_device_train_batch_size": 8, "warmup_steps": 20, "weight_decay": 0.01}
+    return trainer_arguments(TrainingArguments, output_dir, options, seed, **defaults)

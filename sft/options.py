@@ -1,12 +1,18 @@
-"""The `sft` part of a recipe: one stage or a list of them, each with its options."""
+"""The `sft` part of a recipe: one stage or a list of them, each with its options and the arguments of its trainer."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from transformers import TrainingArguments
 
 from slides.errors import InputError
+
+A = TypeVar("A", bound=TrainingArguments)
 
 STAGES = ("mae", "contrastive", "align", "case", "warm_start")
 
@@ -49,3 +55,31 @@ def read_stages(spec: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[S
             Stage(kind, "sft" if last else f"sft_{kind}" + (f"_{repeated + 1}" if repeated else ""), options)
         )
     return stages
+
+
+def trainer_arguments(
+    kind: type[A], output_dir: str | Path, options: Mapping[str, Any], seed: int, **defaults: Any
+) -> A:
+    """Arguments of a stage's trainer: the recipe's keys over the stage's defaults, and what all stages have fixed.
+
+    Raises:
+        InputError: a key that is not among them.
+    """
+    shared = {
+        "num_train_epochs": 10,
+        "lr_scheduler_type": "cosine",
+        "logging_steps": 50,
+        "report_to": [],
+        "save_steps": 200,
+        "save_total_limit": 2,
+    }
+    fixed = {
+        "output_dir": str(output_dir),
+        "seed": seed,
+        "use_cpu": not torch.accelerator.is_available(),
+        "remove_unused_columns": False,
+    }
+    try:
+        return kind(**{**shared, **defaults, **options, **fixed})
+    except TypeError as error:
+        raise InputError(f"sft: {error}; its keys are those of {kind.__name__} and of the stage") from error

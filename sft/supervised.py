@@ -23,6 +23,7 @@ from models.build import SEEING_PARTS
 from models.performer import Performer
 from models.sight import stack_positions
 from rewards.registry import gold_completion
+from sft.options import trainer_arguments
 from slides.errors import InputError
 
 RATES: dict[str, dict[str, float]] = {
@@ -201,30 +202,15 @@ def merged(trainer: Any) -> Any:
 
 
 def sft_config(output_dir: str | Path, options: dict[str, Any], seed: int) -> SFTConfig:
-    """`SFTConfig` with what the warm start needs fixed and the recipe's `sft` keys over the defaults."""
+    """Arguments of the stage: the recipe's keys over its defaults."""
     defaults: dict[str, Any] = {
         "learning_rate": 5e-4,
         "per_device_train_batch_size": 32,
-        "num_train_epochs": 10,
-        "lr_scheduler_type": "cosine",
         "warmup_steps": 20,
         "weight_decay": 0.01,
-        "logging_steps": 50,
-        "report_to": [],
         "bf16": False,
         "gradient_checkpointing": False,
-        "save_steps": 200,
-        "save_total_limit": 2,
     }
-    fixed = {
-        "output_dir": str(output_dir),
-        "seed": seed,
-        "use_cpu": not torch.accelerator.is_available(),
-        "remove_unused_columns": False,
-        "max_length": None,
-        "dataset_kwargs": {"skip_prepare_dataset": True},
-    }
-    try:
-        return SFTConfig(**{**defaults, **options, **fixed})
-    except TypeError as error:
-        raise InputError(f"sft: {error}; its keys are those of TRL's SFTConfig and of the stage") from error
+    # Rows are laid out by our collator.
+    raw = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    return trainer_arguments(SFTConfig, output_dir, {**options, **raw}, seed, **defaults)
