@@ -75,10 +75,19 @@ class Routes(nn.Module):
 
     Args:
         layers: numbers of the layers, from 0. heads: of each cross-attention.
+
+    Raises:
+        InputError: no layer, or heads that do not divide the hidden width.
     """
 
     def __init__(self, hidden: int, layers: Sequence[int], heads: int):
         super().__init__()
+        if not layers:
+            raise InputError("performer.cross_layers: the list is empty; name a layer, or leave the key out")
+        if heads < 1 or hidden % heads:
+            raise InputError(
+                f"performer.cross_heads: {heads} heads do not divide a width of {hidden}; choose another number"
+            )
         self.layers = list(layers)
         self.adapters = nn.ModuleList(CrossAttention(hidden, heads) for _ in layers)
 

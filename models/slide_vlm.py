@@ -165,10 +165,13 @@ class SlideVLMModel(SlideVLMPreTrainedModel):
 
     @torch.no_grad()
     def standardise(self, features: torch.Tensor) -> None:
-        """Set mean and deviation of the features from those (n, d) of training slides, wherever they are read."""
-        for module in self.modules():
-            if isinstance(module, PatchEmbedding) and len(module.mean) == features.shape[1]:
-                module.standardise(features)
+        """Set mean and deviation of the features from those (n, d) of training slides, where they are first read."""
+        for part in (*self.compressor.learned, self.aligner):
+            readers = [m for m in part.modules() if isinstance(m, PatchEmbedding)]
+            for reader in readers:
+                reader.standardise(features)
+            if readers:
+                return  # what follows reads tokens that were made of them
 
     def visual_tokens(
         self, pixel_values: torch.Tensor, shown: torch.Tensor | None, questions: torch.Tensor | None
@@ -292,7 +295,8 @@ class SlideVLM(SlideVLMPreTrainedModel, GenerationMixin):
 
         Its embeddings grow if the tokenizer has more tokens than the model.
         """
-        text = AutoModelForCausalLM.from_pretrained(name)
+        # As what stands before it: small steps would be rounded away in bfloat16 weights, and the two would not mix.
+        text = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         if len(tokenizer) > text.get_input_embeddings().num_embeddings:
             text.resize_token_embeddings(len(tokenizer))
         model = cls(SlideVLMConfig(text_config=text.config, **config))

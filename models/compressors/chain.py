@@ -30,9 +30,9 @@ def make_compressor(spec: str | Mapping[str, Any], dim: int, hidden: int) -> Com
         dim: width of the tokens that it gets. hidden: width of the language model.
 
     Raises:
-        InputError: an unknown name or option.
+        InputError: an unknown name or option, or no token at all.
     """
-    options = {"name": spec} if isinstance(spec, str) else dict(spec)
+    options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
     if name not in COMPRESSORS:
         raise InputError(f"performer.compressors: {name!r} is not known; known are {', '.join(COMPRESSORS)}")
@@ -45,6 +45,8 @@ def make_compressor(spec: str | Mapping[str, Any], dim: int, hidden: int) -> Com
             f"performer.compressors: {name} has no option {', '.join(map(repr, unknown))}; it has "
             f"{', '.join(sorted(own - {'dim', 'hidden'})) or 'none'}"
         )
+    if options.get("most", 1) < 1:
+        raise InputError(f"performer.compressors: {name}: most {options['most']}: must be at least 1")
     given = {"dim": dim, "hidden": hidden}
     return make(**{k: v for k, v in given.items() if k in own}, **options)
 

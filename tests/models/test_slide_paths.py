@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from models.generation import generate
 from models.performer import SlidePerformer
 from slides.errors import InputError
-from tests.conftest import grid_features
+from tests.conftest import WIDTH, grid_features
 from tests.models.test_generation import greedy
 
 RESAMPLER = {"name": "resampler", "latents": 12, "width": 16, "layers": 1, "heads": 2}
@@ -153,6 +153,9 @@ def test_more_slides_than_markers_are_refused(make_performer, cases):
         ({"aligner": "film"}, "aligner: 'film' is not known; known are place, mlp, linear"),
         ({"markers": "each"}, "markers: 'each' is not known"),
         ({"fusion": "late"}, "fusion: 'late' is not known"),
+        ({"compressors": [{"name": "keep", "most": 0}]}, "keep: most 0: must be at least 1"),
+        ({"fusion": "cross_attention", "cross_layers": []}, "cross_layers: the list is empty"),
+        ({"fusion": "cross_attention", "cross_heads": 5}, "cross_heads: 5 heads do not divide a width of 32"),
     ],
 )
 def test_what_cannot_be_built_is_named(make_performer, changes, message):
@@ -168,3 +171,24 @@ def test_the_question_decides_what_is_kept(make_performer, cases):
     kept = [made.model.model.visual_tokens(s["pixel_values"], s["shown"], s["questions"])[0] for s in shown]
     assert not torch.equal(*kept)
     assert made.prompt(cases[0], 100).visual == 9, "8 latents at most, and a marker"
+
+
+def test_features_are_standardised_where_they_are_read_and_not_what_is_made_of_them(make_performer):
+    as_wide = {**RESAMPLER, "width": WIDTH}
+    model = make_performer(compressors=[as_wide], aligner="place").model.model
+    assert model.compressor.learned[0].patches.mean.abs().max() > 0.1
+    assert not model.aligner.patches.mean.any() and (model.aligner.patches.std == 1).all()
+    kept = make_performer(compressors=[{"name": "importance", "most": 4}], aligner="place").model.model
+    assert kept.aligner.patches.mean.abs().max() > 0.1, "tokens that are kept are features still"
+
+
+@pytest.mark.parametrize("fusion", ["prefix", "cross_attention"])
+def test_a_language_model_of_half_precision_is_joined(make_performer, cases, tmp_path, fusion):
+    small = make_performer()
+    small.model.language_model.bfloat16().save_pretrained(tmp_path)
+    small.processor.tokenizer.save_pretrained(tmp_path)
+    made = make_performer(
+        language_model=str(tmp_path), fusion=fusion, compressors=[RESAMPLER], cross_layers=[0], aligner_dropout=0.0
+    )
+    assert {p.dtype for p in made.model.parameters()} == {torch.float32}
+    assert made.answer(cases[:2], [4, 4], max_new_tokens=2)[0].visual == 4
