@@ -17,7 +17,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from models.compressors.base import PLACE, Tokens
 from models.slide_text import LOSSES, SlideTextConfig, SlideTextModel, text_batch
-from sft.options import trainer_arguments
+from sft.options import training_arguments
 from slides.errors import InputError
 
 STANDARDISED = 256
@@ -161,7 +161,7 @@ def train_contrastive(
 
 
 def contrastive_config(output_dir: str | Path, options: dict[str, Any], seed: int) -> TrainingArguments:
-    """Arguments of the stage: the recipe's keys over its defaults, which are BLIP-2's.
+    """`TrainingArguments` with `options` over the defaults, which are BLIP-2's, see `training_arguments`.
 
     BLIP-2's batch is in the thousands (Li et al. 2023, section 3.4), which is the one value not taken over.
     """
@@ -172,4 +172,4 @@ def contrastive_config(output_dir: str | Path, options: dict[str, Any], seed: in
         "weight_decay": 0.05,
         "adam_beta2": 0.98,
     }
-    return trainer_arguments(TrainingArguments, output_dir, options, seed, **defaults)
+    return training_arguments(TrainingArguments, output_dir, options, seed, defaults)

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from models.compressors.chain import Chain
 from models.compressors.reconstruction import MaskedReconstruction
 from models.compressors.resampler import Resampler
-from sft.options import trainer_arguments
+from sft.options import training_arguments
 from slides.errors import InputError
 
 
@@ -108,6 +108,6 @@ def _collate(batch: list[torch.Tensor]) -> dict[str, list[torch.Tensor]]:
 
 
 def mae_config(output_dir: str | Path, options: dict[str, Any], seed: int) -> TrainingArguments:
-    """Arguments of the stage: the recipe's keys over its defaults."""
-    defaults = {"learning_rate": 1e-3, "per_device_train_batch_size": 8, "warmup_steps": 20, "weight_decay": 0.01}
-    return trainer_arguments(TrainingArguments, output_dir, options, seed, **defaults)
+    """`TrainingArguments` with the recipe's `mae` keys over the defaults, see `training_arguments`."""
+    defaults = {"learning_rate": 1e-3, "per_device_train_batch_size": 8}
+    return training_arguments(TrainingArguments, output_dir, options, seed, defaults)

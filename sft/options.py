@@ -15,6 +15,24 @@ from slides.errors import InputError
 A = TypeVar("A", bound=TrainingArguments)
 
 STAGES = ("mae", "contrastive", "align", "case", "warm_start")
+WORDLESS = ("mae", "contrastive")
+"""Stages that leave the language model out, so that nothing answers questions after them alone."""
+
+DEFAULTS: dict[str, Any] = {
+    "num_train_epochs": 10,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 20,
+    "weight_decay": 0.01,
+    "logging_steps": 50,
+    "report_to": [],
+    "bf16": False,
+    "save_steps": 200,
+    "save_total_limit": 2,
+    # A batch without images leaves what sees unused.
+    "ddp_find_unused_parameters": True,
+}
+
+A = TypeVar("A", bound=TrainingArguments)
 
 
 @dataclass(frozen=True)
@@ -30,6 +48,11 @@ class Stage:
     kind: str
     name: str
     options: dict[str, Any]
+
+    @property
+    def wordless(self) -> bool:
+        """Whether it leaves the language model as it was."""
+        return self.kind in WORDLESS
 
 
 def read_stages(spec: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[Stage]:
@@ -57,29 +80,26 @@ def read_stages(spec: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[S
     return stages
 
 
-def trainer_arguments(
-    kind: type[A], output_dir: str | Path, options: Mapping[str, Any], seed: int, **defaults: Any
+def training_arguments(
+    make: type[A],
+    output_dir: str | Path,
+    options: Mapping[str, Any],
+    seed: int,
+    defaults: Mapping[str, Any],
+    **fixed: Any,
 ) -> A:
-    """Arguments of a stage's trainer: the recipe's keys over the stage's defaults, and what all stages have fixed.
+    """Arguments of a stage's trainer: what is fixed over a recipe's options over the stage's defaults over `DEFAULTS`.
 
     Raises:
-        InputError: a key that is not among them.
+        InputError: an option that the trainer does not have, or a value that it refuses.
     """
-    shared = {
-        "num_train_epochs": 10,
-        "lr_scheduler_type": "cosine",
-        "logging_steps": 50,
-        "report_to": [],
-        "save_steps": 200,
-        "save_total_limit": 2,
-    }
-    fixed = {
+    fixed |= {
         "output_dir": str(output_dir),
         "seed": seed,
         "use_cpu": not torch.accelerator.is_available(),
         "remove_unused_columns": False,
     }
     try:
-        return kind(**{**shared, **defaults, **options, **fixed})
-    except TypeError as error:
-        raise InputError(f"sft: {error}; its keys are those of {kind.__name__} and of the stage") from error
+        return make(**{**DEFAULTS, **defaults, **options, **fixed})
+    except (TypeError, ValueError) as error:
+        raise InputError(f"sft: {error}; its keys are those of {make.__name__} and of the stage") from error

@@ -71,6 +71,10 @@ class Supervision:
         if stage.kind == "contrastive":
             return self._contrastive(options, _slides(performer, stage), cases, folder, callbacks, resume)
         rates = stage_rates(stage.kind, options.pop("learning_rates", None))
+        if rates is not None and "learning_rate" in options:
+            raise InputError(
+                f"sft.{stage.kind}: learning_rate has no effect here; give each part its own in learning_rates"
+            )
         lora = options.pop("lora", self.config.lora if rates is None or "lora" in rates else None)
         # Without an image nothing is trained where the language model is frozen.
         blind = rates is not None and set(rates) == {"seeing"}

@@ -23,7 +23,7 @@ from models.build import SEEING_PARTS
 from models.performer import Performer
 from models.sight import stack_positions
 from rewards.registry import gold_completion
-from sft.options import trainer_arguments
+from sft.options import training_arguments
 from slides.errors import InputError
 
 RATES: dict[str, dict[str, float]] = {
@@ -161,11 +161,19 @@ def train_sft(
         lora: train through adapters, which are merged into the weights at the end.
         rates: learning rate of each of `PARTS`; those without one are frozen. None trains all at that of `args`.
         uneven: see `BudgetCollator`.
+
+    Raises:
+        InputError: the performer has none of the parts that are to be trained.
     """
     model = performer.model if lora is None else get_peft_model(performer.model, lora)
     if rates is not None:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(rates.get(part_of(name) or "", 0.0) > 0)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise InputError(
+                f"sft: learning_rates names {', '.join(rates)}, and the performer has none of it, so that nothing is "
+                "trained; name other parts"
+            )
     trainer = StageTrainer(
         model=model,
         args=args,
@@ -202,15 +210,8 @@ def merged(trainer: Any) -> Any:
 
 
 def sft_config(output_dir: str | Path, options: dict[str, Any], seed: int) -> SFTConfig:
-    """Arguments of the stage: the recipe's keys over its defaults."""
-    defaults: dict[str, Any] = {
-        "learning_rate": 5e-4,
-        "per_device_train_batch_size": 32,
-        "warmup_steps": 20,
-        "weight_decay": 0.01,
-        "bf16": False,
-        "gradient_checkpointing": False,
-    }
-    # Rows are laid out by our collator.
-    raw = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
-    return trainer_arguments(SFTConfig, output_dir, {**options, **raw}, seed, **defaults)
+    """`SFTConfig` with the recipe's `sft` keys over the defaults, see `training_arguments`."""
+    # TRL's own default is to recompute activations.
+    defaults = {"learning_rate": 5e-4, "per_device_train_batch_size": 32, "gradient_checkpointing": False}
+    fixed: dict[str, Any] = {"max_length": None, "dataset_kwargs": {"skip_prepare_dataset": True}}
+    return training_arguments(SFTConfig, output_dir, options, seed, defaults, **fixed)

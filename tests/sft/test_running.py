@@ -68,6 +68,19 @@ def test_a_stage_that_has_nothing_to_train_is_refused(run, make_performer, kind,
         run(make_performer(**PATHS[path]), kind)
 
 
+def test_parts_that_a_performer_has_not_are_not_trained(run, qwen, make_performer):
+    with pytest.raises(InputError, match="names seeing, and the performer has none of it, so that nothing is trained"):
+        run(qwen, "align")
+    with pytest.raises(InputError, match=r"sft\.case: learning_rate has no effect here; .* in learning_rates"):
+        run(make_performer(), "case", learning_rate=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "path"), [("mae", "locpath"), ("contrastive", "pathalign"), ("case", "locpath")])
+def test_a_key_that_no_stage_has_is_named(run, make_performer, kind, path):
+    with pytest.raises(InputError, match=r"sft: .*'max_stepz'"):
+        run(make_performer(**PATHS[path]), kind, max_stepz=3)
+
+
 def test_compressors_of_slides_are_not_those_of_images(run, qwen):
     with pytest.raises(InputError, match=r"trains compressors of slides; use performer\.family slide_vlm"):
         run(qwen, "mae")
