@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
@@ -33,6 +34,9 @@ RATES: dict[str, dict[str, float]] = {
 """Published learning rates of the stages' parts (PathoSynVLM, methods 3.3); a part without one is frozen."""
 
 PARTS = ("seeing", "lora", "language")
+
+LANGUAGE_WEIGHTS = "language.safetensors"
+"""File of a checkpoint: weights of the language model that are trained beside its adapters."""
 
 
 def part_of(name: str) -> str | None:
@@ -73,6 +77,25 @@ class StageTrainer(SFTTrainer):
                     groups.append({**group, "params": own, "lr": rate})
         optimizer.param_groups[:] = groups
         return optimizer
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """As its base, and the weights that are trained beside adapters, which PEFT leaves out of its checkpoints."""
+        super()._save(output_dir, state_dict)
+        beside = self._beside_adapters()
+        if beside and self.args.should_save:
+            save_file(beside, Path(output_dir or str(self.args.output_dir)) / LANGUAGE_WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._beside_adapters():
+            weights = load_file(Path(resume_from_checkpoint) / LANGUAGE_WEIGHTS)
+            (self.model if model is None else model).load_state_dict(weights, strict=False)
+
+    def _beside_adapters(self) -> dict[str, torch.Tensor]:
+        if not isinstance(self.model, PeftModel):
+            return {}
+        named = self.model.named_parameters()
+        return {name: p.data for name, p in named if p.requires_grad and part_of(name) == "language"}
 
 
 def gold_ids(tokenizer: Any, case: Case) -> list[int]:

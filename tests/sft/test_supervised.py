@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen2_5_VLForConditionalGeneration
+from transformers import Qwen2_5_VLForConditionalGeneration, TrainerCallback
 from trl import SFTTrainer
 
 from models.build import PerformerConfig, lora_config
@@ -293,6 +293,16 @@ def test_what_the_images_show_is_learnt(make_qwen, image_cases, tmp_path):
 # A learning rate for each part.
 
 
+class StopAt(TrainerCallback):
+    """Ends a training early, as a signal would."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **rest):
+        control.should_training_stop = state.global_step == self.step
+
+
 def test_alignment_trains_what_stands_before_the_language_model(make_performer, cases, tmp_path):
     performer = make_performer(markers="unique", fusion="cross_attention", cross_layers=[0], aligner_dropout=0.0)
     before = weights(performer)
@@ -319,6 +329,23 @@ def test_case_training_has_three_learning_rates(make_performer, cases, tmp_path)
     assert {part_of(name) for name in names} == {"seeing", "language"}
     assert "lm_head.weight" in names and any("q_proj" in name for name in names)
     assert not any("lora" in name for name in performer.model.state_dict())
+
+
+def test_a_stopped_stage_has_the_weights_trained_beside_its_adapters(make_performer, cases, tmp_path):
+    rates = {"lora": 3e-3, "seeing": 1e-2, "language": 1e-2}
+    made = {}
+    for name in ("whole", "stopped", "resumed"):
+        performer = make_performer(aligner_dropout=0.0)
+        adapters = lora_config(PerformerConfig(lora={"r": 2}), performer.model)
+        options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "lr_scheduler_type": "constant"}
+        stop = {"callbacks": [StopAt(2)]} if name == "stopped" else {}
+        resume = str(tmp_path / "stopped" / "checkpoint-2") if name == "resumed" else None
+        args = sft_config(tmp_path / name, {**OPTIONS, **options}, seed=0)
+        train_sft(performer, cases, LADDER, args, 0.0, lora=adapters, rates=rates, resume=resume, **stop)
+        made[name] = weights(performer)
+    for name, weight in made["whole"].items():
+        torch.testing.assert_close(made["resumed"][name], weight, msg=name)
+    assert not torch.equal(made["stopped"]["lm_head.weight"], made["whole"]["lm_head.weight"])
 
 
 def test_published_rates_are_the_defaults():
