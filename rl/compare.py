@@ -24,29 +24,36 @@ from slides.errors import InputError, entry
 from slides.whole import whole, write_text
 
 CONTROLS = ("text_only", "majority")
+GAINS = ("gain_over_text_only", "gain_over_majority")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """Summary and cases of a run's report.
 
     Raises:
-        InputError: the run has none.
+        InputError: the run has none, or one of an earlier version.
     """
     files = [folder / "report" / name for name in ("summary.json", "cases.jsonl")]
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
         raise InputError(f"{folder}: no {' and no '.join(missing)}; finish the run with rl/grpo.py or rl/pareto.py")
+    summary = json.loads(files[0].read_text())
+    if not {*GAINS} <= set(summary["headline"]):
+        raise InputError(f"{files[0]}: an earlier version wrote it; write it again with rl/pareto.py")
     cases = [json.loads(line) for line in files[1].read_text().splitlines()]
-    return {"name": folder.name, "summary": json.loads(files[0].read_text()), "cases": {c["id"]: c for c in cases}}
+    return {"name": folder.resolve().name, "summary": summary, "cases": {c["id"]: c for c in cases}}
 
 
 def compare(runs: list[dict[str, Any]], draws: int = 2000) -> dict[str, Any]:
     """Points of all runs, and how each operating point differs from the first run's.
 
     Raises:
-        InputError: the runs were tested on different cases.
+        InputError: the runs were tested on different cases, or two have one name.
     """
     first = runs[0]
+    names = [run["name"] for run in runs]
+    if len(set(names)) < len(names):
+        raise InputError(f"--runs: two folders have one name ({', '.join(names)}); rename one")
     ids = list(first["cases"])
     for run in runs[1:]:
         other = set(ids) ^ set(run["cases"])
@@ -62,7 +69,7 @@ def compare(runs: list[dict[str, Any]], draws: int = 2000) -> dict[str, Any]:
         summary = run["summary"]
         out["runs"][run["name"]] = {
             **{key: summary[key] for key in ("operating_point", "static", "allocator", "random", *CONTROLS)},
-            **{key: summary["headline"][key] for key in ("gain_over_text_only", "gain_over_majority")},
+            **{key: summary["headline"][key] for key in GAINS},
             f"over_{first['name']}": bootstrap.difference(scores[run["name"]] - scores[first["name"]]),
             "git": summary["git"],
             "command": summary["command"],

@@ -40,6 +40,19 @@ def test_differences_are_paired_by_case(tmp_path):
     assert other["value"] == 0.25 and 0 < other["ci95"][0] < 0.25 < other["ci95"][1] < 0.5
 
 
+def test_runs_of_one_name_are_refused(tmp_path):
+    runs = [read_run(write_run(tmp_path / parent / "run", [1.0] * 4)) for parent in "ab"]
+    with pytest.raises(InputError, match=r"two folders have one name \(run, run\)"):
+        compare(runs)
+
+
+def test_a_report_of_an_earlier_version_is_refused(tmp_path):
+    file = write_run(tmp_path / "a", [1.0] * 4) / "report" / "summary.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "headline": {}}))
+    with pytest.raises(InputError, match=r"summary\.json: an earlier version wrote it"):
+        read_run(tmp_path / "a")
+
+
 def test_runs_on_other_cases_are_refused(tmp_path):
     first, second = (read_run(write_run(tmp_path / name, [1.0] * 4)) for name in "ab")
     other = copy.deepcopy(second)
