@@ -89,4 +89,5 @@ def from_recipe(config: str, split: str, question: str | None) -> tuple[list[Ite
         raise InputError(f"{config}: no {split} case with a text as its answer; its questions are {', '.join(asked)}")
     bank = load_features(told, run.encoder, Path(run.encoder.folder or run.folder / "features"))
     items = [Item(c.id, c.patient, c.answer) for c in told]
-    return items, FeatureFiles([[bank.files[s] for s in (*c.images, *c.slides)] for c in told])
+    shown = [[s for s in (*c.images, *c.slides) if s not in bank.missing] for c in told]
+    return items, FeatureFiles([[bank.files[s] for s in sources] for sources in shown])

@@ -116,7 +116,8 @@ def test_cases_of_a_recipe_are_taken(folder, tmp_path):
             "task": task,
             "prompt": "Write the report." if task == "open" else "Is it normal?",
             "answer": f"text of slide {i}, told at length" if task == "open" else "yes",
-            "slides": [str(folder / "slides" / f"s{i}.h5")],
+            # One that is not there is left out.
+            "slides": [str(folder / "slides" / f"s{i}.h5"), *([str(folder / "lost.h5")] if i == 2 else [])],
             "split": ("train", "val", "test")[i % 3],
             "question": task,
             **({"options": ["yes", "no"]} if task == "choice" else {}),
