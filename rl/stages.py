@@ -32,6 +32,7 @@ from rl.table import ScoreTable, score_table
 from sft.options import Stage
 from sft.running import Supervision, asked
 from sft.supervised import merged
+from slides.errors import InputError
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +101,16 @@ class Stages:
         return self._sft(longer, self._load("sft"), parts)
 
     def joint(self) -> tuple[Performer, ValueAllocator]:
-        """GRPO of performer and allocator from one set of rollouts."""
+        """GRPO of performer and allocator from one set of rollouts.
+
+        Raises:
+            InputError: the supervised stages end with one that teaches no answers.
+        """
+        if self.run.sft and self.run.sft[-1].wordless:
+            raise InputError(
+                f"sft: after the stage {self.run.sft[-1].kind} nothing answers questions yet, which GRPO starts from; "
+                "add align, case or warm_start, or run sft/train.py alone"
+            )
         folder, parts = self.run.folder / "grpo", self.grpo_parts()
         performer = self.warm_start()
         allocator = self._new_allocator(performer)
@@ -189,12 +199,15 @@ class Stages:
         """Train a stage, write its folder and read it again."""
         run, folder = self.run, self.run.folder / stage.name
         train, val = self.all_splits["train"], self.splits["val"]
-        uneven = run.allocator.share != "equal"
-        shared = Supervision(train, val, run.questions, run.ladder, run.performer, run.grpo.seed, uneven)
+        shared = Supervision(train, val, run.questions, run.ladder, run.performer, run.grpo.seed, self._uneven)
         performer.model.to(PartialState().device)
         trainer, record = shared.run(stage, performer, folder, [MarkWhole()], last_whole(folder))
         self._finish(folder, parts, performer, trainer, **record)
         return self._load(stage.name)
+
+    @property
+    def _uneven(self) -> bool:
+        return self.run.allocator.share != "equal"
 
     def _finish(
         self, folder: Path, parts: dict, performer: Performer, trainer: Any, allocator: Any = None, **record: Any
@@ -225,6 +238,7 @@ class Stages:
             "sft": [dataclasses.asdict(stage) for stage in run.sft[:count]],
             "balance": run.balance,
             "seed": run.grpo.seed,
+            **({"uneven": True} if self._uneven else {}),
             **({"missing_slides": sorted(self.bank.missing)} if self.bank.missing else {}),
         }
 

@@ -24,7 +24,7 @@ def main() -> None:
         )
     stages = Stages(run)
     performer = stages.warm_start()
-    if run.sft and run.sft[-1].kind in ("mae", "contrastive"):
+    if run.sft and run.sft[-1].wordless:
         if stages.is_main:
             print(f"written to {run.folder / 'sft'}; nothing of it answers questions yet")
         return
