@@ -236,16 +236,21 @@ def _override(nested: dict[str, Any], item: str) -> None:
     *path, last = key.split(".")
     if not equals or not path or path[0] not in nested:
         raise InputError(f"--set {item}: write section.key=value with a section among {', '.join(nested)}")
-    place = nested
+    place: Any = nested
     for name in path:
         place = _stage(place, name, item) if isinstance(place, list) else place.setdefault(name, {})
+        if not isinstance(place, dict | list):
+            raise InputError(f"--set {item}: {name} is {place!r}, which has no keys")
+    if isinstance(place, list):
+        raise InputError(
+            f"--set {item}: {path[-1]} is a list; name an entry of it before the key, as in sft.case.{last}"
+        )
     place[last] = yaml.safe_load(value)
 
 
-def _stage(stages: list[dict[str, Any]], name: str, item: str) -> dict[str, Any]:
+def _stage(stages: list[Any], name: str, item: str) -> Any:
     """The entry of a list of stages that is called `name`."""
-    for stage in stages:
-        if stage.get("stage") == name:
-            return stage
-    known = ", ".join(str(stage.get("stage")) for stage in stages)
-    raise InputError(f"--set {item}: the recipe has no stage {name!r}; it has {known}")
+    called = [s.get("stage", "warm_start") for s in stages if isinstance(s, dict)]
+    if name not in called:
+        raise InputError(f"--set {item}: the recipe has no stage {name!r}; it has {', '.join(called) or 'none'}")
+    return next(s for s in stages if isinstance(s, dict) and s.get("stage", "warm_start") == name)

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from rl.recipe import parse_recipe
+from rl.stages import Stages
 from sft.options import Stage
 from slides.errors import InputError
 
@@ -109,6 +111,20 @@ def test_an_override_that_names_no_section_is_refused(recipe, item):
     assert problem.startswith(f"--set {item}: write section.key=value")
 
 
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        ("cases.name.x=1", "name is 'simulator', which has no keys"),
+        ("sft.align={}", "sft is a list; name an entry of it before the key"),
+        ("performer.compressors.keep.most=3", "the recipe has no stage 'keep'; it has none"),
+    ],
+)
+def test_an_override_of_what_has_no_such_keys_is_refused(recipe, item, message):
+    argv = recipe(sft=[{"stage": "align"}], performer={"compressors": ["keep"]})
+    (problem,) = problems([*argv, "--set", item])
+    assert problem.startswith(f"--set {item}: {message}")
+
+
 def test_an_override_of_an_unknown_key_is_refused(recipe):
     assert problems([*recipe(), "--set", "encoder.mmp=3"]) == ["encoder: unknown key 'mmp'; did you mean 'mpp'?"]
 
@@ -158,6 +174,8 @@ def test_stages_are_named_after_what_they_do(recipe):
     assert [(s.kind, s.name) for s in run.sft] == [("align", "sft_align"), ("align", "sft_align_2"), ("case", "sft")]
     assert run.sft[0].options == {"max_steps": 3}
     assert run.sft[2].options == {"learning_rates": {"lora": 0}, "max_steps": 9}
+    run = parse_recipe([*recipe(sft=[{"stage": "mae"}, {}]), "--set", "sft.warm_start.max_steps=9"])
+    assert run.sft[1].options == {"max_steps": 9}
 
 
 def test_without_stages_the_warm_start_is_made_and_a_checkpoint_is_taken_as_it_is(recipe):
@@ -179,3 +197,10 @@ def test_a_stage_that_is_not_known_is_named(recipe, stages, message):
         parse_recipe(recipe(sft=stages))
     with pytest.raises(InputError, match="the recipe has no stage 'mae'; it has align"):
         parse_recipe([*recipe(sft=[{"stage": "align"}]), "--set", "sft.mae.max_steps=1"])
+
+
+@pytest.mark.parametrize("kind", ["mae", "contrastive"])
+def test_grpo_does_not_start_from_what_cannot_answer(kind):
+    run = SimpleNamespace(sft=[Stage("align", "sft_align", {}), Stage(kind, "sft", {})])
+    with pytest.raises(InputError, match=f"after the stage {kind} nothing answers questions yet"):
+        Stages.joint(SimpleNamespace(run=run))
