@@ -37,7 +37,7 @@ def load_cases(run: Run) -> dict[str, list[Case]]:
     """Cases of the recipe's environment by split; the first process makes generated ones, the others read them.
 
     Raises:
-        InputError: a split is empty.
+        InputError: a split is empty, or a kind of question is asked for that there is not.
     """
     params = {k: v for k, v in run.cases.items() if k != "name"}
     with PartialState().main_process_first():
@@ -55,9 +55,25 @@ def load_cases(run: Run) -> dict[str, list[Case]]:
             f"cases: the val split has one patient, {min(patients)}; the allocator is fitted and tested on different "
             "ones, so give it at least two"
         )
+    check_questions(run, {c.question for c in cases})
     if run.balance:
         splits["train"] = balanced(splits["train"])
     return splits
+
+
+def check_questions(run: Run, known: Collection[str]) -> None:
+    """Refuse kinds of question that no case asks, for all stages at once."""
+    named = {"questions": run.questions, **{f"sft.{s.kind}.questions": s.options.get("questions") for s in run.sft}}
+    problems = []
+    for where, kinds in named.items():
+        if isinstance(kinds, str):
+            problems.append(f"{where}: {kinds!r}: give a list, [{kinds}]")
+            continue
+        unknown = [str(kind) for kind in kinds or () if kind not in known]
+        if unknown:
+            problems.append(f"{where}: no case asks {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+    if problems:
+        raise InputError(problems)
 
 
 def balanced(cases: Sequence[Case]) -> list[Case]:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from envs.case import Case
-from rl.prepare import load_features
+from rl.prepare import check_questions, load_features
 from rl.recipe import EncoderConfig
 from rl.report import missing_slides
+from sft.options import Stage
 from slides.errors import InputError
 from slides.store import Features, read_features, write_features
 from tests.conftest import grid_features, noise
@@ -137,3 +139,18 @@ def test_slides_that_cannot_be_extracted_are_left_out(tmp_path, caplog):
         load([*cases, case("d", blank, broken)], tmp_path)
     (problem,) = caught.value.problems
     assert problem.startswith("case d: ") and str(blank) in problem and str(broken) in problem
+
+
+def test_kinds_of_question_that_no_case_asks_are_named_before_anything_runs():
+    stages = [
+        Stage("align", "sft_align", {"questions": ["report", "grad"]}),
+        Stage("case", "sft", {"questions": "grade"}),
+    ]
+    with pytest.raises(InputError) as caught:
+        check_questions(SimpleNamespace(questions=["grade", "size"], sft=stages), {"report", "grade"})
+    assert caught.value.problems == [
+        "questions: no case asks size; there are grade, report",
+        "sft.align.questions: no case asks grad; there are grade, report",
+        "sft.case.questions: 'grade': give a list, [grade]",
+    ]
+    check_questions(SimpleNamespace(questions=None, sft=stages[:0]), {"grade"})
