@@ -85,7 +85,9 @@ class Stages:
 
     def base(self) -> Performer:
         """The recipe's performer before any training here."""
-        return build_performer(self.run.performer, self.all_splits["train"], self.bank, self.run.grpo.seed)
+        return self._placed(
+            build_performer(self.run.performer, self.all_splits["train"], self.bank, self.run.grpo.seed)
+        )
 
     def sft_continued(self) -> Performer:
         """The last stage trained on for the FLOPs that the joint stage took: the control of equal compute."""
@@ -200,7 +202,6 @@ class Stages:
         run, folder = self.run, self.run.folder / stage.name
         train, val = self.all_splits["train"], self.splits["val"]
         shared = Supervision(train, val, run.questions, run.ladder, run.performer, run.grpo.seed, self._uneven)
-        performer.model.to(PartialState().device)
         trainer, record = shared.run(stage, performer, folder, [MarkWhole()], last_whole(folder))
         self._finish(folder, parts, performer, trainer, **record)
         return self._load(stage.name)
@@ -222,7 +223,9 @@ class Stages:
         state.wait_for_everyone()
 
     def _load(self, name: str) -> Performer:
-        performer = load_performer(self.run.folder / name, self.run.performer, self.bank)
+        return self._placed(load_performer(self.run.folder / name, self.run.performer, self.bank))
+
+    def _placed(self, performer: Performer) -> Performer:
         performer.model.to(PartialState().device)
         return performer
 
