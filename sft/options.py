@@ -12,8 +12,6 @@ from transformers import TrainingArguments
 
 from slides.errors import InputError
 
-A = TypeVar("A", bound=TrainingArguments)
-
 STAGES = ("mae", "contrastive", "align", "case", "warm_start")
 WORDLESS = ("mae", "contrastive")
 """Stages that leave the language model out, so that nothing answers questions after them alone."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from envs.rows import read_rows
-from models.retrieval import Item, slide_rows
+from models.retrieval import Item, RetrievalIndex, slide_rows
 from rl.prepare import load_cases, load_features
 from rl.recipe import parse_recipe
 from slides.errors import InputError
@@ -91,3 +91,23 @@ def from_recipe(config: str, split: str, question: str | None) -> tuple[list[Ite
     items = [Item(c.id, c.patient, c.answer) for c in told]
     shown = [[s for s in (*c.images, *c.slides) if s not in bank.missing] for c in told]
     return items, FeatureFiles([[bank.files[s] for s in sources] for sources in shown])
+
+
+def recipe_labels(config: str, question: str, index: RetrievalIndex) -> dict[int, str]:
+    """Labels of an index' slides: the answers to a question about the same slides, by their number in the index.
+
+    Raises:
+        InputError: the index was not built of this recipe, or none of its slides is asked this.
+    """
+    splits = load_cases(parse_recipe(["--config", config]))
+    cases = [c for members in splits.values() for c in members]
+    shown = {c.id: (c.images, c.slides) for c in cases}
+    answers = {shown[c.id]: c.answer for c in cases if c.question == question}
+    found = {i: shown[item.id] for i, item in enumerate(index.items) if item.id in shown}
+    labels = {i: answers[slides] for i, slides in found.items() if slides in answers}
+    if not labels:
+        raise InputError(
+            f"{config}: none of the index' {len(index.items)} slides has an answer to {question!r}; build the index "
+            f"of this recipe, and ask one of {', '.join(sorted({c.question for c in cases}))}"
+        )
+    return labels

@@ -6,7 +6,8 @@
     python sft/retrieve.py evaluate --index INDEX [--prompts prompts.yaml --labels labels.csv]
 
 For the manifest see `sft.pairs.from_manifest`; `--config recipe.yaml` takes the open and synoptic cases of a recipe
-instead. The prompts map each class to its descriptions; the labels are rows of `id` and `label`. Answers are JSON.
+instead. The prompts map each class to its descriptions; the labels are rows of `id` and `label`, or with `--config
+recipe.yaml --question diagnosis` the answers to a question about the same slides. Answers are JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from models.retrieval import Embedder, RetrievalIndex
 from models.zero_shot import class_probabilities, class_vectors
 from rewards.retrieval import retrieval
 from rewards.zero_shot import classification
-from sft.pairs import FeatureFiles, from_manifest, from_recipe
+from sft.pairs import FeatureFiles, from_manifest, from_recipe, recipe_labels
 from slides.errors import InputError, entry
 
 
@@ -60,15 +61,19 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
     texts, patients = [str(item.text) for item in items], [item.patient for item in items]
     found = {"retrieval": retrieval(scores, texts, patients, options.resamples)}
     if options.prompts:
-        found["zero_shot"] = zero_shot(index, Path(options.prompts), Path(options.labels), options.resamples)
+        if options.labels:
+            labels = read_labels(Path(options.labels), index)
+        else:
+            labels = recipe_labels(options.config, options.question, index)
+        found["zero_shot"] = zero_shot(index, Path(options.prompts), labels, options.resamples)
     return found
 
 
-def zero_shot(index: RetrievalIndex, prompts: Path, labels: Path, resamples: int) -> dict[str, Any]:
-    """Figures of the slides that have a label.
+def zero_shot(index: RetrievalIndex, prompts: Path, labels: dict[int, str], resamples: int) -> dict[str, Any]:
+    """Figures of the slides that have a label, by their number in the index.
 
     Raises:
-        InputError: the prompts are no mapping of classes to texts, or a label is of no slide.
+        InputError: the prompts are no mapping of classes to texts.
     """
     if not prompts.is_file():
         raise InputError(f"{prompts}: no such file; it maps each class to its descriptions")
@@ -78,22 +83,31 @@ def zero_shot(index: RetrievalIndex, prompts: Path, labels: Path, resamples: int
         raise InputError(f"{prompts}: not valid YAML: {error}") from error
     if not isinstance(classes, dict):
         raise InputError(f"{prompts}: write a mapping of each class to a list of texts")
-    rows, problems = read_rows(labels)
+    at, named = list(labels), list(labels.values())
+    classes = {str(name): texts for name, texts in classes.items()}
+    vectors = class_vectors(index.embedder, classes)
+    values = class_probabilities(index.embedder, index.slide_vectors[at], vectors).numpy()
+    return classification(values, named, list(classes), [index.items[i].patient for i in at], resamples)
+
+
+def read_labels(path: Path, index: RetrievalIndex) -> dict[int, str]:
+    """Labels of an index' slides from rows of `id` and `label`.
+
+    Raises:
+        InputError: a row is of no slide, or has no label.
+    """
+    rows, problems = read_rows(path)
     number = {item.id: i for i, item in enumerate(index.items)}
-    at, named = [], []
+    labels = {}
     for row in rows:
         name, label = str(row.values.get("id") or ""), str(row.values.get("label") or "")
         if name not in number or not label:
             problems.append(f"{row.at}: the id {name!r} is not in the index, or has no `label`")
             continue
-        at.append(number[name])
-        named.append(label)
+        labels[number[name]] = label
     if problems:
         raise InputError(problems)
-    classes = {str(name): texts for name, texts in classes.items()}
-    vectors = class_vectors(index.embedder, classes)
-    values = class_probabilities(index.embedder, index.slide_vectors[at], vectors).numpy()
-    return classification(values, named, list(classes), [index.items[i].patient for i in at], resamples)
+    return labels
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -119,10 +133,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     made[query].add_argument("-k", type=int, default=5, help="how many")
     made[evaluate].add_argument("--prompts", help="YAML: each class with its descriptions")
     made[evaluate].add_argument("--labels", help="rows of id and label")
+    made[evaluate].add_argument("--config", help="a recipe whose answers to --question are the labels")
+    made[evaluate].add_argument("--question", help="kind of question of the recipe's cases")
     made[evaluate].add_argument("--resamples", type=int, default=2000, help="of the bootstrap")
     options = parser.parse_args(argv)
-    if options.run is evaluate and bool(options.prompts) != bool(options.labels):
-        raise InputError("--prompts and --labels belong together; give both or neither")
+    if options.run is evaluate:
+        if bool(options.config) != bool(options.question):
+            raise InputError("--config and --question belong together; give both or neither")
+        if bool(options.prompts) != bool(options.labels or options.config) or (options.labels and options.config):
+            raise InputError("--prompts goes with --labels, or with --config and --question; give one of both")
     return options
 
 

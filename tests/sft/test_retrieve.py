@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import yaml
 from models.slide_text import SlideTextConfig, SlideTextModel
 from models.tokenizer import train_tokenizer
 from sft import retrieve
-from sft.pairs import FeatureFiles, from_manifest, from_recipe
+from sft.pairs import FeatureFiles, from_manifest, from_recipe, recipe_labels
 from slides.errors import InputError
 from slides.store import write_features
 from tests.conftest import WIDTH, grid_features
@@ -161,6 +162,49 @@ def test_prompts_and_labels_that_do_not_fit_are_refused(
     assert stop.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_prompts_need_labels(index):
-    with pytest.raises(InputError, match="belong together"):
-        retrieve.parse(["evaluate", "--index", str(index), "--prompts", "p.yaml"])
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (["--prompts", "p.yaml"], "--prompts goes with --labels"),
+        (["--labels", "l.csv"], "--prompts goes with --labels"),
+        (["--prompts", "p.yaml", "--config", "r.yaml"], "--config and --question belong together"),
+        (["--prompts", "p", "--labels", "l", "--config", "r", "--question", "q"], "give one of both"),
+    ],
+)
+def test_prompts_need_labels(index, extra, message):
+    with pytest.raises(InputError, match=message):
+        retrieve.parse(["evaluate", "--index", str(index), *extra])
+
+
+def test_answers_to_another_question_are_labels(folder, tmp_path):
+    rows = [
+        {
+            "id": f"{task}{i}",
+            "patient": f"p{i}",
+            "task": task,
+            "prompt": "Write the report." if task == "open" else "Which?",
+            "answer": f"text of slide {i}, told at length" if task == "open" else ("normal", "tumour")[i % 2],
+            "slides": [str(folder / "slides" / f"s{i}.h5")],
+            "split": ("train", "val", "test")[i % 3],
+            "question": task,
+            **({"options": ["normal", "tumour"]} if task == "choice" else {}),
+        }
+        for i in range(6)
+        for task in ("open", "choice")
+        if (i, task) != (5, "choice")
+    ]
+    (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    recipe = {
+        "cases": {"name": "manifest", "path": str(tmp_path / "cases.jsonl"), "allow_outside": True},
+        "output_dir": str(tmp_path / "run"),
+        "per_device_train_batch_size": 32,
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    index = SimpleNamespace(items=from_recipe(str(path), "test", None)[0])
+    assert [item.id for item in index.items] == ["open2", "open5"]
+    assert recipe_labels(str(path), "choice", index) == {0: "normal"}
+    with pytest.raises(
+        InputError, match="none of the index' 2 slides has an answer to 'grade'.*ask one of choice, open"
+    ):
+        recipe_labels(str(path), "grade", index)
