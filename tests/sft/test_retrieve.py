@@ -205,6 +205,6 @@ def test_answers_to_another_question_are_labels(folder, tmp_path):
     assert [item.id for item in index.items] == ["open2", "open5"]
     assert recipe_labels(str(path), "choice", index) == {0: "normal"}
     with pytest.raises(
-        InputError, match="none of the index' 2 slides has an answer to 'grade'.*ask one of choice, open"
+        InputError, match=r"none of the index' 2 slides has an answer to 'grade'.*ask one of choice, open"
     ):
         recipe_labels(str(path), "grade", index)
