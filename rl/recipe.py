@@ -7,7 +7,8 @@ import difflib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -21,6 +22,9 @@ from sft.options import Stage, read_stages
 from slides.errors import InputError
 
 T = TypeVar("T")
+
+NUMBERS = "; YAML reads 1e-3 as text, write 1.0e-3"
+"""Remedy where a text stands for a number."""
 
 
 @dataclass
@@ -190,7 +194,7 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
     ladder = nested["ladder"]
     if not ladder or sorted(set(ladder)) != ladder or ladder[0] < 1:
         raise InputError(f"ladder: {ladder} must be ascending token counts, each at least 1")
-    if "name" not in nested["cases"]:
+    if not isinstance(nested["cases"], dict) or "name" not in nested["cases"]:
         raise InputError(
             "cases: `name` is missing; name an environment: manifest, mosaic, simulator or module:function"
         )
@@ -218,12 +222,37 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
 
 
 def checked(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """Make a dataclass from a mapping; unknown keys are errors that name the nearest known one."""
-    known = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    problems = [f"{where}: unknown key {k!r}{_near(k, known)}" for k in values if k not in known]
+    """Make a dataclass from a mapping; wrong types and unknown keys are errors, which name the nearest known key."""
+    if not isinstance(values, dict):
+        raise InputError(f"{where}: {values!r} is no mapping of keys to values")
+    known = {f.name: f.type for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = get_type_hints(cls)
+    problems = []
+    for key, value in values.items():
+        if key not in known:
+            problems.append(f"{where}: unknown key {key!r}{_near(key, set(known))}")
+        elif not _fits(value, hints[key]):
+            remedy = NUMBERS if isinstance(value, str) and _fits(0.0, hints[key]) else ""
+            problems.append(f"{where}.{key}: {value!r} is no {known[key]}{remedy}")
     if problems:
         raise InputError(problems)
     return cls(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value of YAML is of a type; types that YAML does not have are not looked into."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is list:
+        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, dict)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (str, bool, NoneType) else True
 
 
 def _near(key: str, known: set[str]) -> str:

@@ -59,6 +59,8 @@ def read_stages(spec: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[S
     Raises:
         InputError: a stage that is not known, or an entry that is no mapping.
     """
+    if not isinstance(spec, Mapping | list):
+        raise InputError(f"sft: {spec!r} is neither a stage nor a list of them; give {{stage: align, max_steps: 100}}")
     entries = [spec] if isinstance(spec, Mapping) else list(spec)
     stages: list[Stage] = []
     for at, entry in enumerate(entries):

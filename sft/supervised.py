@@ -218,6 +218,13 @@ def stage_rates(kind: str, given: Mapping[str, float] | None) -> dict[str, float
     Raises:
         InputError: an unknown part, or nothing that is trained.
     """
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(f"sft: learning_rates: {given!r} is no mapping of {', '.join(PARTS)} to rates")
+    wrong = [
+        f"{part}: {rate!r}" for part, rate in (given or {}).items() if not isinstance(rate, int | float) or rate < 0
+    ]
+    if wrong:
+        raise InputError(f"sft: learning_rates: {', '.join(wrong)}: write numbers of at least 0, such as 1.0e-4")
     unknown = sorted(set(given or {}) - set(PARTS))
     if unknown:
         raise InputError(f"sft: learning_rates has no part {', '.join(unknown)}; it has {', '.join(PARTS)}")

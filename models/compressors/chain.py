@@ -32,19 +32,25 @@ def make_compressor(spec: str | Mapping[str, Any], dim: int, hidden: int) -> Com
     Raises:
         InputError: an unknown name or option, or no token at all.
     """
+    if not isinstance(spec, str | Mapping):
+        raise InputError(f"performer.compressors: {spec!r} is neither a name nor a mapping of `name` and options")
     options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
     if name not in COMPRESSORS:
         raise InputError(f"performer.compressors: {name!r} is not known; known are {', '.join(COMPRESSORS)}")
     module, _, kind = COMPRESSORS[name].partition(":")
     make = getattr(importlib.import_module(module), kind)
-    own = set(inspect.signature(make).parameters)
+    parameters = inspect.signature(make).parameters
+    own = set(parameters)
     unknown = sorted(set(options) - own | set(options) & {"dim", "hidden"})
     if unknown:
         raise InputError(
             f"performer.compressors: {name} has no option {', '.join(map(repr, unknown))}; it has "
             f"{', '.join(sorted(own - {'dim', 'hidden'})) or 'none'}"
         )
+    for key, value in options.items():
+        if parameters[key].annotation in ("int", "float") and isinstance(value, bool | str | None):
+            raise InputError(f"performer.compressors: {name}: {key} {value!r}: must be a number")
     if options.get("most", 1) < 1:
         raise InputError(f"performer.compressors: {name}: most {options['most']}: must be at least 1")
     given = {"dim": dim, "hidden": hidden}

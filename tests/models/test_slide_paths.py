@@ -153,6 +153,8 @@ def test_more_slides_than_markers_are_refused(make_performer, cases):
         ({"aligner": "film"}, "aligner: 'film' is not known; known are place, mlp, linear"),
         ({"markers": "each"}, "markers: 'each' is not known"),
         ({"fusion": "late"}, "fusion: 'late' is not known"),
+        ({"compressors": [None]}, "None is neither a name nor a mapping"),
+        ({"compressors": [{**RESAMPLER, "latents": "12"}]}, "resampler: latents '12': must be a number"),
         ({"compressors": [{"name": "keep", "most": 0}]}, "keep: most 0: must be at least 1"),
         ({"fusion": "cross_attention", "cross_layers": []}, "cross_layers: the list is empty"),
         ({"fusion": "cross_attention", "cross_heads": 5}, "cross_heads: 5 heads do not divide a width of 32"),

@@ -93,6 +93,28 @@ def test_an_unknown_nested_key_is_named_with_the_nearest(recipe, section, key, n
     assert problems(recipe(**{section: {key: 1}})) == [f"{section}: unknown key {key!r}; did you mean {near!r}?"]
 
 
+@pytest.mark.parametrize(
+    ("section", "key", "value", "message"),
+    [
+        ("performer", "compressors", "keep", "performer.compressors: 'keep' is no list[Any]"),
+        ("performer", "cross_layers", ["a"], "performer.cross_layers: ['a'] is no list[int] | None"),
+        ("performer", "hidden", 8.0, "performer.hidden: 8.0 is no int"),
+        ("encoder", "qc", True, "encoder: unknown key 'qc'; remove it"),
+        ("allocator", "look", 1, "allocator.look: 1 is no list[int]"),
+        ("allocator", "price", "1e-1", "allocator.price: '1e-1' is no float; YAML reads 1e-3 as text, write 1.0e-3"),
+        ("evaluation", "linear_probe", 0, "evaluation.linear_probe: 0 is no bool"),
+    ],
+)
+def test_a_value_of_another_type_is_named(recipe, section, key, value, message):
+    assert problems(recipe(**{section: {key: value}})) == [message]
+
+
+@pytest.mark.parametrize(("section", "value"), [("performer", ["a"]), ("sft", 3), ("cases", None)])
+def test_a_section_that_is_no_mapping_is_named(recipe, section, value):
+    (problem,) = problems(recipe(**{section: value}))
+    assert problem.startswith(section)
+
+
 def test_nested_keys_are_set_on_the_command_line(recipe):
     run = parse_recipe([*recipe(), "--set", "cases.slides=40", "performer.show_options=false", "sft.args.x=[1, a]"])
     assert run.cases == {"name": "simulator", "slides": 40}

@@ -354,6 +354,10 @@ def test_published_rates_are_the_defaults():
     assert stage_rates("warm_start", None) is None
     with pytest.raises(InputError, match=r"no part vision; it has seeing, lora, language"):
         stage_rates("case", {"vision": 1e-3})
+    with pytest.raises(InputError, match=r"seeing: '1e-3', lora: -1: write numbers of at least 0"):
+        stage_rates("case", {"seeing": "1e-3", "lora": -1})
+    with pytest.raises(InputError, match=r"0\.1 is no mapping"):
+        stage_rates("case", 0.1)
     with pytest.raises(InputError, match="every learning rate is 0"):
         stage_rates("align", {"seeing": 0})
 
