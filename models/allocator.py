@@ -129,14 +129,13 @@ class ValueAllocator(PreTrainedModel):
         equal = there / there.sum(1, keepdim=True).clamp_min(1)
         return (equal + self._weights(look, question)) / 2
 
-    @property
-    def flops(self) -> float:
-        """FLOPs of one decision about one slide (a multiply-add counts 2)."""
+    def flops(self, slides: int) -> float:
+        """FLOPs of one decision about a case of so many slides (a multiply-add counts 2)."""
         narrow = self.config.width // 4
-        tokens = sum(self.config.look)
+        looks = sum(self.config.look) + (self.shares is not None)
         first, last = self.head[2], self.head[-1]
         return 2.0 * (
-            tokens * self.config.feature_dim * narrow
+            slides * looks * self.config.feature_dim * narrow
             + first.in_features * first.out_features
             + last.in_features * last.out_features
         )

@@ -53,7 +53,7 @@ class Evaluation:
         self.test = stages.table("grpo", performer, "test")
         self.val = stages.table("grpo", performer, "val")
         self.bootstrap = Bootstrap(self.test.patients, run.evaluation.bootstrap, run.grpo.seed)
-        self.stage1 = fitted.allocator.flops
+        self.stage1 = np.array([fitted.allocator.flops(len(performer.sources(c))) for c in stages.splits["test"]])
         self.rung_cost = np.array(stages.rung_cost(performer))
         self.latency, self.look_ms = self._latency()
         look = CheapLook(performer, fitted.allocator.config)
@@ -93,7 +93,7 @@ class Evaluation:
             chosen(table.visual, rungs),
             chosen(flops, rungs),
             self.bootstrap,
-            self.stage1,
+            float(self.stage1.mean()),
             float(milliseconds[rungs].mean()) + self.look_ms,
             price=price,
         )

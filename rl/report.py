@@ -157,7 +157,7 @@ def _cases(evaluation: Evaluation, price: float) -> str:
                     "tokens": int(test.visual[i, k]),
                     "prompt_tokens": int(test.prompt[i, k]),
                     "generated_tokens": int(test.generated[i, k]),
-                    "flops": float(flops[i, k]) + evaluation.stage1,
+                    "flops": float(flops[i, k]) + float(evaluation.stage1[i]),
                     "score_by_budget": {str(b): float(test.score[i, j]) for j, b in enumerate(test.budgets)},
                     "predicted": {
                         str(b): round(float(v), 4)

@@ -82,7 +82,8 @@ def test_padding_of_the_question_has_no_say(allocator, seen):
 def test_flops_are_those_of_its_matrices(allocator):
     narrow, tokens = 4, 5
     rows = tokens * 2 * WIDTH * narrow
-    assert allocator.flops == rows + 2 * (tokens * narrow + 16) * 16 + 2 * 16 * len(LADDER)
+    assert allocator.flops(1) == rows + 2 * (tokens * narrow + 16) * 16 + 2 * 16 * len(LADDER)
+    assert allocator.flops(3) - allocator.flops(1) == 2 * rows
 
 
 def test_the_look_is_the_pooled_tokens_of_the_smallest_budgets(allocator, performer, cases):
