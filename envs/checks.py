@@ -166,7 +166,8 @@ def _contradictions(cases: Sequence[Case], at: Sequence[str], facts: Mapping[str
         if case.task == "choice" and file_keys(case, facts):
             # A slide that is not there still tells two cases apart.
             shown = [facts[path].digest if path in facts else path for path in (*case.images, *case.slides)]
-            seen[case.prompt, tuple(sorted(shown))][case.answer].append(place)
+            # In their order: "which slide" has another answer in another one.
+            seen[case.prompt, tuple(shown)][case.answer].append(place)
     return [
         "the same question about the same image has different answers: "
         + "; ".join(f"{answer!r}: {_name(places)}" for answer, places in answers.items())

@@ -191,9 +191,15 @@ class CheapLook:
                 at += size
         return look
 
-    def divide(self, allocator: ValueAllocator, cases: Sequence[Case]) -> list[list[float] | None]:
-        """Shares of a budget for the images and slides of each case; None where all get the same."""
+    def divide(
+        self, allocator: ValueAllocator, cases: Sequence[Case], *seen: torch.Tensor
+    ) -> list[list[float] | None]:
+        """Shares of a budget for the images and slides of each case; None where all get the same.
+
+        Args:
+            seen: look and question of the cases, where they are known already.
+        """
         if allocator.shares is None:
             return [None] * len(cases)
-        shares = allocator.divide(*self(cases))
+        shares = allocator.divide(*(seen or self(cases)))
         return [row[: len(self.performer.sources(c))] for row, c in zip(shares.tolist(), cases, strict=True)]

@@ -114,9 +114,16 @@ class Performer(ABC):
         Args:
             weights: what share each of `sources` gets; None is the same for all.
         """
-        numbers = self.shown(case)
-        shares = share_out(budget, weights if weights is not None else [1.0] * len(numbers))
-        return [self.view(case, number, share) for number, share in zip(numbers, shares, strict=True) if share]
+        shown = self.shown(case)
+        if len(shown) < 2:
+            return [self.view(case, number, budget) for number in shown if budget]
+        even = [1.0] * len(shown)
+        shares = share_out(budget, even if weights is None else weights, [self.room(s) for s in shown.values()])
+        return [self.view(case, number, share) for number, share in zip(shown, shares, strict=True) if share]
+
+    def room(self, source: str) -> float:
+        """Tokens that an image or slide gives at most, whatever its budget."""
+        return math.inf
 
     def messages(self, case: Case, visual: Sequence[View] = ()) -> list[dict]:
         """Conversation that puts the question; images come before the text."""
@@ -224,6 +231,9 @@ class SlidePerformer(Performer):
             question=self._question(case) if self.chain.asks else None,
         )
 
+    def room(self, source: str) -> float:
+        return self.chain.learned[-1].most if self.chain.learned else self.bank.count(source)
+
     def prepared(self, source: str, budget: int) -> VisualTokens:
         """What the model gets of an image or slide: its tokens, or what learned compressors make them of."""
         # The latter does not hang on the budget.
@@ -301,10 +311,24 @@ class QwenPerformer(Performer):
         return cls(model, QwenProcessor.load(folder), bank, **options)
 
 
-def share_out(budget: int, weights: Sequence[float]) -> list[int]:
-    """A budget in whole shares by weight; what is left over goes by largest remainder, to the first of equals."""
-    quotas = [budget * weight / sum(weights) for weight in weights]
-    shares = [math.floor(q + 1e-9) for q in quotas]
+def share_out(budget: int, weights: Sequence[float], room: Sequence[float]) -> list[int]:
+    """A budget in whole shares by weight; what is left over goes by largest remainder, to the first of equals.
+
+    Args:
+        room: what each can take at most; what is more goes to the others.
+    """
+    total = sum(weights)
+    quotas = [budget * weight / total for weight in weights]
+    full = [at for at, quota in enumerate(quotas) if quota >= room[at]]
+    if full:
+        shares = [int(room[at]) if at in full else 0 for at in range(len(weights))]
+        rest = [at for at in range(len(weights)) if at not in full]
+        if rest:
+            others = share_out(budget - sum(shares), [weights[at] for at in rest], [room[at] for at in rest])
+            for at, share in zip(rest, others, strict=True):
+                shares[at] = share
+        return shares
+    shares = [math.floor(quota + 1e-9) for quota in quotas]
     order = sorted(range(len(quotas)), key=lambda at: shares[at] - quotas[at])
     for at in order[: budget - sum(shares)]:
         shares[at] += 1

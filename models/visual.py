@@ -11,7 +11,7 @@ import torch
 
 from models.compressors.base import PLACE, Tokens
 from models.compressors.pool import Pool
-from slides.store import Features, read_features
+from slides.store import Features, count_features, read_features
 
 COLUMNS = PLACE + 1
 """Columns that follow the features of a token: centre x, centre y and side as shares of the field; patches in it."""
@@ -66,6 +66,7 @@ class FeatureBank:
         self.cache_bytes = cache_mb * 2**20
         self._made: OrderedDict[tuple[str, Hashable, int], VisualTokens] = OrderedDict()
         self._held = 0
+        self._counts: dict[str, int] = {}
 
     @property
     def dim(self) -> int:
@@ -75,6 +76,12 @@ class FeatureBank:
     def load(self, source: str) -> Features:
         """All stored features of a source, from its file."""
         return read_features(self.files[source])
+
+    def count(self, source: str) -> int:
+        """Stored features of a source."""
+        if source not in self._counts:
+            self._counts[source] = count_features(self.files[source])
+        return self._counts[source]
 
     def see(self, source: str, budget: int) -> VisualTokens:
         """Pooled tokens of a source at a budget (at least 1)."""

@@ -67,7 +67,7 @@ class AllocatorLearner:
         # Where nothing is explored the second budget would have no probability at all.
         policy = policy.clamp_min(1e-9)
         rungs = torch.multinomial(policy, count, replacement=count > len(self.ladder))
-        return Drawn(look, question, rungs, self.look.divide(self.allocator, cases))
+        return Drawn(look, question, rungs, self.look.divide(self.allocator, cases, look, question))
 
     def update(
         self, look: torch.Tensor, question: torch.Tensor, rungs: torch.Tensor, score: torch.Tensor

@@ -60,16 +60,18 @@ class Evaluation:
         self.values = predict(fitted.allocator, *look(stages.splits["test"]))
 
     def static(self, table: ScoreTable) -> list[Point]:
-        """A point for each budget of the ladder."""
+        """A point for each budget of the ladder; the look is paid for where it divides a budget among slides."""
         table = table.at(self.ladder)
         flops = table.flops
+        look = 0.0 if self.fitted.allocator.shares is None else float(self.stage1.mean())
         return [
             point(
                 table.score[:, k],
                 table.visual[:, k],
                 flops[:, k],
                 self.bootstrap,
-                latency_ms=self.latency[b],
+                look,
+                self.latency[b],
                 budget=b,
             )
             for k, b in enumerate(self.ladder)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,8 +21,6 @@ from sft.mae import mae_config, measure_mae, train_mae
 from sft.options import Stage
 from sft.supervised import sft_config, stage_rates, train_sft
 from slides.errors import InputError
-
-logger = logging.getLogger(__name__)
 
 MEASURED = 64
 """Validation slides that a masked reconstruction is measured on."""
@@ -121,9 +118,14 @@ class Supervision:
         held = Prepared(performer, shown(performer, self.val))
         step = max(1, len(held) // MEASURED)
         assert isinstance(trainer.model, MaskedReconstruction)
-        told = measure_mae(trainer.model, [held[i] for i in range(0, len(held), step)], most, self.seed)
-        logger.warning("mae on validation slides: loss %(loss).3f, of the mean %(baseline).3f", told)
-        return trainer, {"validation": told}
+        some = [rows for i in range(0, len(held), step) if len(rows := held[i]) > 1]
+        if not some:
+            return trainer, {}
+        told = measure_mae(trainer.model, some, most, self.seed)
+        if trainer.is_world_process_zero():
+            print(f"masked features of {len(some)} validation slides: ", end="")
+            print(", ".join(f"{name} {value:.3f}" for name, value in told.items() if name != "tokens"))
+        return trainer, {"validation": {"slides": len(some), **told}}
 
     def _contrastive(
         self,
@@ -135,6 +137,11 @@ class Supervision:
         resume: Any,
     ) -> tuple[Trainer, dict[str, Any]]:
         target = performer.model.model.compressor.learned[0] if performer.chain.learned else None
+        if performer.chain.fixed:
+            raise InputError(
+                "the contrastive stage trains on patches as they are, as a retrieval index reads them: name no "
+                "compressor before `qformer`"
+            )
         if not isinstance(target, QFormer):
             raise InputError(
                 "the contrastive stage trains a Q-Former: name `qformer` first of the learned compressors in "

@@ -136,8 +136,8 @@ class BudgetCollator:
         cases = [self.cases[row["index"]] for row in rows]
         if not self.uneven or draw.random() < 0.5:
             return self.batch(cases, budget)
-        # Uniform on the simplex.
-        return self.batch(cases, budget, [[draw.expovariate(1) for _ in self.performer.sources(c)] for c in cases])
+        # Few different shares, as each is made from the slide's patches and kept.
+        return self.batch(cases, budget, [[draw.randint(1, 4) for _ in self.performer.sources(c)] for c in cases])
 
     def batch(
         self, cases: Sequence[Case], budget: int, weights: Sequence[Sequence[float]] | None = None

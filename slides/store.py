@@ -153,6 +153,12 @@ def read_features(path: str | os.PathLike) -> Features:
     return Features(features, coords, attrs if own else _translate(attrs, coords))
 
 
+def count_features(path: str | os.PathLike) -> int:
+    """Number N of features of a file that `read_features` reads, without reading them."""
+    with h5py.File(path, "r") as file:
+        return int(file["coords"].shape[-2])
+
+
 def _shape_problem(features: np.ndarray, coords: np.ndarray) -> str | None:
     if features.ndim != 2 or features.dtype.kind not in "fiu":
         return f"features must be numbers of shape (N, d), got {features.dtype} {features.shape}"

@@ -75,8 +75,6 @@ def test_cases_of_simulated_slides(name, slides, tmp_path):
     assert all(row["tokens"] <= row["budget"] + 2 for row in rows), "a marker for each slide is counted beside"
     summary = json.loads((run / "report" / "summary.json").read_text())
     assert {"gain_over_text_only", "gain_over_majority"} <= set(summary["headline"])
-    again = call("rl/compare.py", path, "--runs", str(run), str(run), "--out", str(tmp_path / "both"))
-    assert again.returncode == 2, "a recipe is not its business"
 
 
 @pytest.fixture(scope="module")

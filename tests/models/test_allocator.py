@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -178,6 +179,14 @@ def test_an_unknown_way_to_share_is_named():
 
 @given(st.integers(0, 500), st.lists(st.floats(0.01, 1), min_size=1, max_size=9))
 def test_a_budget_is_shared_out_whole(budget, weights):
-    shares = share_out(budget, weights)
+    shares = share_out(budget, weights, [math.inf] * len(weights))
     assert sum(shares) == budget and min(shares) >= 0
     assert all(abs(s - budget * w / sum(weights)) < 1 + 1e-6 for s, w in zip(shares, weights, strict=True))
+
+
+@given(st.integers(0, 60), st.lists(st.tuples(st.floats(0.01, 1), st.integers(0, 20)), min_size=1, max_size=6))
+def test_what_one_cannot_take_goes_to_the_others(budget, slides):
+    weights, room = zip(*slides, strict=True)
+    shares = share_out(budget, weights, room)
+    assert all(share <= most for share, most in zip(shares, room, strict=True))
+    assert sum(shares) == min(budget, sum(room))

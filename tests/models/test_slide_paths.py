@@ -194,3 +194,15 @@ def test_a_language_model_of_half_precision_is_joined(make_performer, cases, tmp
     )
     assert {p.dtype for p in made.model.parameters()} == {torch.float32}
     assert made.answer(cases[:2], [4, 4], max_new_tokens=2)[0].visual == 4
+
+
+def test_a_small_slide_leaves_its_share_to_the_others(make_performer, make_bank, cases):
+    bank = make_bank({"small": grid_features(1, 3), "large": grid_features(8, 8), "other": grid_features(9, 9)})
+    three = dataclasses.replace(cases[0], images=("small", "large", "other"))
+    made = make_performer(compressors=["keep"], aligner="mlp")
+    made.bank = bank
+    assert [v.tokens for v in made.see(three, 60)] == [3, 29, 28]
+    assert [v.tokens for v in made.see(three, 1000)] == [3, 64, 81]
+    latents = make_performer(**PATHS["resampler"])
+    latents.bank = bank
+    assert [v.tokens for v in latents.see(three, 30, [8, 1, 1])] == [12, 9, 9], "it has 12 latents"

@@ -132,7 +132,7 @@ def test_slides_of_a_case_are_shown_at_the_shares_of_the_allocator(cases, make_p
     trainer = make_trainer(performer)
     both = [dataclasses.replace(c, images=(*c.images, "field0")) for c in cases]
     trainer.cases = both
-    monkeypatch.setattr(trainer.learner.look, "divide", lambda allocator, asked: [[0.9, 0.1]] * len(asked))
+    monkeypatch.setattr(trainer.learner.look, "divide", lambda allocator, asked, *seen: [[0.9, 0.1]] * len(asked))
     trainer.model.train()
     trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
     for prompt in trainer._prompts:

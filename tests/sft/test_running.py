@@ -59,8 +59,8 @@ def test_frozen_language_needs_an_image(run, make_performer):
     ("kind", "path", "message"),
     [
         ("mae", "pathalign", "the mae stage pre-trains a resampler"),
-        ("contrastive", "locpath", "the contrastive stage trains a Q-Former"),
-        ("contrastive", "pathosynvlm", "the contrastive stage trains a Q-Former"),
+        ("contrastive", "resampler", "the contrastive stage trains a Q-Former"),
+        ("contrastive", "pathosynvlm", "trains on patches as they are"),
     ],
 )
 def test_a_stage_that_has_nothing_to_train_is_refused(run, make_performer, kind, path, message):
