@@ -221,7 +221,7 @@ class SlidePerformer(Performer):
                 f"{config.max_slides}; raise performer.max_slides, or split the case"
             )
         tokens = self.prepared(self.shown(case)[number], budget)
-        realised = self.chain.count(len(tokens.rows), budget) + (config.markers != "none")
+        realised = self.chain.count(len(tokens.rows), budget) + config.marker_tokens
         return replace(
             tokens,
             budget=budget,
@@ -245,7 +245,7 @@ class SlidePerformer(Performer):
         return torch.tensor(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def seeing(self, views: Sequence[VisualTokens]) -> float:
-        marked = len(views) * (self.config.markers != "none")
+        marked = len(views) * self.config.marker_tokens
         aligner = linear_flops(self.model.model.aligner, sum(v.tokens for v in views) - marked)
         return aligner + sum(self.chain.flops(len(v.rows), v.budget) for v in views)
 

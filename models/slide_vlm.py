@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from models.compressors.aligner import MARKERS, Markers, make_aligner
+from models.compressors.aligner import MARKER_STD, MARKERS, Markers, make_aligner
 from models.compressors.base import PatchEmbedding, Tokens
 from models.compressors.chain import Chain
 from models.cross_attention import MEMORY, Memory, Routes, attach, spread
@@ -31,6 +31,8 @@ from models.visual import COLUMNS
 from slides.errors import InputError
 
 FUSIONS = ("prefix", "cross_attention")
+ADDED_STD = 0.3
+"""Deviation of the initial values of markers that are added to tokens."""
 
 
 class SlideVLMConfig(PreTrainedConfig):
@@ -44,7 +46,8 @@ class SlideVLMConfig(PreTrainedConfig):
         aligner: from compressed tokens to embeddings, see `models.compressors.aligner.make_aligner`.
         aligner_width: hidden width of the aligner `place`.
         aligner_dropout: dropout within the aligner.
-        markers: what stands before the tokens of each slide: none, shared, or unique to its number in the case.
+        markers: what marks the tokens of each slide: none, shared, or unique to its number in the case. A marker
+            stands before them in the text; where layers look at them it is added to each, as they have no order there.
         max_slides: slides a case may have with unique markers.
         fusion: `prefix` puts the visual tokens into the text; `cross_attention` lets layers look at them.
         cross_layers: numbers of those layers; null takes three, spread over the model. cross_heads: heads of each
@@ -97,6 +100,11 @@ class SlideVLMConfig(PreTrainedConfig):
         """Whether visual tokens stand in the text."""
         return self.fusion == "prefix"
 
+    @property
+    def marker_tokens(self) -> int:
+        """Tokens that a slide's marker costs."""
+        return int(self.in_text and self.markers != "none")
+
 
 @dataclass
 class SlideBackboneOutput(BaseModelOutputWithPast):
@@ -143,7 +151,9 @@ class SlideVLMModel(SlideVLMPreTrainedModel):
         )
         self.markers = None
         if config.markers != "none":
-            self.markers = Markers(hidden, config.markers == "unique", config.max_slides)
+            # Added to tokens of about unit scale, a marker of the published scale would be lost in them.
+            std = MARKER_STD if config.in_text else ADDED_STD
+            self.markers = Markers(hidden, config.markers == "unique", config.max_slides, std)
         self.routes = None
         if not config.in_text:
             layers = config.cross_layers if config.cross_layers is not None else spread(text.num_hidden_layers)
@@ -176,7 +186,7 @@ class SlideVLMModel(SlideVLMPreTrainedModel):
     def visual_tokens(
         self, pixel_values: torch.Tensor, shown: torch.Tensor | None, questions: torch.Tensor | None
     ) -> list[torch.Tensor]:
-        """Embeddings (n_v, hidden) of the tokens of each view, its marker first.
+        """Embeddings (n_v, hidden) of the tokens of each view, with its marker.
 
         Args:
             pixel_values: rows of all views, see `VisualTokens`. shown, questions: see `forward`.
@@ -194,7 +204,10 @@ class SlideVLMModel(SlideVLMPreTrainedModel):
         made = list(torch.cat([self._aligned(block) for block in blocks]).split([len(b) for b in blocks]))
         if self.markers is None:
             return made
-        return [torch.cat([m[None], block]) for m, block in zip(self.markers(slides), made, strict=True)]
+        marked = zip(self.markers(slides), made, strict=True)
+        if self.routes is not None:
+            return [block + mark for mark, block in marked]
+        return [torch.cat([mark[None], block]) for mark, block in marked]
 
     def _aligned(self, rows: torch.Tensor) -> torch.Tensor:
         return self.aligner(rows[:, :-COLUMNS], rows[:, -COLUMNS:-1])

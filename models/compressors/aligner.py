@@ -15,6 +15,8 @@ logger = logging.getLogger(__name__)
 
 ALIGNERS = ("place", "mlp", "linear")
 MARKERS = ("none", "shared", "unique")
+MARKER_STD = 0.02
+"""Deviation of a marker's initial values (PathoSynVLM, methods 3.1)."""
 
 
 class Keep(Compressor):
@@ -110,18 +112,19 @@ def make_aligner(kind: str, dim: int, hidden: int, width: int, dropout: float) -
 
 
 class Markers(nn.Module):
-    """A learned embedding that stands before the tokens of each slide (PathoSynVLM, methods 3.1).
+    """A learned embedding of each slide of a case (PathoSynVLM, methods 3.1).
 
     Args:
         unique: the k-th slide of a case has one of its own; otherwise all share one.
         slides: slides a case may have.
+        std: of the initial values.
     """
 
-    def __init__(self, hidden: int, unique: bool, slides: int = 32):
+    def __init__(self, hidden: int, unique: bool, slides: int = 32, std: float = MARKER_STD):
         super().__init__()
         self.separator = nn.Parameter(torch.empty(hidden))
         self.index = nn.Embedding(slides, hidden) if unique else None
-        self.slides = slides
+        self.slides, self.std = slides, std
         self.reset()
 
     def forward(self, slide: torch.Tensor) -> torch.Tensor:
@@ -132,7 +135,7 @@ class Markers(nn.Module):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Initial values: N(0, 0.02)."""
-        nn.init.normal_(self.separator, std=0.02)
+        """Initial values."""
+        nn.init.normal_(self.separator, std=self.std)
         if self.index is not None:
-            nn.init.normal_(self.index.weight, std=0.02)
+            nn.init.normal_(self.index.weight, std=self.std)

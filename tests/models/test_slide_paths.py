@@ -64,7 +64,7 @@ def test_a_batch_of_any_budgets_is_as_its_rows_alone(path, cases):
 
 def test_realised_tokens_are_those_that_the_language_model_gets(path, cases):
     both = dataclasses.replace(cases[2], images=("field2", "field5"))
-    marked = int(path.config.markers != "none")
+    marked = path.config.marker_tokens
     for case, budget in ((cases[0], 1), (cases[0], 4), (both, 6), (cases[0], 100)):
         prompt = path.prompt(case, budget)
         seen = path.processor.sight.inputs(path.model, [prompt.views])
@@ -134,6 +134,13 @@ def test_markers_tell_the_slides_apart(make_performer, cases):
         first, second = made.model.model.visual_tokens(seen["pixel_values"], seen["shown"], None)
         assert torch.equal(first[-4:], second[-4:]) and len(first) == 4 + (markers != "none")
         assert torch.equal(first[0], second[0]) != apart
+    looked = make_performer(**{**PATHS["locpath"], "compressors": ["keep"]})
+    looked.model.eval()
+    seen = looked.processor.sight.inputs(looked.model, [looked.prompt(both, 8).views])
+    first, second = looked.model.model.visual_tokens(seen["pixel_values"], seen["shown"], None)
+    marks = looked.model.model.markers(torch.tensor([0, 1]))
+    assert len(first) == 4, "no token of its own"
+    assert torch.allclose(first - marks[0], second - marks[1], atol=1e-5) and not torch.allclose(*marks, atol=0.1)
 
 
 def test_more_slides_than_markers_are_refused(make_performer, cases):
@@ -172,7 +179,7 @@ def test_the_question_decides_what_is_kept(make_performer, cases):
     shown = [made.processor.sight.inputs(made.model, [made.prompt(c, 4).views]) for c in (cases[0], other)]
     kept = [made.model.model.visual_tokens(s["pixel_values"], s["shown"], s["questions"])[0] for s in shown]
     assert not torch.equal(*kept)
-    assert made.prompt(cases[0], 100).visual == 9, "8 latents at most, and a marker"
+    assert made.prompt(cases[0], 100).visual == 8, "8 latents at most"
 
 
 def test_features_are_standardised_where_they_are_read_and_not_what_is_made_of_them(make_performer):
