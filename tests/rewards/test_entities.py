@@ -256,9 +256,9 @@ FLOODS = {
 def test_no_text_is_slow(text, vocabulary):
     seconds = 1.0
     for _ in range(5):  # the best of a few, since the machine may be busy
-        started = time.perf_counter()
+        started = time.process_time()
         entity_f1_score(text, GOLD, vocabulary)
-        seconds = min(seconds, time.perf_counter() - started)
+        seconds = min(seconds, time.process_time() - started)
         if seconds < 0.05:
             break
     assert seconds < 0.05

@@ -138,9 +138,9 @@ def test_nested_and_long_answers_earn_nothing_in_little_time(text, protocol):
     earned("", gold, protocol)  # loads the protocol
     times = []
     for i in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         assert earned(text + " " * i, gold, protocol) == 0.0
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.05
 
 

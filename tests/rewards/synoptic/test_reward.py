@@ -88,9 +88,9 @@ def test_hostile_text_takes_little_time(part, size):
     text = ("Breast, biopsy;\n carcinoma, " + part * size)[:size]
     times = []
     for i in range(3):
-        start = time.perf_counter()
+        start = time.process_time()
         score(text + str(i), "Breast, biopsy;\n  Fibroadenoma", "biopsy")
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.05
 
 

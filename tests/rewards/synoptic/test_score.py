@@ -61,9 +61,9 @@ def test_long_lists_are_matched_in_little_time():
     times = []
     for attempt in range(3):
         gold = [{"diagnosis": f"invasive carcinoma of kind {attempt} {chr(97 + i % 26)}{i}"} for i in range(50)]
-        start = time.perf_counter()
+        start = time.process_time()
         assert listed(gold, gold[::-1]).case_score == 1.0
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     assert min(times) < 0.05
 
 
@@ -154,9 +154,9 @@ def test_a_finding_counts_unless_its_own_clause_denies_it(text, malignant):
 
 
 def test_many_denials_take_little_time():
-    start = time.perf_counter()
+    start = time.process_time()
     listed(ENTRIES, [{"diagnosis": f"{i} " + "no carcinoma " * 150} for i in range(6)])
-    assert time.perf_counter() - start < 0.05
+    assert time.process_time() - start < 0.05
 
 
 def test_kappa_keeps_the_distance_of_ranks_that_do_not_occur():
