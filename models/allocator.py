@@ -117,17 +117,13 @@ class ValueAllocator(PreTrainedModel):
         return self.head(torch.cat([gathered, self.question(question)], 1))
 
     def _weights(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
-        there = look.flatten(2).any(-1)  # slides that a case does not have are nought
-        if self.shares is not None:
-            return self.shares(look, question, there)
-        return there / there.sum(1, keepdim=True).clamp_min(1)
+        there = _there(look)
+        return _equal(there) if self.shares is None else self.shares(look, question, there)
 
     @torch.no_grad()
     def divide(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
         """Shares (B, K) of a budget for the slides of each case: half of it equally, half by attention."""
-        there = look.flatten(2).any(-1)
-        equal = there / there.sum(1, keepdim=True).clamp_min(1)
-        return (equal + self._weights(look, question)) / 2
+        return (_equal(_there(look)) + self._weights(look, question)) / 2
 
     def flops(self, slides: int) -> float:
         """FLOPs of one decision about a case of so many slides (a multiply-add counts 2)."""
@@ -159,6 +155,15 @@ class ValueAllocator(PreTrainedModel):
         value = self(look, question).sigmoid() - price * cost
         self.train(was_training)
         return value.argmax(-1)
+
+
+def _there(look: torch.Tensor) -> torch.Tensor:
+    """Which slides (B, K) a case has; the looks at others are nought."""
+    return look.flatten(2).any(-1)
+
+
+def _equal(there: torch.Tensor) -> torch.Tensor:
+    return there / there.sum(1, keepdim=True).clamp_min(1)
 
 
 class CheapLook:

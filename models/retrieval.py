@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from models.compressors.base import PLACE, Tokens
 from models.feature_cache import module_revision
 from models.slide_text import SlideTextModel, similarity, text_batch
-from models.visual import cells, extent
+from models.visual import COLUMNS, patch_rows
 from slides.errors import InputError
 from slides.store import Features
 from slides.whole import whole, write_text
@@ -27,9 +27,9 @@ INDEX, VECTORS = "index.json", "vectors.safetensors"
 
 def slide_rows(stored: Features) -> torch.Tensor:
     """Stored features as rows of learned compressors (n, d + 4): features, place as shares of the slide, size 1."""
-    size = np.ones((len(stored), 1))
-    rows = np.concatenate([stored.features, cells(stored) / extent(stored), size], 1, dtype=np.float32)
-    return torch.from_numpy(rows)
+    rows, scale = patch_rows(stored)
+    rows[:, -COLUMNS:] /= scale
+    return rows
 
 
 class Embedder:

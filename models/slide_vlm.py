@@ -197,7 +197,7 @@ class SlideVLMModel(SlideVLMPreTrainedModel):
         if shown is None:
             if self.compressor.learned or self.markers is not None or self.routes is not None:
                 raise ValueError("`shown` is missing: this model compresses, marks or routes the rows of each view")
-            return [self.aligner(pixel_values[:, :-COLUMNS], pixel_values[:, -COLUMNS:-1])]
+            return [self._aligned(pixel_values)]
         counts, budgets, _, slides = shown.unbind(1)
         rows = pixel_values.split(counts.tolist())
         blocks = self._compressed(rows, budgets.tolist(), questions) if self.compressor.learned else rows

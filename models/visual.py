@@ -101,12 +101,8 @@ class FeatureBank:
         """
         found = {b: self._find((source, name, b)) for b in budgets}
         if None in found.values():
-            stored = self.load(source)
-            squares, shares = cells(stored), extent(stored)
-            ones = np.ones((len(squares), 1))
-            rows = np.concatenate([stored.features, squares, ones], axis=1, dtype=np.float32)
-            patches = Tokens.from_rows([torch.from_numpy(rows)])
-            scale = torch.from_numpy(np.append(shares, 1.0)).float()
+            rows, scale = patch_rows(self.load(source))
+            patches = Tokens.from_rows([rows])
             for budget in (b for b, tokens in found.items() if tokens is None):
                 (made,) = compress(patches, budget).rows()
                 made[:, -COLUMNS:] /= scale
@@ -125,6 +121,13 @@ class FeatureBank:
             _, old = self._made.popitem(last=False)
             self._held -= old.rows.nbytes
         return tokens
+
+
+def patch_rows(stored: Features) -> tuple[torch.Tensor, torch.Tensor]:
+    """Stored features as rows (N, d + 4), places in pixels, and what their last columns are divided by for shares."""
+    ones = np.ones((len(stored), 1))
+    rows = np.concatenate([stored.features, cells(stored), ones], axis=1, dtype=np.float32)
+    return torch.from_numpy(rows), torch.from_numpy(np.append(extent(stored), 1.0)).float()
 
 
 def cells(stored: Features) -> np.ndarray:
