@@ -8,6 +8,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
@@ -15,7 +16,6 @@ from models.attention import as_mask, check_window, dense_attention
 from models.sight import Prompt, Sight, stack_positions
 
 
-@torch.no_grad()
 def generate(
     model: Any,
     sight: Sight,
@@ -23,6 +23,19 @@ def generate(
     copies: Sequence[int],
     config: GenerationConfig,
 ) -> list[list[int]]:
+    """Token ids of completions, see `generate_sure`."""
+    return [ids for ids, _ in generate_sure(model, sight, prompts, copies, config, sure=False)]
+
+
+@torch.no_grad()
+def generate_sure(
+    model: Any,
+    sight: Sight,
+    prompts: Sequence[Prompt],
+    copies: Sequence[int],
+    config: GenerationConfig,
+    sure: bool = True,
+) -> list[tuple[list[int], float]]:
     """Completions of the prompts: `copies[0]` of the first, then `copies[1]` of the second, and so on.
 
     A prompt is prefilled once, and all its completions read that one KV cache: a step appends one token of each
@@ -30,29 +43,31 @@ def generate(
 
     Args:
         config: as for `model.generate`, with `pad_token_id` and `eos_token_id`; sampling or greedy.
+        sure: whether to add up log-probabilities.
 
     Returns:
-        Token ids up to and with the first end token.
+        Of each completion the token ids, up to and with the first end token, and the model's own log-probability of
+        them (before temperature and bans); 0 where it is not wanted.
 
     Raises:
         ValueError: the configuration asks for a search or a stop that is not made here.
     """
     check(config)
     starts = [0, *accumulate(copies)]
-    completions: list[list[int]] = [[] for _ in range(starts[-1])]
+    completions: list[tuple[list[int], float]] = [([], 0.0)] * starts[-1]
     check_window(model, max(map(len, prompts), default=0) + config.max_new_tokens)
     with dense_attention(model):
         for chunk in by_length([len(p) for p in prompts]):
             width = max(copies[i] for i in chunk)
-            written = _write(model, sight, [prompts[i] for i in chunk], width, config)
+            written = _write(model, sight, [prompts[i] for i in chunk], width, config, sure)
             for i, rows in zip(chunk, written, strict=True):
                 completions[starts[i] : starts[i + 1]] = rows[: copies[i]]
     return completions
 
 
 def _write(
-    model: Any, sight: Sight, prompts: Sequence[Prompt], width: int, config: GenerationConfig
-) -> list[list[list[int]]]:
+    model: Any, sight: Sight, prompts: Sequence[Prompt], width: int, config: GenerationConfig, sure: bool
+) -> list[list[tuple[list[int], float]]]:
     """`width` completions of each of the prompts, which share a batch."""
     device = model.get_input_embeddings().weight.device
     count, rows = len(prompts), len(prompts) * width
@@ -75,8 +90,11 @@ def _write(
     own = torch.eye(width, dtype=torch.bool, device=device).expand(count, width, width)
     tokens: list[torch.Tensor] = []
     done = torch.zeros(rows, dtype=torch.bool, device=device)
+    logp = torch.zeros(rows, device=device)
     for step in range(config.max_new_tokens):
         chosen, ended = choose(logits, tokens)
+        if sure:
+            logp -= F.cross_entropy(logits.float(), chosen, reduction="none").masked_fill(done, 0.0)
         tokens.append(chosen.masked_fill(done, config.pad_token_id))
         done |= ended
         if step + 1 == config.max_new_tokens or bool(done.all()):
@@ -92,7 +110,8 @@ def _write(
         )
         logits = out.logits.reshape(rows, -1)
     written = torch.stack(tokens, 1)
-    flat = [row[:n] for row, n in zip(written.tolist(), _ends(written, config), strict=True)]
+    ends = _ends(written, config)
+    flat = [(row[:n], p) for row, n, p in zip(written.tolist(), ends, logp.tolist(), strict=True)]
     return [flat[i * width : (i + 1) * width] for i in range(count)]
 
 

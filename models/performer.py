@@ -19,7 +19,7 @@ from envs.case import Case
 from models.compressors.base import linear_flops
 from models.compressors.chain import Chain
 from models.cost import DecoderShape, TowerShape
-from models.generation import generate
+from models.generation import generate_sure
 from models.processor import SlideProcessor, ViewProcessor
 from models.qwen_vl import QwenProcessor, freeze_vision, load_qwen
 from models.sight import Prompt, View, read_prompt
@@ -42,6 +42,7 @@ class Answer:
         generated: tokens written.
         flops: of seeing, reading and writing.
         seconds: wall time of the batch divided by its rows.
+        confidence: probability of these tokens in 0..1, the model's own; of one with many tokens it is small.
     """
 
     text: str
@@ -50,6 +51,7 @@ class Answer:
     generated: int
     flops: float
     seconds: float
+    confidence: float
 
 
 def question_text(case: Case, show_options: bool) -> str:
@@ -180,7 +182,7 @@ class Performer(ABC):
             chunk = order[at : at + batch_size]
             start = time.perf_counter()
             prompts = [self.prompt(cases[i], budgets[i], weights[i] if weights else None) for i in chunk]
-            written = generate(
+            written = generate_sure(
                 self.model,
                 self.processor.sight,
                 prompts,
@@ -188,10 +190,11 @@ class Performer(ABC):
                 greedy,
             )
             seconds = (time.perf_counter() - start) / len(chunk)
-            for i, prompt, ids in zip(chunk, prompts, written, strict=True):
+            for i, prompt, (ids, logp) in zip(chunk, prompts, written, strict=True):
                 completion = tokenizer.decode(ids, skip_special_tokens=True)
                 flops = self.flops(prompt, len(ids))
-                answers[i] = Answer(completion, prompt.visual, prompt.text, len(ids), flops, seconds)
+                found = (prompt.visual, prompt.text, len(ids), flops, seconds, math.exp(logp))
+                answers[i] = Answer(completion, *found)
         self.model.train(was_training)
         return [a for a in answers if a is not None]
 

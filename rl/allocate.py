@@ -9,59 +9,20 @@ learnt by heart within some epochs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
-import torch
 
-from models.allocator import CheapLook, ValueAllocator
+from models.allocators.value import ValueAllocator
 from models.performer import Performer
-from rl.allocation import fit_by_patient
-from rl.checkpoints import is_done, mark_done
+from rl.deciders.base import Decider
+from rl.deciders.value import fit_value
 from rl.recipe import parse_recipe
 from rl.stages import Stages
-from rl.table import ScoreTable
 from slides.errors import entry
 
 
-@dataclass
-class Fitted:
-    """An allocator and its choices on the cases it was fitted on, each made by a fit that had not seen the patient.
-
-    Args:
-        values: (N, rungs) predicted scores, out of fold.
-    """
-
-    allocator: ValueAllocator
-    values: np.ndarray
-
-
-def fit_allocator(stages: Stages, performer: Performer, start: ValueAllocator, table: ScoreTable) -> Fitted:
-    """Fit on a table, starting from the jointly trained allocator; a finished fit is read from the run's folder."""
-    options = stages.run.allocator
-    folder = stages.run.folder / "allocator"
-    parts = {**stages.grpo_parts(), "fit": vars(options)}
-    if is_done(folder, parts):
-        return Fitted(ValueAllocator.from_pretrained(folder), np.load(folder / "out_of_fold.npy"))
-    cases = stages.splits["val"]
-    look, question = CheapLook(performer, start.config)(cases)
-    scores = torch.tensor(table.at(stages.run.ladder).score, dtype=torch.float32)
-    allocator, values, losses = fit_by_patient(
-        start,
-        look,
-        question,
-        scores,
-        [c.patient for c in cases],
-        epochs=options.fit_epochs,
-        learning_rate=options.fit_learning_rate,
-        weight_decay=options.weight_decay,
-        seed=stages.run.grpo.seed,
-    )
-    if stages.is_main:
-        allocator.save_pretrained(folder)
-        np.save(folder / "out_of_fold.npy", values)
-        mark_done(folder, parts, n=len(cases), loss=losses)
-    return Fitted(allocator, values)
+def make_decider(stages: Stages, performer: Performer, start: ValueAllocator) -> Decider:
+    """An allocator of the recipe's form that is ready to decide."""
+    return fit_value(stages, performer, start, stages.table("grpo", performer, "val"))
 
 
 @entry
@@ -69,9 +30,11 @@ def main() -> None:
     """Fit on the recipe's run."""
     stages = Stages(parse_recipe())
     performer, start = stages.joint()
-    fitted = fit_allocator(stages, performer, start, stages.table("grpo", performer, "val"))
-    error = np.abs(fitted.values - stages.table("grpo", performer, "val").at(stages.run.ladder).score).mean()
-    print(f"allocator fitted on {len(fitted.values)} cases, mean absolute error out of fold {error:.3f}")
+    decider = make_decider(stages, performer, start)
+    predicted = decider.predicted("val")
+    if predicted is not None:
+        error = np.abs(predicted - stages.table("grpo", performer, "val").at(stages.run.ladder).score).mean()
+        print(f"allocator fitted on {len(predicted)} cases, mean absolute error out of fold {error:.3f}")
     print(f"written to {stages.run.folder / 'allocator'}")
 
 

@@ -14,7 +14,7 @@ from accelerate import PartialState
 
 from rl.pareto import evaluate
 from rl.recipe import parse_recipe
-from rl.report import print_summary
+from rl.report.console import print_summary
 from rl.stages import Stages
 from slides.errors import entry
 

@@ -15,7 +15,7 @@ from trl.trainer.utils import RepeatSampler
 
 from envs.case import Case
 from models.performer import Performer
-from rl.allocation import AllocatorLearner
+from rl.allocation.online import AllocatorLearner
 from rl.trainer import GroupTrainer
 from sft.supervised import gold_ids
 from slides.errors import InputError

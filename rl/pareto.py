@@ -9,17 +9,17 @@ cases.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import numpy as np
 
-from models.allocator import CheapLook, ValueAllocator
+from envs.score_table import ScoreTable
+from models.allocators.value import ValueAllocator
 from models.performer import Performer
 from rewards.bootstrap import Bootstrap
 from rewards.registry import gold_completion
-from rl.allocate import Fitted, fit_allocator
-from rl.allocation import predict
+from rl.allocate import make_decider
+from rl.deciders.base import Decider, Decisions
 from rl.fields import field_results
 from rl.frontier import (
     Point,
@@ -33,9 +33,9 @@ from rl.frontier import (
 )
 from rl.probe import linear_probe
 from rl.recipe import parse_recipe
-from rl.report import print_summary, write_report
+from rl.report.console import print_summary
+from rl.report.writing import write_report
 from rl.stages import Stages
-from rl.table import ScoreTable
 from slides.errors import entry
 
 
@@ -43,27 +43,24 @@ class Evaluation:
     """Points and headline figures of a run on its test cases.
 
     Args:
-        stages: the run. performer: the trained performer. fitted: the allocator.
+        stages: the run. performer: the trained performer. decider: the allocator.
     """
 
-    def __init__(self, stages: Stages, performer: Performer, fitted: Fitted):
-        self.stages, self.performer, self.fitted = stages, performer, fitted
+    def __init__(self, stages: Stages, performer: Performer, decider: Decider):
+        self.stages, self.performer, self.decider = stages, performer, decider
         run = stages.run
         self.ladder = run.ladder
         self.test = stages.table("grpo", performer, "test")
         self.val = stages.table("grpo", performer, "val")
         self.bootstrap = Bootstrap(self.test.patients, run.evaluation.bootstrap, run.grpo.seed)
-        self.stage1 = np.array([fitted.allocator.flops(len(performer.sources(c))) for c in stages.splits["test"]])
-        self.rung_cost = np.array(stages.rung_cost(performer))
-        self.latency, self.look_ms = self._latency()
-        look = CheapLook(performer, fitted.allocator.config)
-        self.values = predict(fitted.allocator, *look(stages.splits["test"]))
+        self.latency = self._latency()
+        self.look_ms = decider.look_ms()
 
     def static(self, table: ScoreTable) -> list[Point]:
         """A point for each budget of the ladder; the look is paid for where it divides a budget among slides."""
         table = table.at(self.ladder)
         flops = table.flops
-        look = 0.0 if self.fitted.allocator.shares is None else float(self.stage1.mean())
+        look = float(self.decider.share_look().mean())
         return [
             point(
                 table.score[:, k],
@@ -81,31 +78,26 @@ class Evaluation:
         """Rung of the most accurate static budget of a validation table; the cheaper one of equals."""
         return int(np.argmax(table.at(self.ladder).score.mean(0)))
 
-    def rungs(self, values: np.ndarray, price: float) -> np.ndarray:
-        """Choices (N,) at a price."""
-        return (values - price * self.rung_cost).argmax(1)
-
-    def adaptive(self, price: float) -> tuple[Point, Point]:
-        """The allocator's point at a price, and that of the random allocator of equal mean budget."""
-        table = self.test.at(self.ladder)
-        flops, rungs = table.flops, self.rungs(self.values, price)
-        milliseconds = np.array([self.latency[b] for b in self.ladder])
+    def adaptive(self, decisions: Decisions) -> tuple[Point, Point]:
+        """The allocator's point, and that of the random allocator of equal mean budget."""
+        table, rungs = self.test.at(self.ladder), decisions.rungs
+        milliseconds = float(np.array([self.latency[b] for b in self.ladder])[rungs].mean())
         own = point(
-            chosen(table.score, rungs),
-            chosen(table.visual, rungs),
-            chosen(flops, rungs),
+            decisions.score,
+            decisions.visual,
+            decisions.flops,
             self.bootstrap,
-            float(self.stage1.mean()),
-            float(milliseconds[rungs].mean()) + self.look_ms,
-            price=price,
+            float(decisions.look.mean()),
+            milliseconds + self.look_ms,
+            price=decisions.price,
         )
         random = point(
             mixed(table.score, rungs),
             mixed(table.visual, rungs),
-            mixed(flops, rungs),
+            mixed(table.flops, rungs),
             self.bootstrap,
-            latency_ms=float(milliseconds[rungs].mean()),
-            price=price,
+            latency_ms=milliseconds,
+            price=decisions.price,
         )
         return own, random
 
@@ -115,33 +107,32 @@ class Evaluation:
         The best of all prices and static budgets is what the others are measured against.
         """
         run, table = self.stages.run, self.val.at(self.ladder)
-        flops = table.flops
         bootstrap = Bootstrap(table.patients, run.evaluation.bootstrap, run.grpo.seed)
         prices = run.evaluation.prices
-        rungs = [self.rungs(self.fitted.values, p) for p in prices]
-        scores = [chosen(table.score, r) for r in rungs]
-        best = max([*scores, *table.score.T], key=np.mean)
-        lost = [best - s for s in scores]
-        cost = [float(chosen(flops, r).mean()) for r in rungs]
+        decided = [self.decider.decide("val", p) for p in prices]
+        best = max([*(d.score for d in decided), *table.score.T], key=np.mean)
+        lost = [best - d.score for d in decided]
+        cost = [float(d.cost.mean()) for d in decided]
         errors = [bootstrap.error(v) for v in lost]
         return prices[pick_price([float(v.mean()) for v in lost], errors, cost, run.evaluation.tolerance)]
 
     def summary(self) -> dict[str, Any]:
         """All of `summary.json` but what is known of the environment."""
         test = self.test.at(self.ladder)
-        flops = test.flops
         prices = self.stages.run.evaluation.prices
         price = self.operating_price()
         static = self.static(self.test)
-        pairs = [self.adaptive(p) for p in prices]
-        own, random = self.adaptive(price)
-        rungs = self.rungs(self.values, price)
-        best = oracle_rungs(test.score, flops)
-        oracle = point(chosen(test.score, best), chosen(test.visual, best), chosen(flops, best), self.bootstrap)
+        pairs = [self.adaptive(self.decider.decide("test", p)) for p in prices]
+        decisions = self.decisions = self.decider.decide("test", price)
+        own, random = self.adaptive(decisions)
+        rungs = decisions.rungs
+        best = oracle_rungs(test.score, test.flops)
+        score, visual, flops = (chosen(v, best) for v in (test.score, test.visual, test.flops))
+        oracle = point(score, visual, flops, self.bootstrap)
         k = self.best_static(self.val)
         largest = static[-1].flops
         equal = cost_at_accuracy(static, own.accuracy)
-        gained = chosen(test.score, rungs)
+        gained = decisions.score
         random_gain = gained - mixed(test.score, rungs)
         attribution, scores, texts = self._attribution(own)
         evaluation = self.stages.run.evaluation
@@ -175,7 +166,7 @@ class Evaluation:
             "operating_random": random.to_dict(),
             "attribution": attribution,
             "headline": headline,
-            "by_question": self._by_question(rungs, test),
+            "by_question": self._by_question(decisions, test),
             "synoptic": field_results(
                 self.stages.splits["test"], texts, evaluation.bootstrap, self.stages.run.grpo.seed
             ),
@@ -226,40 +217,32 @@ class Evaluation:
         texts = [gold_completion({"answer": usual.get(c.question, "")}) for c in cases]
         return self.stages.scorer(texts, cases, [0] * len(cases), [0] * len(cases))
 
-    def _by_question(self, rungs: np.ndarray, test: ScoreTable) -> dict[str, Any]:
+    def _by_question(self, decisions: Decisions, test: ScoreTable) -> dict[str, Any]:
         out = {}
         for name in sorted(set(test.questions)):
             rows = np.array([q == name for q in test.questions])
             out[name] = {
                 "n": int(rows.sum()),
                 "static": {str(b): float(test.score[rows, k].mean()) for k, b in enumerate(self.ladder)},
-                "allocator": float(chosen(test.score, rungs)[rows].mean()),
-                "tokens": float(chosen(test.visual, rungs)[rows].mean()),
+                "allocator": float(decisions.score[rows].mean()),
+                "tokens": float(decisions.visual[rows].mean()),
             }
         return out
 
-    def _latency(self, sample: int = 16) -> tuple[dict[int, float], float]:
-        """Milliseconds of an answer at batch size 1 for every budget, and of the allocator's look: medians."""
+    def _latency(self, sample: int = 16) -> dict[int, float]:
+        """Median milliseconds of an answer at batch size 1 for every budget."""
         cases = self.stages.splits["test"][:sample]
         milliseconds = {}
         for budget in self.ladder:
             self.performer.answer(cases[:2], [budget] * len(cases[:2]), self.stages.max_new_tokens, 1)
             answers = self.performer.answer(cases, [budget] * len(cases), self.stages.max_new_tokens, 1)
             milliseconds[budget] = 1000 * float(np.median([a.seconds for a in answers]))
-        look = CheapLook(self.performer, self.fitted.allocator.config)
-        times = []
-        for case in cases:
-            start = time.perf_counter()
-            predict(self.fitted.allocator, *look([case]))
-            times.append(1000 * (time.perf_counter() - start))
-        return milliseconds, float(np.median(times))
+        return milliseconds
 
 
 def evaluate(stages: Stages, performer: Performer, start: ValueAllocator) -> dict[str, Any]:
     """Fit the allocator, evaluate on the test cases and write the report; returns the summary."""
-    fitted = fit_allocator(stages, performer, start, stages.table("grpo", performer, "val"))
-    evaluation = Evaluation(stages, performer, fitted)
-    return write_report(stages, evaluation)
+    return write_report(stages, Evaluation(stages, performer, make_decider(stages, performer, start)))
 
 
 @entry

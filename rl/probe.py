@@ -11,11 +11,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from envs.case import Case
+from envs.score_table import ScoreTable
 from models.visual import COLUMNS, FeatureBank
 from rewards.bootstrap import Bootstrap
 from rl.frontier import chosen
 from rl.stages import Stages
-from rl.table import ScoreTable
 
 STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 

@@ -15,7 +15,7 @@ import yaml
 from accelerate import PartialState
 from trl import TrlParser
 
-from models.allocator import SHARES
+from models.allocators.shares import SHARES
 from models.build import PerformerConfig
 from rl.config import FrugalConfig
 from sft.options import Stage, read_stages

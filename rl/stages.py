@@ -16,19 +16,22 @@ from accelerate import PartialState
 from datasets import Dataset
 
 from envs.columns import case_columns, extra_columns
-from models.allocator import AllocatorConfig, CheapLook, ValueAllocator
+from envs.score_table import ScoreTable
+from models.allocators.look import CheapLook
+from models.allocators.network import AllocatorConfig
+from models.allocators.value import ValueAllocator
 from models.build import build_performer, load_performer, lora_config
 from models.performer import Performer
 from models.visual import FeatureBank
 from rewards.answer import SHAPING
-from rl.allocation import AllocatorLearner
+from rl.allocation.online import AllocatorLearner
 from rl.checkpoints import MarkWhole, is_done, last_whole, mark_done
 from rl.guards import CollapseGuard
 from rl.joint import FrugalTrainer
 from rl.prepare import load_cases, load_features, load_rewards
 from rl.recipe import Run
 from rl.scoring import Scorer
-from rl.table import ScoreTable, score_table
+from rl.table import score_table
 from sft.options import Stage
 from sft.running import Supervision, asked
 from sft.supervised import merged

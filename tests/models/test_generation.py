@@ -9,7 +9,7 @@ from transformers import GenerationConfig
 
 from models.attention import decoder, implementation
 from models.build import PerformerConfig, lora_config
-from models.generation import by_length, generate, to_device
+from models.generation import by_length, generate, generate_sure, to_device
 from models.sight import lay_out
 
 LENGTH = 8
@@ -253,3 +253,20 @@ def test_tensors_go_to_a_device_wherever_they_are_nested():
     assert [moved["a"].device, moved["b"][0].device, moved["b"][1]["c"][0].device] == [meta] * 3
     assert moved["b"][1]["c"][1] == "text" and moved["d"] is None
     assert inputs["a"].device.type == "cpu"
+
+
+def test_a_completion_comes_with_the_models_own_log_probability(performer, cases):
+    config = greedy(performer)
+    config.suppress_tokens = [5]  # a ban changes what is chosen, not how likely the model held it
+    prompts = [performer.prompt(c, b) for c, b in zip(cases[:3], (16, 0, 4), strict=True)]
+    sight = performer.processor.sight
+    written = generate_sure(performer.model, sight, prompts, [1, 2, 1], config)
+    rows = [prompts[i] for i in (0, 1, 1, 2)]
+    for prompt, (ids, logp) in zip(rows, written, strict=True):
+        whole = lay_out(sight, [*prompt.ids.tolist(), *ids], prompt.views)
+        with torch.no_grad():
+            out = performer.model(input_ids=whole.ids[None], **sight.inputs(performer.model, [prompt.views]))
+        steps = out.logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        expected = steps.gather(1, torch.tensor(ids)[:, None]).sum().item()
+        assert logp == pytest.approx(expected, abs=1e-4)
+    assert [ids for ids, _ in written] == generate(performer.model, sight, prompts, [1, 2, 1], config)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from models import performer as module
-from models.allocator import AllocatorConfig, CheapLook
+from models.allocators.look import CheapLook
+from models.allocators.network import AllocatorConfig
 from models.cost import TowerShape
 from models.performer import question_text
 from slides.errors import InputError

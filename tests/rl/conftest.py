@@ -10,11 +10,13 @@ import torch
 from datasets import Dataset
 
 from envs.columns import case_columns
-from models.allocator import AllocatorConfig, CheapLook, ValueAllocator
+from models.allocators.look import CheapLook
+from models.allocators.network import AllocatorConfig
+from models.allocators.value import ValueAllocator
 from models.performer import Performer
 from rewards.answer import SHAPING
 from rewards.registry import get_rewards
-from rl.allocation import AllocatorLearner
+from rl.allocation.online import AllocatorLearner
 from rl.config import FrugalConfig
 from rl.joint import FrugalTrainer
 from tests.conftest import LADDER, WIDTH

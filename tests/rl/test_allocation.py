@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.allocator import AllocatorConfig, ValueAllocator
-from rl.allocation import fit_by_patient, fit_table
+from models.allocators.network import AllocatorConfig
+from models.allocators.value import ValueAllocator
+from rl.allocation.fitting import fit_by_patient, fit_table
 from tests.conftest import LADDER, WIDTH
 
 

@@ -12,7 +12,7 @@ import pytest
 from envs.case import Case
 from rl.prepare import check_questions, load_features
 from rl.recipe import EncoderConfig
-from rl.report import missing_slides
+from rl.report.writing import missing_slides
 from sft.options import Stage
 from slides.errors import InputError
 from slides.store import Features, read_features, write_features

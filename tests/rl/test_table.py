@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from envs.columns import case_columns, extra_columns
+from envs.score_table import COLUMNS, ScoreTable
 from rewards.registry import get_rewards
 from rl.scoring import Scorer
-from rl.table import COLUMNS, ScoreTable, score_table
+from rl.table import score_table
 from slides.errors import InputError
 
 
@@ -21,6 +22,7 @@ def table() -> ScoreTable:
         ["p0", "p0", "p1"],
         ["q", "q", "r"],
         [0, 1, 16],
+        rng.random((3, 3)),
         rng.random((3, 3)),
         np.array([[0, 1, 16]] * 3),
         rng.integers(10, 20, (3, 3)),

@@ -8,7 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.allocator import AllocatorConfig, CheapLook, ValueAllocator
+from models.allocators.look import CheapLook
+from models.allocators.network import AllocatorConfig
+from models.allocators.value import ValueAllocator
 from models.performer import share_out
 from models.visual import COLUMNS
 from slides.errors import InputError

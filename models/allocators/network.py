@@ -1,0 +1,115 @@
+"""The small network behind an allocator: it reads the cheapest look and the question."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from models.allocators.shares import SHARES, SlideShares, equal, there
+from slides.errors import InputError
+
+
+class AllocatorConfig(PreTrainedConfig):
+    """Configuration of every allocator that is a small network.
+
+    Args:
+        ladder: budgets in tokens, ascending.
+        look: the budgets whose pooled tokens make up the cheapest look.
+        feature_dim: width d of the patch features.
+        width: hidden width; buckets: size of the hashed vocabulary of question tokens.
+        dropout: before the hidden layer; look_dropout: of the standardised features of the look.
+        share: how a budget is divided among the slides of a case: `equal`, or `attention` by what they show.
+    """
+
+    model_type = "frugalpath_allocator"
+
+    def __init__(
+        self,
+        ladder: Sequence[int] = (1, 4, 16, 49, 196),
+        look: Sequence[int] = (1, 4),
+        feature_dim: int = 1280,
+        width: int = 64,
+        buckets: int = 4096,
+        dropout: float = 0.3,
+        look_dropout: float = 0.5,
+        share: str = "equal",
+        **kwargs: Any,
+    ):
+        if share not in SHARES:
+            raise InputError(f"allocator.share: {share!r} is not known; known are {', '.join(SHARES)}")
+        self.ladder, self.look = list(ladder), list(look)
+        self.feature_dim, self.width, self.buckets = feature_dim, width, buckets
+        self.dropout, self.look_dropout, self.share = dropout, look_dropout, share
+        super().__init__(**kwargs)
+
+
+class LookNetwork(PreTrainedModel):
+    """Reads look (B, K, sum(look), d) and question (B, T), and writes one output a rung.
+
+    Args:
+        config: its shape. extra: further inputs of the head, (B, extra).
+    """
+
+    config_class = AllocatorConfig
+
+    def __init__(self, config: AllocatorConfig, extra: int = 0):
+        super().__init__(config)
+        inputs = sum(config.look) * (config.width // 4) + config.width + extra
+        self.register_buffer("mean", torch.zeros(config.feature_dim))
+        self.register_buffer("std", torch.ones(config.feature_dim))
+        self.drop = nn.Dropout(config.look_dropout)
+        self.see = nn.Linear(config.feature_dim, config.width // 4)
+        self.question = nn.EmbeddingBag(config.buckets, config.width, mode="mean", padding_idx=0)
+        self.shares = None
+        if config.share == "attention":
+            self.shares = SlideShares(config.feature_dim, config.width // 4, config.buckets)
+        self.head = nn.Sequential(
+            nn.LayerNorm(inputs),
+            nn.Dropout(config.dropout),
+            nn.Linear(inputs, config.width),
+            nn.GELU(),
+            nn.Linear(config.width, len(config.ladder)),
+        )
+        self.post_init()
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SlideShares):
+            module.reset()
+
+    def read(self, look: torch.Tensor, question: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
+        """Outputs (B, rungs)."""
+        seen = self.see(self.drop((look - self.mean) / self.std)).flatten(2)
+        gathered = (self._weights(look, question)[..., None] * seen).sum(1)
+        return self.head(torch.cat([gathered, self.question(question), *extra], 1))
+
+    def _weights(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+        return equal(there(look)) if self.shares is None else self.shares(look, question, there(look))
+
+    @torch.no_grad()
+    def divide(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+        """Shares (B, K) of a budget for the slides of each case: half of it equally, half by attention."""
+        return (equal(there(look)) + self._weights(look, question)) / 2
+
+    def flops(self, slides: int) -> float:
+        """FLOPs of one decision about a case of so many slides (a multiply-add counts 2)."""
+        narrow = self.config.width // 4
+        looks = sum(self.config.look) + (self.shares is not None)
+        first, last = self.head[2], self.head[-1]
+        return 2.0 * (
+            slides * looks * self.config.feature_dim * narrow
+            + first.in_features * first.out_features
+            + last.in_features * last.out_features
+        )
+
+    @torch.no_grad()
+    def standardise(self, look: torch.Tensor) -> None:
+        """Set mean and deviation of the features from the looks (B, K, tokens, d) of training cases."""
+        rows = look[look.flatten(2).any(-1)].flatten(0, 1)
+        self.mean.copy_(rows.mean(0))
+        self.std.copy_(rows.std(0).clamp_min(1e-3))

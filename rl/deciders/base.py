@@ -1,0 +1,68 @@
+"""What an allocator decided, whatever its form, and what came of it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import numpy as np
+
+from envs.score_table import ScoreTable
+from rl.frontier import chosen
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """Budgets for N cases at one price, and the answers they bought.
+
+    Args:
+        price: lambda.
+        rungs: (N,) rung of the ladder, the nearest one where the form is not bound to the ladder.
+        score: (N,) in 0..1. visual: (N,) realised tokens. flops: (N,) of the answer.
+        look: (N,) FLOPs of deciding, earlier looks included.
+    """
+
+    price: float
+    rungs: np.ndarray
+    score: np.ndarray
+    visual: np.ndarray
+    flops: np.ndarray
+    look: np.ndarray
+
+    @classmethod
+    def from_table(cls, price: float, table: ScoreTable, rungs: np.ndarray, look: np.ndarray) -> Decisions:
+        """Decisions among the columns of a table of N cases."""
+        score, visual, flops = (chosen(v, rungs) for v in (table.score, table.visual, table.flops))
+        return cls(price, rungs, score, visual, flops, look)
+
+    @property
+    def cost(self) -> np.ndarray:
+        """FLOPs (N,) with those of deciding."""
+        return self.flops + self.look
+
+
+class Decider(ABC):
+    """An allocator that is ready to decide about the cases of a run.
+
+    Args:
+        ladder: budgets in tokens.
+    """
+
+    form: str
+    ladder: list[int]
+
+    @abstractmethod
+    def decide(self, split: str, price: float) -> Decisions:
+        """Decisions about the cases of `val` or `test`; those of `val` by fits that had not seen the patient."""
+
+    def predicted(self, split: str) -> np.ndarray | None:
+        """Predicted scores (N, rungs) of a split, where the form predicts any; `val` out of fold."""
+        return None
+
+    def share_look(self) -> np.ndarray:
+        """FLOPs (N,) that a static budget costs in the test split to be divided among the slides of a case."""
+        return np.zeros(1)
+
+    @abstractmethod
+    def look_ms(self) -> float:
+        """Median milliseconds of deciding about one case of the test split."""
