@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from envs.case import Case
 from envs.score_table import ScoreTable
 from rl.frontier import chosen
 
@@ -50,6 +52,10 @@ class Decider(ABC):
 
     form: str
     ladder: list[int]
+
+    @abstractmethod
+    def choose(self, cases: Sequence[Case], price: float) -> tuple[np.ndarray, np.ndarray]:
+        """Rungs (N,) for any cases whose images the performer can see, and the FLOPs (N,) of choosing them."""
 
     @abstractmethod
     def decide(self, split: str, price: float) -> Decisions:

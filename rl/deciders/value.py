@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
 
+from envs.case import Case
 from envs.score_table import ScoreTable
 from models.allocators.look import CheapLook
 from models.allocators.value import ValueAllocator
@@ -42,19 +44,22 @@ class ValueDecider(Decider):
         test = predict(self.allocator, *self.look(self.stages.splits["test"]))
         return {"val": self.held_out, "test": test}
 
+    def choose(self, cases: Sequence[Case], price: float) -> tuple[np.ndarray, np.ndarray]:
+        values = predict(self.allocator, *self.look(cases))
+        return (values - price * self.rung_cost).argmax(1), self._look_flops(cases)
+
     def predicted(self, split: str) -> np.ndarray:
         return self._values[split]
 
     def decide(self, split: str, price: float) -> Decisions:
         table = self.stages.table("grpo", self.performer, split).at(self.ladder)
         rungs = (self._values[split] - price * self.rung_cost).argmax(1)
-        return Decisions.from_table(price, table, rungs, self._look_flops(split))
+        return Decisions.from_table(price, table, rungs, self._look_flops(self.stages.splits[split]))
 
     def share_look(self) -> np.ndarray:
-        return super().share_look() if self.allocator.shares is None else self._look_flops("test")
+        return super().share_look() if self.allocator.shares is None else self._look_flops(self.stages.splits["test"])
 
-    def _look_flops(self, split: str) -> np.ndarray:
-        cases = self.stages.splits[split]
+    def _look_flops(self, cases: Sequence[Case]) -> np.ndarray:
         return np.array([self.allocator.flops(len(self.performer.sources(c))) for c in cases])
 
     def look_ms(self) -> float:
