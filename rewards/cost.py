@@ -48,7 +48,7 @@ def multiplicative(score: Any, cost: Any, price: Any) -> Any:
     """s * (1 - price * cost), the factor not below 0: nothing is paid for wrong answers. Arguments as for `linear`."""
     score, cost = _settled(score, cost, 1.0)
     factor = 1.0 - price * cost
-    return score * _library(factor).clip(factor, 0.0, None)
+    return score * library_of(factor).clip(factor, 0.0, None)
 
 
 def log(score: Any, tokens: Any, cap: Any, price: Any, n_min: float = 1.0) -> Any:
@@ -63,7 +63,7 @@ def log(score: Any, tokens: Any, cap: Any, price: Any, n_min: float = 1.0) -> An
     """
     score, tokens = _settled(score, tokens, cap)
     share = tokens / n_min, cap / n_min
-    library = _library(*share)
+    library = library_of(*share)
     doublings, most = (library.log2(library.clip(_array(ratio, library), 1.0, None)) for ratio in share)
     return score - price * library.clip(doublings / library.where(most > 0, most, math.inf), 0.0, 1.0)
 
@@ -72,7 +72,7 @@ def threshold(score: Any, tokens: Any, cap: Any, factor: float = 0.5) -> Any:
     """s below the cap, factor * s at or above it, 0 for NaN tokens: the published token reward, for arrays."""
     score, tokens = _settled(score, tokens, cap)
     below = tokens < cap
-    return score * _library(below).where(below, 1.0, factor)
+    return score * library_of(below).where(below, 1.0, factor)
 
 
 def birr(answer_text: str | None, native: int, score: float) -> float:
@@ -113,7 +113,7 @@ def visionthink(
         form_weight: 0 or more.
         right_from: least score that counts as right; the paper's scores are 0 and 1.
     """
-    library = _library(score, form, high)
+    library = library_of(score, form, high)
     score, form, high = (_array(value, library) for value in (score, form, high))
     known = ~library.isnan(high)
     right = known & (score >= right_from)
@@ -136,7 +136,7 @@ def oracle_regret(tokens: Any, oracle: Any, cap: Any, n_min: float = 1.0) -> Any
         cap: tokens of the largest budget.
         n_min: tokens of the smallest budget, above 0.
     """
-    library = _library(tokens, oracle, cap)
+    library = library_of(tokens, oracle, cap)
     tokens = _array(tokens, library)
     known = ~library.isnan(tokens)
     asked, needed, most = (
@@ -166,7 +166,7 @@ def dual_price(price: float, cost: Any, target: float, step: float = 0.1, worst_
 
 def _settled(score: Any, cost: Any, worst: Any) -> tuple[Any, Any]:
     """Score and cost with 0 and `worst` in the place of what has cost NaN."""
-    library = _library(score, cost, worst)
+    library = library_of(score, cost, worst)
     cost = _array(cost, library)
     known = ~library.isnan(cost)
     return library.where(known, score, 0.0), library.where(known, cost, worst)
@@ -185,7 +185,7 @@ def _array(value: Any, library: Any) -> Any:
     return library.asarray(value, dtype=library.float64)
 
 
-def _library(*values: Any) -> Any:
+def library_of(*values: Any) -> Any:
     """torch if one of the values is a tensor, else numpy; torch is not imported for numbers and arrays."""
     if any(type(value).__module__.partition(".")[0] == "torch" for value in values):
         import torch

@@ -11,18 +11,40 @@ from __future__ import annotations
 
 import numpy as np
 
+from models.allocators.network import LookNetwork
+from models.allocators.policy import PolicyAllocator
 from models.allocators.value import ValueAllocator
 from models.performer import Performer
 from rl.deciders.base import Decider
+from rl.deciders.policy import fit_policy
 from rl.deciders.value import fit_value
+from rl.guards import collapsed
 from rl.recipe import parse_recipe
 from rl.stages import Stages
 from slides.errors import entry
 
 
-def make_decider(stages: Stages, performer: Performer, start: ValueAllocator) -> Decider:
-    """An allocator of the recipe's form that is ready to decide."""
-    return fit_value(stages, performer, start, stages.table("grpo", performer, "val"))
+def make_decider(stages: Stages, performer: Performer, start: LookNetwork) -> Decider:
+    """An allocator of the recipe's form that is ready to decide.
+
+    Args:
+        start: the jointly trained network.
+    """
+    form = stages.run.allocator.form
+    table = stages.table("grpo", performer, "val")
+    if form == "policy" and isinstance(start, PolicyAllocator):
+        return fit_policy(stages, performer, start, table)
+    if form == "value" and isinstance(start, ValueAllocator):
+        return fit_value(stages, performer, start, table)
+    raise TypeError(f"no decider of the form {form} starts from a {type(start).__name__}")
+
+
+def collapse(stages: Stages, performer: Performer, decider: Decider) -> list[str]:
+    """Warnings about choices that are the same, or blind to the image, for all validation cases at every price."""
+    prices = stages.run.evaluation.prices if decider.settled is None else [decider.settled]
+    rungs = {price: decider.decide("val", price).rungs for price in prices}
+    below_cap = stages.objective(performer).below_cap
+    return collapsed(rungs, [c.prompt for c in stages.splits["val"]], decider.ladder, below_cap)
 
 
 @entry
@@ -35,6 +57,8 @@ def main() -> None:
     if predicted is not None:
         error = np.abs(predicted - stages.table("grpo", performer, "val").at(stages.run.ladder).score).mean()
         print(f"allocator fitted on {len(predicted)} cases, mean absolute error out of fold {error:.3f}")
+    for warning in collapse(stages, performer, decider):
+        print(f"warning: {warning}")
     print(f"written to {stages.run.folder / 'allocator'}")
 
 

@@ -3,11 +3,33 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from transformers import TrainerCallback
 
 logger = logging.getLogger(__name__)
+
+STUCK = {
+    "smallest_budget": "the smallest budget; lower allocator.price (or the prices of evaluation), raise "
+    "allocator.explore or allocator.entropy, and see in the score table whether any larger budget answers better",
+    "largest_budget": "the largest budget; raise allocator.price (or the prices of evaluation), raise "
+    "allocator.explore or allocator.entropy, and add a smaller budget to the ladder if the smallest is much worse",
+    "below_cap": "the budget just below the cap, since allocator.objective birr makes all budgets below it cost the "
+    "same; set it to linear, log or dual",
+    "largest_share": "one budget; change allocator.price (lower if it is the smallest budget, higher if the largest) "
+    "or raise allocator.explore",
+}
+BLIND = (
+    "chooses the budget by the question alone and not by the image; give it a better look (allocator.look), more "
+    "validation cases (val_fraction), or a larger allocator.width, and see in the report what the oracle gains"
+)
+INSENSITIVE = 0.02
+"""Bits of mutual information between budget and image, given the question, under which the image has no say."""
+ENOUGH = 10
+"""Cases that share their question with another one, under which nothing can be said of that."""
 
 
 class CollapseGuard(TrainerCallback):
@@ -25,7 +47,8 @@ class CollapseGuard(TrainerCallback):
         self.warnings: list[str] = []
         self._smooth: float | None = None
         self._best = float("-inf")
-        self._streak = {"reward": 0, "entropy": 0, "rung": 0, "silent": 0}
+        self._streak: Counter[str] = Counter()
+        self._told: set[str] = set()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer: a resumed run has a history that counts."""
@@ -57,13 +80,19 @@ class CollapseGuard(TrainerCallback):
             f"token entropy is {float(logs.get('entropy', 1.0)):.1e}: the performer no longer explores; "
             "raise temperature, lower learning_rate or stop the warm start earlier",
         )
+        told = {
+            kind: float(logs.get(f"allocator/{kind}", 0.0))
+            for kind in ("below_cap", "smallest_budget", "largest_budget", "largest_share")
+        }
+        # The most specific of them is told; `largest_share` is of whatever budget is commonest.
+        stuck = next((kind for kind, share in told.items() if share > self.share), None)
+        for kind, share in told.items():
+            self._check(kind, kind == stuck, step, f"the allocator gives {share:.0%} of the cases {STUCK[kind]}")
         self._check(
-            "rung",
-            float(logs.get("allocator/largest_share", 0.0)) > self.share,
+            "image",
+            stuck is None and float(logs.get("allocator/image_information", 1.0)) < INSENSITIVE,
             step,
-            f"the allocator gives {float(logs.get('allocator/largest_share', 0.0)):.0%} of the cases one budget; "
-            "change allocator.price (lower if it is the smallest budget, "
-            "higher if the largest) or raise allocator.explore",
+            f"the allocator {BLIND}",
         )
         self._check(
             "silent",
@@ -75,6 +104,61 @@ class CollapseGuard(TrainerCallback):
 
     def _check(self, kind: str, bad: bool, step: int, message: str) -> None:
         self._streak[kind] = self._streak[kind] + 1 if bad else 0
-        if self._streak[kind] == self.patience:
+        if self._streak[kind] >= self.patience and kind not in self._told:
+            self._told.add(kind)
             self.warnings.append(f"step {step}: {message}")
             logger.warning("step %d: %s", step, message)
+
+
+def image_information(rungs: Sequence[int], questions: Sequence[Hashable]) -> float | None:
+    """Mutual information, in bits, between the chosen budget and the image given the question.
+
+    A choice is settled by question and image, so that it is the entropy of the budgets of a question. Questions that
+    stand alone tell nothing.
+
+    Args:
+        rungs: (N,). questions: of the N cases, their text.
+
+    Returns:
+        The mean over the cases whose question others have too; None if there are hardly any.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for question, rung in zip(questions, rungs, strict=True):
+        groups.setdefault(question, []).append(int(rung))
+    shared = [group for group in groups.values() if len(group) > 1]
+    count = sum(map(len, shared))
+    if count < ENOUGH:
+        return None
+    bits = 0.0
+    for group in shared:
+        share = np.bincount(group) / len(group)
+        share = share[share > 0]
+        bits -= len(group) * float((share * np.log2(share)).sum())
+    return bits / count
+
+
+def collapsed(
+    rungs: Mapping[float, np.ndarray],
+    questions: Sequence[Hashable],
+    ladder: Sequence[int],
+    below_cap: int | None = None,
+    share: float = 0.98,
+) -> list[str]:
+    """Warnings about a fitted allocator whose choices are the same, or blind to the image, at every price.
+
+    Args:
+        rungs: price -> chosen rungs (N,). questions: of the N cases.
+        below_cap: the rung just below the cap, where the objective has one.
+        share: of the cases that count as all.
+    """
+    shares = np.stack([np.bincount(chosen, minlength=len(ladder)) / len(chosen) for chosen in rungs.values()])
+    for rung in np.flatnonzero((shares > share).all(0)):
+        kinds = {0: "smallest_budget", len(ladder) - 1: "largest_budget", below_cap: "below_cap"}
+        kind = kinds.get(int(rung), "largest_share")
+        return [f"the fitted allocator gives at every price {shares[:, rung].min():.0%} of cases {STUCK[kind]}"]
+    # Where all get one budget, as they should at the ends of the range of prices, nothing can depend on the image.
+    mixed = [chosen for chosen, own in zip(rungs.values(), shares, strict=True) if own.max() <= share]
+    told = [image_information(chosen.tolist(), questions) for chosen in mixed]
+    if mixed and all(bits is not None and bits < INSENSITIVE for bits in told):
+        return [f"the fitted allocator {BLIND}"]
+    return []

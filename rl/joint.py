@@ -120,9 +120,11 @@ class FrugalTrainer(GroupTrainer):
             score = score.view(*self._drawn.rungs.shape, self.num_generations)
             score = score[..., : self.num_generations - self.args.gold_rollout].mean(-1)
             # Every process updates on the rollouts of all, so that the allocators stay equal without DDP.
-            parts = (self._padded(self._drawn.look), self._padded(self._drawn.question), self._drawn.rungs, score)
-            drawn = [gather(t.to(local.device)) for t in parts]
-            for name, value in self.learner.update(*(t.cpu() for t in drawn)).items():
+            seen = (self._padded(self._drawn.look), self._padded(self._drawn.question))
+            parts = (*seen, self._drawn.rungs, score, self._drawn.price)
+            *drawn, price = (gather(t.to(local.device)).cpu() for t in parts)
+            metrics = self.learner.update(*drawn, price=price, epoch=self.state.epoch or 0.0)
+            for name, value in metrics.items():
                 self._metrics["train"][f"allocator/{name}"].append(value)
         return rewards
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from envs.score_table import ScoreTable
-from models.allocators.value import ValueAllocator
+from models.allocators.network import LookNetwork
 from models.performer import Performer
 from rewards.bootstrap import Bootstrap
 from rewards.registry import gold_completion
-from rl.allocate import make_decider
+from rl.allocate import collapse, make_decider
 from rl.deciders.base import Decider, Decisions
 from rl.fields import field_results
 from rl.frontier import (
@@ -104,8 +104,11 @@ class Evaluation:
     def operating_price(self) -> float:
         """The cheapest price that is as accurate as the best on validation cases, by out-of-fold choices.
 
-        The best of all prices and static budgets is what the others are measured against.
+        The best of all prices and static budgets is what the others are measured against. Where the objective is
+        `dual`, the price is the one that meets the target.
         """
+        if self.decider.settled is not None:
+            return self.decider.settled
         run, table = self.stages.run, self.val.at(self.ladder)
         bootstrap = Bootstrap(table.patients, run.evaluation.bootstrap, run.grpo.seed)
         prices = run.evaluation.prices
@@ -171,6 +174,7 @@ class Evaluation:
                 self.stages.splits["test"], texts, evaluation.bootstrap, self.stages.run.grpo.seed
             ),
             "linear_probe": linear_probe(self.stages, self.test, rungs, k, self.bootstrap),
+            "warnings": collapse(self.stages, self.performer, self.decider),
             "chosen": {str(b): int((rungs == j).sum()) for j, b in enumerate(self.ladder)},
         }
 
@@ -240,7 +244,7 @@ class Evaluation:
         return milliseconds
 
 
-def evaluate(stages: Stages, performer: Performer, start: ValueAllocator) -> dict[str, Any]:
+def evaluate(stages: Stages, performer: Performer, start: LookNetwork) -> dict[str, Any]:
     """Fit the allocator, evaluate on the test cases and write the report; returns the summary."""
     return write_report(stages, Evaluation(stages, performer, make_decider(stages, performer, start)))
 

@@ -17,11 +17,16 @@ from trl import TrlParser
 
 from models.allocators.shares import SHARES
 from models.build import PerformerConfig
+from rewards.objectives import OBJECTIVES, OF_GROUPS
+from rl.allocation.sampling import ADVANTAGES
 from rl.config import FrugalConfig
 from sft.options import Stage, read_stages
 from slides.errors import InputError
 
 T = TypeVar("T")
+
+FORMS = ("value", "policy")
+"""Forms of the allocator; `rl.allocate.make_decider` has a branch for each."""
 
 NUMBERS = "; YAML reads 1e-3 as text, write 1.0e-3"
 """Remedy where a text stands for a number."""
@@ -57,6 +62,9 @@ class AllocatorOptions:
     """The `allocator` part.
 
     Args:
+        form: `value` predicts the score of every budget, `policy` is a policy given the price; see docs/training.md.
+        objective: what it maximises, a preset of `rewards.objectives`.
+        target: mean cost that the objective `dual` aims at, the largest budget = 1.
         look: budgets whose pooled tokens are the cheapest look.
         share: `equal` divides a budget evenly among the slides of a case, `attention` by what they show.
         width, dropout: of the value head.
@@ -64,8 +72,14 @@ class AllocatorOptions:
         temperature, explore: spread of drawn budgets around the best, and share of uniform draws.
         learning_rate: of the online updates; fit_learning_rate, weight_decay: of the fit on a score table.
         fit_epochs: at most so many; the number is chosen by the loss on held-out patients.
+        price_range: lowest and highest lambda that a policy is trained for; it is drawn between them.
+        entropy: of a policy, reward for a nat of entropy; entropy_decay: its factor for each epoch.
+        advantage: of a policy in the joint step, `rloo` or `grpo`; see `rl.allocation.sampling`.
     """
 
+    form: str = "value"
+    objective: str = "linear"
+    target: float | None = None
     look: list[int] = field(default_factory=lambda: [1, 4])
     share: str = "equal"
     width: int = 64
@@ -77,6 +91,44 @@ class AllocatorOptions:
     fit_learning_rate: float = 3e-4
     fit_epochs: int = 40
     weight_decay: float = 1e-2
+    price_range: list[float] = field(default_factory=lambda: [0.003, 1.0])
+    entropy: float = 0.003
+    entropy_decay: float = 1.0
+    advantage: str = "rloo"
+
+    def settings(self) -> dict[str, Any]:
+        """What a trained allocator depends on: keys that are as they were before they existed are left out."""
+        own = dataclasses.asdict(self)
+        if self.form != "policy":
+            own = {k: v for k, v in own.items() if k not in ("price_range", "entropy", "entropy_decay", "advantage")}
+        usual = {"form": "value", "objective": "linear", "target": None}
+        return {k: v for k, v in own.items() if k not in usual or v != usual[k]}
+
+    def problems(self) -> list[str]:
+        """What is wrong with it, one line each."""
+        known = {"form": FORMS, "objective": OBJECTIVES, "advantage": ADVANTAGES, "share": SHARES}
+        found = [
+            f"allocator.{key}: {getattr(self, key)!r} is not known; known are {', '.join(names)}"
+            for key, names in known.items()
+            if getattr(self, key) not in names
+        ]
+        if self.form == "value" and self.objective in OF_GROUPS:
+            found.append(
+                f"allocator.objective: {self.objective} compares the budgets of a case, which a predicted mean score "
+                "does not tell; set allocator.form to policy"
+            )
+        if (self.objective == "dual") != (self.target is not None):
+            found.append(
+                "allocator.target: the mean cost (largest budget = 1) belongs to the objective dual; set both"
+            )
+        if self.target is not None and not 0 < self.target <= 1:
+            found.append(f"allocator.target: {self.target} is no share of the largest budget; give one in 0..1")
+        prices = self.price_range
+        if len(prices) != 2 or not 0 < prices[0] <= prices[1]:
+            found.append(f"allocator.price_range: {prices} is no [lowest, highest] with a lowest above 0")
+        if self.form == "policy" and self.explore == 0 and self.entropy == 0:
+            found.append("allocator.explore: with 0, and entropy 0, a policy settles on one budget; raise one of them")
+        return found
 
 
 @dataclass
@@ -214,8 +266,8 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
         grpo=grpo,
         path=path,
     )
-    if run.allocator.share not in SHARES:
-        raise InputError(f"allocator.share: {run.allocator.share!r} is not known; known are {', '.join(SHARES)}")
+    if found := run.allocator.problems():
+        raise InputError(found)
     if not set(run.allocator.look) <= set(ladder):
         raise InputError(f"allocator.look: {run.allocator.look} must be budgets of the ladder {ladder}")
     return run

@@ -18,13 +18,15 @@ from datasets import Dataset
 from envs.columns import case_columns, extra_columns
 from envs.score_table import ScoreTable
 from models.allocators.look import CheapLook
-from models.allocators.network import AllocatorConfig
+from models.allocators.network import AllocatorConfig, LookNetwork
+from models.allocators.policy import PolicyAllocator, PolicyConfig
 from models.allocators.value import ValueAllocator
 from models.build import build_performer, load_performer, lora_config
 from models.performer import Performer
 from models.visual import FeatureBank
 from rewards.answer import SHAPING
-from rl.allocation.online import AllocatorLearner
+from rl.allocation.objectives import Objective
+from rl.allocation.online import AllocatorLearner, PolicyLearner, ValueLearner
 from rl.checkpoints import MarkWhole, is_done, last_whole, mark_done
 from rl.guards import CollapseGuard
 from rl.joint import FrugalTrainer
@@ -105,7 +107,7 @@ class Stages:
             return self._load(longer.name)
         return self._sft(longer, self._load("sft"), parts)
 
-    def joint(self) -> tuple[Performer, ValueAllocator]:
+    def joint(self) -> tuple[Performer, LookNetwork]:
         """GRPO of performer and allocator from one set of rollouts.
 
         Raises:
@@ -120,13 +122,8 @@ class Stages:
         performer = self.warm_start()
         allocator = self._new_allocator(performer)
         if is_done(folder, parts):
-            return self._load("grpo"), ValueAllocator.from_pretrained(folder / "allocator")
-        look = CheapLook(performer, allocator.config)
-        options = self.run.allocator
-        cost = torch.tensor(self.rung_cost(performer))
-        learner = AllocatorLearner(
-            allocator, look, cost, options.price, options.temperature, options.explore, options.learning_rate
-        )
+            return self._load("grpo"), self.network.from_pretrained(folder / "allocator")
+        learner = self._learner(performer, allocator)
         train = self.splits["train"]
         extra = extra_columns(self.cases)
         rows = [{"index": i, "prompt": performer.messages(c), **case_columns(c, extra)} for i, c in enumerate(train)]
@@ -159,7 +156,7 @@ class Stages:
         path = self.run.folder / "tables" / f"{name}.{split}.jsonl"
         weights = None
         if name == "grpo" and self.run.allocator.share != "equal" and not path.is_file():
-            allocator = ValueAllocator.from_pretrained(self.run.folder / "grpo" / "allocator")
+            allocator = self.network.from_pretrained(self.run.folder / "grpo" / "allocator")
             weights = CheapLook(performer, allocator.config).divide(allocator, self.splits[split])
         return score_table(
             performer,
@@ -184,21 +181,50 @@ class Stages:
             flops.append(sum(performer.flops(p, w) for p, w in zip(prompts, written, strict=True)))
         return [f / flops[-1] for f in flops]
 
-    def _new_allocator(self, performer: Performer) -> ValueAllocator:
+    def objective(self, performer: Performer) -> Objective:
+        """What the allocator maximises."""
+        options = self.run.allocator
+        return Objective(options.objective, tuple(self.run.ladder), tuple(self.rung_cost(performer)), options.target)
+
+    @property
+    def network(self) -> type[LookNetwork]:
+        """The network of the allocator's form; forms that have none of their own learn values."""
+        return PolicyAllocator if self.run.allocator.form == "policy" else ValueAllocator
+
+    def _new_allocator(self, performer: Performer) -> LookNetwork:
         options = self.run.allocator
         torch.manual_seed(self.run.grpo.seed)
-        config = AllocatorConfig(
-            ladder=self.run.ladder,
-            look=options.look,
-            feature_dim=self.bank.dim,
-            width=options.width,
-            dropout=options.dropout,
-            share=options.share,
-        )
-        allocator = ValueAllocator(config)
+        shape: dict[str, Any] = {
+            "ladder": self.run.ladder,
+            "look": options.look,
+            "feature_dim": self.bank.dim,
+            "width": options.width,
+            "dropout": options.dropout,
+            "share": options.share,
+        }
+        policy = self.network is PolicyAllocator
+        config = PolicyConfig(options.price_range, **shape) if policy else AllocatorConfig(**shape)
+        allocator = self.network(config)
         train = self.splits["train"]
         allocator.standardise(CheapLook(performer, config)(train[:: max(1, len(train) // 512)])[0])
         return allocator
+
+    def _learner(self, performer: Performer, allocator: LookNetwork) -> AllocatorLearner:
+        options = self.run.allocator
+        look, objective = CheapLook(performer, allocator.config), self.objective(performer)
+        shared: dict[str, Any] = {
+            "price": options.price,
+            "explore": options.explore,
+            "learning_rate": options.learning_rate,
+        }
+        if isinstance(allocator, PolicyAllocator):
+            own: dict[str, Any] = {
+                "kind": options.advantage,
+                "entropy": options.entropy,
+                "decay": options.entropy_decay,
+            }
+            return PolicyLearner(allocator, look, objective, **shared, **own)
+        return ValueLearner(allocator, look, objective, **shared, temperature=options.temperature)
 
     def _sft(self, stage: Stage, performer: Performer, parts: dict[str, Any]) -> Performer:
         """Train a stage, write its folder and read it again."""
@@ -250,7 +276,7 @@ class Stages:
 
     def grpo_parts(self) -> dict[str, Any]:
         grpo = {k: v for k, v in self.run.grpo.to_dict().items() if k not in NEUTRAL}
-        online = dataclasses.asdict(self.run.allocator)
+        online = self.run.allocator.settings()
         online = {k: v for k, v in online.items() if not k.startswith("fit_") and k != "weight_decay"}
         return {
             **self._sft_parts(len(self.run.sft)),

@@ -54,7 +54,7 @@ class LookNetwork(PreTrainedModel):
         config: its shape. extra: further inputs of the head, (B, extra).
     """
 
-    config_class = AllocatorConfig
+    config_class: type[AllocatorConfig] = AllocatorConfig
 
     def __init__(self, config: AllocatorConfig, extra: int = 0):
         super().__init__(config)

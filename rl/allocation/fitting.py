@@ -3,21 +3,59 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.model_selection import GroupKFold
 
+from models.allocators.network import LookNetwork
 from models.allocators.value import ValueAllocator
 
 FOLDS = 5
 
+Network = TypeVar("Network", bound=LookNetwork)
+
+
+class Aim(ABC, Generic[Network]):
+    """What a fit is after, on looks (B, K, tokens, d), questions (B, T) and scores (B, rungs) in 0..1."""
+
+    @abstractmethod
+    def loss(
+        self, allocator: Network, look: torch.Tensor, question: torch.Tensor, scores: torch.Tensor, epoch: int
+    ) -> torch.Tensor:
+        """What a step makes smaller."""
+
+    @abstractmethod
+    def predict(self, allocator: Network, look: torch.Tensor, question: torch.Tensor) -> np.ndarray:
+        """What the allocator says of cases, (B, ...)."""
+
+    @abstractmethod
+    def held_out(self, predicted: np.ndarray, scores: np.ndarray) -> float:
+        """How far predictions (N, ...) miss the scores (N, rungs) of cases that were held out; less is better."""
+
+
+class Regression(Aim[ValueAllocator]):
+    """The aim of the form `value`: predicted scores, by cross-entropy."""
+
+    def loss(
+        self, allocator: ValueAllocator, look: torch.Tensor, question: torch.Tensor, scores: torch.Tensor, epoch: int
+    ) -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(allocator(look, question), scores)
+
+    def predict(self, allocator: ValueAllocator, look: torch.Tensor, question: torch.Tensor) -> np.ndarray:
+        return predict(allocator, look, question)
+
+    def held_out(self, predicted: np.ndarray, scores: np.ndarray) -> float:
+        sure = predicted.clip(1e-6, 1 - 1e-6)
+        return float(-(scores * np.log(sure) + (1 - scores) * np.log(1 - sure)).mean())
+
 
 def fit_table(
-    allocator: ValueAllocator,
+    allocator: Network,
     look: torch.Tensor,
     question: torch.Tensor,
     scores: torch.Tensor,
@@ -27,6 +65,7 @@ def fit_table(
     weight_decay: float = 1e-2,
     seed: int = 0,
     after_epoch: Callable[[int], None] | None = None,
+    aim: Aim | None = None,
 ) -> list[float]:
     """Fit the allocator on score[case, rung] of a frozen performer; returns the mean loss of each epoch.
 
@@ -35,7 +74,9 @@ def fit_table(
             shares, which therefore stay as they are.
         seed: of the order of the cases and of dropout.
         after_epoch: called with the number of each epoch, from 0.
+        aim: regression by default.
     """
+    aim = aim or Regression()
     torch.manual_seed(seed)
     allocator.standardise(look)
     fitted = [p for name, p in allocator.named_parameters() if not name.startswith("shares.")]
@@ -46,7 +87,7 @@ def fit_table(
         allocator.train()
         total = 0.0
         for rows in torch.randperm(len(scores), generator=generator).split(batch_size):
-            loss = F.binary_cross_entropy_with_logits(allocator(look[rows], question[rows]), scores[rows])
+            loss = aim.loss(allocator, look[rows], question[rows], scores[rows], epoch)
             allocator.zero_grad()
             loss.backward()
             optimizer.step()
@@ -59,41 +100,48 @@ def fit_table(
 
 
 def fit_by_patient(
-    start: ValueAllocator,
+    start: Network,
     look: torch.Tensor,
     question: torch.Tensor,
     scores: torch.Tensor,
     patients: Sequence[str],
     epochs: int,
     seed: int = 0,
+    aim: Aim | None = None,
     **options: Any,
-) -> tuple[ValueAllocator, np.ndarray, list[float]]:
+) -> tuple[Network, np.ndarray, list[float]]:
     """Fit for as many epochs as held-out patients profit from.
 
     Args:
         start: what every fit starts from; it is not changed.
         patients: of the N cases; those of one patient are held out together, in at most five folds.
-        epochs: at most so many; the one of the least cross-entropy on held-out patients is taken.
-        options: of `fit_table`.
+        epochs: at most so many; the one that does best on held-out patients is taken.
+        aim: regression by default. options: of `fit_table`.
 
     Returns:
-        The allocator fitted on all cases; predicted scores (N, rungs), each by a fit that had not seen the patient;
-        the held-out cross-entropy of every epoch.
+        The allocator fitted on all cases; what the aim predicts of them (N, ...), each by a fit that had not seen the
+        patient; how far each epoch missed held-out patients.
     """
-    values = np.zeros((epochs, *scores.shape))
+    aim = aim or Regression()
+    values: list[np.ndarray] = []
     for seen, held in GroupKFold(min(FOLDS, len(set(patients)))).split(look, groups=patients):
         fold = copy.deepcopy(start)
 
-        def record(epoch: int, fold: ValueAllocator = fold, held: np.ndarray = held) -> None:
-            values[epoch, held] = predict(fold, look[held], question[held])
+        def record(epoch: int, fold: Network = fold, held: np.ndarray = held) -> None:
+            own = aim.predict(fold, look[held], question[held])
+            if epoch == len(values):
+                values.append(np.zeros((len(scores), *own.shape[1:]), own.dtype))
+            values[epoch][held] = own
 
-        fit_table(fold, look[seen], question[seen], scores[seen], epochs, seed=seed, after_epoch=record, **options)
-    truth, sure = scores.double().numpy(), values.clip(1e-6, 1 - 1e-6)
-    losses = -(truth * np.log(sure) + (1 - truth) * np.log(1 - sure)).mean((1, 2))
-    best = int(losses.argmin())
+        fit_table(
+            fold, look[seen], question[seen], scores[seen], epochs, seed=seed, after_epoch=record, aim=aim, **options
+        )
+    truth = scores.double().numpy()
+    losses = [aim.held_out(predicted, truth) for predicted in values]
+    best = int(np.argmin(losses))
     allocator = copy.deepcopy(start)
-    fit_table(allocator, look, question, scores, best + 1, seed=seed, **options)
-    return allocator, values[best], losses.tolist()
+    fit_table(allocator, look, question, scores, best + 1, seed=seed, aim=aim, **options)
+    return allocator, values[best], losses
 
 
 @torch.no_grad()

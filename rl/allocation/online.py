@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,93 +13,214 @@ from safetensors.torch import load_file, save_file
 
 from envs.case import Case
 from models.allocators.look import CheapLook
+from models.allocators.network import LookNetwork
+from models.allocators.policy import PolicyAllocator, explored
 from models.allocators.value import ValueAllocator
+from rewards.cost import dual_price
+from rl.allocation.objectives import Objective
+from rl.allocation.sampling import sampled_loss
+from rl.guards import image_information
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Budgets drawn for a batch: look (B, K, tokens, d), question (B, T), rungs (B, M), shares of the slides."""
+    """Budgets drawn for a batch.
+
+    Args:
+        look: (B, K, tokens, d). question: (B, T). price: (B,), at which they were drawn. rungs: (B, M).
+        shares: of the slides of each case.
+    """
 
     look: torch.Tensor
     question: torch.Tensor
+    price: torch.Tensor
     rungs: torch.Tensor
     shares: list[list[float] | None]
 
 
-class AllocatorLearner:
+class AllocatorLearner(ABC):
     """Draws budgets and learns from what came of them.
 
     Args:
-        allocator: predicts the score of every rung.
+        allocator: the network that learns.
         look: makes its inputs.
-        cost: (rungs,), the largest budget = 1.
-        price: lambda, the price of cost while exploring.
-        temperature: spread of the drawn budgets around the best one, in units of value.
+        objective: what it maximises.
+        price: lambda, the price of cost while exploring; the first one where the objective is `dual`.
         explore: share of uniform draws, so that no rung starves.
     """
 
     def __init__(
         self,
-        allocator: ValueAllocator,
+        allocator: LookNetwork,
         look: CheapLook,
-        cost: torch.Tensor,
+        objective: Objective,
         price: float = 0.1,
-        temperature: float = 0.03,
         explore: float = 0.3,
         learning_rate: float = 2e-3,
     ):
-        self.allocator, self.look, self.cost = allocator, look, cost
-        self.price, self.temperature, self.explore = price, temperature, explore
+        self.allocator, self.look, self.objective = allocator, look, objective
+        self.price, self.explore = price, explore
         self.ladder = list(allocator.config.ladder)
         self.optimizer = torch.optim.AdamW(allocator.parameters(), learning_rate, weight_decay=1e-2)
 
-    @torch.no_grad()
     def draw(self, cases: Sequence[Case], count: int) -> Drawn:
-        """Draw `count` budgets for each case from the exploring policy, different ones while the ladder has them."""
+        """Draw `count` budgets for each case from the exploring policy."""
         look, question = self.look(cases)
-        self.allocator.eval()
-        value = self.allocator(look, question).sigmoid() - self.price * self.cost
-        policy = (value / self.temperature).softmax(-1) * (1 - self.explore) + self.explore / len(self.ladder)
-        # Where nothing is explored the second budget would have no probability at all.
-        policy = policy.clamp_min(1e-9)
-        rungs = torch.multinomial(policy, count, replacement=count > len(self.ladder))
-        return Drawn(look, question, rungs, self.look.divide(self.allocator, cases, look, question))
+        price = self._prices(len(cases))
+        rungs = self._draw(look, question, price, count)
+        return Drawn(look, question, price, rungs, self.look.divide(self.allocator, cases, look, question))
 
     def update(
-        self, look: torch.Tensor, question: torch.Tensor, rungs: torch.Tensor, score: torch.Tensor
+        self,
+        look: torch.Tensor,
+        question: torch.Tensor,
+        rungs: torch.Tensor,
+        score: torch.Tensor,
+        price: torch.Tensor | None = None,
+        epoch: float = 0.0,
     ) -> dict[str, float]:
-        """One step of regression on the scores (B, M) of the drawn rungs (B, M); returns metrics."""
+        """One step on the scores (B, M) of the drawn rungs (B, M); returns metrics.
+
+        Args:
+            price: (B,), at which they were drawn; the learner's own by default.
+            epoch: passes over the training cases so far.
+        """
+        if price is None:
+            price = torch.full((len(rungs),), self.price)
         self.allocator.train()
-        predicted = self.allocator(look, question)
-        loss = F.binary_cross_entropy_with_logits(predicted.gather(1, rungs), score.clamp(0, 1))
+        loss = self._loss(look, question, rungs, score.clamp(0, 1), price, epoch)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        best = (predicted.detach().sigmoid() - self.price * self.cost).argmax(-1)
-        share = torch.bincount(best, minlength=len(self.ladder)) / len(best)
+        best = self._best(look, question)
+        metrics = {"loss": loss.item(), "score": score.mean().item(), **self._metrics(best, rungs, question)}
+        if self.objective.target is not None:
+            metrics["price"] = self.price
+            cost = torch.tensor(self.objective.cost)
+            self.price = dual_price(self.price, cost[best].numpy(), self.objective.target)
+        return metrics
+
+    def _prices(self, count: int) -> torch.Tensor:
+        """Prices (count,) to draw budgets at."""
+        return torch.full((count,), self.price)
+
+    @abstractmethod
+    def _draw(self, look: torch.Tensor, question: torch.Tensor, price: torch.Tensor, count: int) -> torch.Tensor:
+        """Rungs (B, count)."""
+
+    @abstractmethod
+    def _loss(
+        self,
+        look: torch.Tensor,
+        question: torch.Tensor,
+        rungs: torch.Tensor,
+        score: torch.Tensor,
+        price: torch.Tensor,
+        epoch: float,
+    ) -> torch.Tensor:
+        """What a step makes smaller."""
+
+    @abstractmethod
+    def _best(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+        """Rungs (B,) that it would choose at its own price, without exploring."""
+
+    def _metrics(self, best: torch.Tensor, rungs: torch.Tensor, question: torch.Tensor) -> dict[str, float]:
+        share = (torch.bincount(best, minlength=len(self.ladder)) / len(best)).tolist()
         tokens = torch.tensor(self.ladder, dtype=torch.float32)
-        return {
-            "loss": loss.item(),
-            "score": score.mean().item(),
+        metrics = {
             "drawn_tokens": tokens[rungs].mean().item(),
             "chosen_tokens": tokens[best].mean().item(),
-            "largest_share": share.max().item(),
+            "largest_share": max(share),
+            "smallest_budget": share[0],
+            "largest_budget": share[-1],
         }
+        if (below := self.objective.below_cap) is not None:
+            metrics["below_cap"] = share[below]
+        told = image_information(best.tolist(), [tuple(t for t in row if t) for row in question.tolist()])
+        return metrics if told is None else {**metrics, "image_information": told}
 
     def save(self, folder: str | Path) -> None:
-        """Write allocator and optimizer beside a trainer's checkpoint."""
+        """Write allocator, optimizer and price beside a trainer's checkpoint."""
         self.allocator.save_pretrained(Path(folder) / "allocator")
         state = self.optimizer.state_dict()["state"]
         flat = {f"{k}.{name}": v for k, entry in state.items() for name, v in entry.items()}
+        flat["price"] = torch.tensor(self.price, dtype=torch.float64)
         save_file(flat, Path(folder) / "allocator" / "optimizer.safetensors")
 
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote."""
-        saved = ValueAllocator.from_pretrained(Path(folder) / "allocator")
+        saved = type(self.allocator).from_pretrained(Path(folder) / "allocator")
         self.allocator.load_state_dict(saved.state_dict())
+        flat = load_file(Path(folder) / "allocator" / "optimizer.safetensors")
+        self.price = flat.pop("price").item() if "price" in flat else self.price
         state: dict[int, dict[str, torch.Tensor]] = {}
-        for key, value in load_file(Path(folder) / "allocator" / "optimizer.safetensors").items():
+        for key, value in flat.items():
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = value
         whole = self.optimizer.state_dict()
         self.optimizer.load_state_dict({**whole, "state": state})
+
+
+class ValueLearner(AllocatorLearner):
+    """Regression on the scores of the drawn rungs.
+
+    Args:
+        temperature: spread of the drawn budgets around the best one, in units of value.
+        options: of `AllocatorLearner`.
+    """
+
+    allocator: ValueAllocator
+
+    def __init__(self, *args, temperature: float = 0.03, **options):
+        super().__init__(*args, **options)
+        self.temperature = temperature
+
+    @torch.no_grad()
+    def _draw(self, look: torch.Tensor, question: torch.Tensor, price: torch.Tensor, count: int) -> torch.Tensor:
+        """Different rungs while the ladder has them."""
+        self.allocator.eval()
+        value = self.objective(self.allocator(look, question).sigmoid(), price[:, None])
+        policy = explored((value / self.temperature).softmax(-1), self.explore)
+        # Where nothing is explored the second budget would have no probability at all.
+        return torch.multinomial(policy.clamp_min(1e-9), count, replacement=count > len(self.ladder))
+
+    def _loss(self, look, question, rungs, score, price, epoch) -> torch.Tensor:
+        return F.binary_cross_entropy_with_logits(self.allocator(look, question).gather(1, rungs), score)
+
+    @torch.no_grad()
+    def _best(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+        self.allocator.eval()
+        return self.objective.best(self.allocator(look, question).sigmoid(), self.price)
+
+
+class PolicyLearner(AllocatorLearner):
+    """Policy gradient on the rewards of the drawn rungs, at prices of the whole range so that one network serves all.
+
+    The draws of a case are independent, so that two may be alike, and weighted for the uniform share among them.
+
+    Args:
+        kind: of the advantage. entropy: reward for a nat of entropy; decay: its factor for each epoch.
+        options: of `AllocatorLearner`.
+    """
+
+    allocator: PolicyAllocator
+
+    def __init__(self, *args, kind: str = "rloo", entropy: float = 0.003, decay: float = 1.0, **options):
+        super().__init__(*args, **options)
+        self.kind, self.entropy, self.decay = kind, entropy, decay
+
+    def _prices(self, count: int) -> torch.Tensor:
+        return super()._prices(count) if self.objective.target is not None else self.allocator.draw_prices(count)
+
+    def _draw(self, look: torch.Tensor, question: torch.Tensor, price: torch.Tensor, count: int) -> torch.Tensor:
+        return self.allocator.sample(look, question, price, count, self.explore)
+
+    def _loss(self, look, question, rungs, score, price, epoch) -> torch.Tensor:
+        # The network is still that which the rungs were drawn by.
+        behaviour = explored(self.allocator.probabilities(look, question, price), self.explore)
+        reward = self.objective(score, price[:, None], rungs)
+        entropy = self.entropy * self.decay**epoch
+        return sampled_loss(self.allocator(look, question, price), rungs, reward, self.kind, entropy, behaviour)
+
+    def _best(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+        return self.allocator.choose(look, question, self.price)

@@ -61,6 +61,11 @@ class Decider(ABC):
     def decide(self, split: str, price: float) -> Decisions:
         """Decisions about the cases of `val` or `test`; those of `val` by fits that had not seen the patient."""
 
+    @property
+    def settled(self) -> float | None:
+        """The price that meets the target cost on validation cases, where the objective is `dual`."""
+        return None
+
     def predicted(self, split: str) -> np.ndarray | None:
         """Predicted scores (N, rungs) of a split, where the form predicts any; `val` out of fold."""
         return None

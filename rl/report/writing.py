@@ -29,9 +29,10 @@ PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy", "
 def write_report(stages: Stages, evaluation: Evaluation) -> dict[str, Any]:
     """Write `report/` of the run's folder and return the summary."""
     joint = is_done(stages.run.folder / "grpo", stages.grpo_parts()) or {}
+    found = evaluation.summary()
     summary = {
-        **evaluation.summary(),
-        "warnings": joint.get("warnings", []),
+        **found,
+        "warnings": [*joint.get("warnings", []), *found["warnings"]],
         "missing_slides": missing_slides(stages.cases, stages.bank.missing),
         "price_unit": "score per cost of the largest budget",
         "ladder": stages.run.ladder,

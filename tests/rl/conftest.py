@@ -16,7 +16,8 @@ from models.allocators.value import ValueAllocator
 from models.performer import Performer
 from rewards.answer import SHAPING
 from rewards.registry import get_rewards
-from rl.allocation.online import AllocatorLearner
+from rl.allocation.objectives import Objective
+from rl.allocation.online import AllocatorLearner, ValueLearner
 from rl.config import FrugalConfig
 from rl.joint import FrugalTrainer
 from tests.conftest import LADDER, WIDTH
@@ -41,7 +42,8 @@ def make_learner() -> Callable[..., AllocatorLearner]:
     def make(performer: Performer, **options) -> AllocatorLearner:
         torch.manual_seed(1)
         config = AllocatorConfig(ladder=LADDER, look=(1, 4), feature_dim=WIDTH, width=16, buckets=64)
-        return AllocatorLearner(ValueAllocator(config), CheapLook(performer, config), torch.tensor(COST), **options)
+        objective = Objective("linear", LADDER, COST)
+        return ValueLearner(ValueAllocator(config), CheapLook(performer, config), objective, **options)
 
     return make
 

@@ -1,0 +1,87 @@
+"""The allocator as a policy over the rungs of the ladder, given the price of cost.
+
+One network serves every price: it is trained with prices drawn from a range, and reads the logarithm of the price.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from models.allocators.network import AllocatorConfig, LookNetwork
+
+FEATURES = 8
+"""Bumps that tell where a price lies in the range."""
+
+
+class PolicyConfig(AllocatorConfig):
+    """Configuration of a policy.
+
+    Args:
+        prices: lowest and highest price that it is trained for; prices beyond act as these.
+        kwargs: of `AllocatorConfig`.
+    """
+
+    model_type = "frugalpath_policy_allocator"
+
+    def __init__(self, prices: Sequence[float] = (0.003, 1.0), **kwargs: Any):
+        self.prices = list(prices)
+        super().__init__(**kwargs)
+
+
+class PolicyAllocator(LookNetwork):
+    """Policy over rungs: look (B, K, sum(look), d), question (B, T), price (B,) -> logits (B, rungs)."""
+
+    config_class: type[AllocatorConfig] = PolicyConfig
+
+    def __init__(self, config: PolicyConfig):
+        super().__init__(config, extra=FEATURES)
+        # The price also shifts all logits by itself, past dropout: what one case gets at a price, all get in part.
+        self.shift = nn.Linear(FEATURES, len(config.ladder))
+        nn.init.zeros_(self.shift.weight)
+        nn.init.zeros_(self.shift.bias)
+
+    def forward(self, look: torch.Tensor, question: torch.Tensor, price: torch.Tensor) -> torch.Tensor:
+        """Logits (B, rungs) at a price for each case (B,)."""
+        where = self._where(price)
+        return self.read(look, question, where) + self.shift(where)
+
+    def _where(self, price: torch.Tensor) -> torch.Tensor:
+        """Bumps (B, FEATURES) over the logarithm of the price, along the range."""
+        low, high = (math.log(p) for p in self.config.prices)
+        at = (price.clamp(*self.config.prices).log() - low) / max(high - low, 1e-9) * (FEATURES - 1)
+        centres = torch.arange(FEATURES, dtype=at.dtype, device=at.device)
+        return torch.exp(-((at[:, None] - centres) ** 2) / 2).to(self.mean.dtype)
+
+    def draw_prices(self, count: int) -> torch.Tensor:
+        """Prices (count,) of the range, log-uniformly."""
+        low, high = (math.log(p) for p in self.config.prices)
+        return (low + (high - low) * torch.rand(count)).exp()
+
+    @torch.no_grad()
+    def probabilities(self, look: torch.Tensor, question: torch.Tensor, price: torch.Tensor | float) -> torch.Tensor:
+        """Probabilities (B, rungs) without dropout, at one price or at one for each case (B,)."""
+        was_training = self.training
+        self.eval()
+        logits = self(look, question, torch.as_tensor(price, dtype=torch.float32).expand(len(look)))
+        self.train(was_training)
+        return logits.softmax(-1)
+
+    def choose(self, look: torch.Tensor, question: torch.Tensor, price: torch.Tensor | float) -> torch.Tensor:
+        """The most probable rung (B,) of each case."""
+        return self.probabilities(look, question, price).argmax(-1)
+
+    def sample(
+        self, look: torch.Tensor, question: torch.Tensor, price: torch.Tensor | float, count: int, explore: float = 0.0
+    ) -> torch.Tensor:
+        """Rungs (B, count), drawn independently; a share `explore` of the draws is uniform."""
+        return torch.multinomial(explored(self.probabilities(look, question, price), explore), count, replacement=True)
+
+
+def explored(policy: torch.Tensor, explore: float) -> torch.Tensor:
+    """Probabilities (B, rungs) of a policy with a share of uniform draws."""
+    return policy * (1 - explore) + explore / policy.shape[-1]

@@ -1,0 +1,44 @@
+"""Fits a network on the validation cases' table, or reads a finished fit from the run's folder."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from envs.score_table import ScoreTable
+from models.allocators.look import CheapLook
+from models.performer import Performer
+from rl.allocation.fitting import Aim, Network, fit_by_patient
+from rl.checkpoints import is_done, mark_done
+from rl.stages import Stages
+
+
+def fitted(
+    stages: Stages, performer: Performer, start: Network, table: ScoreTable, aim: Aim[Network]
+) -> tuple[Network, np.ndarray]:
+    """The fitted network, and what the aim predicts of the validation cases out of fold."""
+    options = stages.run.allocator
+    folder = stages.run.folder / "allocator"
+    parts = {**stages.grpo_parts(), "fit": options.settings()}
+    if is_done(folder, parts):
+        return type(start).from_pretrained(folder), np.load(folder / "out_of_fold.npy")
+    cases = stages.splits["val"]
+    look, question = CheapLook(performer, start.config)(cases)
+    scores = torch.tensor(table.at(stages.run.ladder).score, dtype=torch.float32)
+    allocator, values, losses = fit_by_patient(
+        start,
+        look,
+        question,
+        scores,
+        [c.patient for c in cases],
+        epochs=options.fit_epochs,
+        learning_rate=options.fit_learning_rate,
+        weight_decay=options.weight_decay,
+        seed=stages.run.grpo.seed,
+        aim=aim,
+    )
+    if stages.is_main:
+        allocator.save_pretrained(folder)
+        np.save(folder / "out_of_fold.npy", values)
+        mark_done(folder, parts, n=len(cases), loss=losses)
+    return allocator, values
