@@ -122,8 +122,8 @@ class FrugalTrainer(GroupTrainer):
             # Every process updates on the rollouts of all, so that the allocators stay equal without DDP.
             seen = (self._padded(self._drawn.look), self._padded(self._drawn.question))
             parts = (*seen, self._drawn.rungs, score, self._drawn.price)
-            *drawn, price = (gather(t.to(local.device)).cpu() for t in parts)
-            metrics = self.learner.update(*drawn, price=price, epoch=self.state.epoch or 0.0)
+            look, question, rungs, score, price = (gather(t.to(local.device)).cpu() for t in parts)
+            metrics = self.learner.update(look, question, rungs, score, price, self.state.epoch or 0.0)
             for name, value in metrics.items():
                 self._metrics["train"][f"allocator/{name}"].append(value)
         return rewards

@@ -218,12 +218,8 @@ class Stages:
             "learning_rate": options.learning_rate,
         }
         if isinstance(allocator, PolicyAllocator):
-            own: dict[str, Any] = {
-                "kind": options.advantage,
-                "entropy": options.entropy,
-                "decay": options.entropy_decay,
-            }
-            return PolicyLearner(allocator, look, objective, **shared, **own)
+            shared |= {"kind": options.advantage, "entropy": options.entropy, "decay": options.entropy_decay}
+            return PolicyLearner(allocator, look, objective, **shared)
         return ValueLearner(allocator, look, objective, **shared, temperature=options.temperature)
 
     def _sft(self, stage: Stage, performer: Performer, parts: dict[str, Any]) -> Performer:

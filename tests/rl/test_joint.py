@@ -77,7 +77,7 @@ def test_the_gold_rollout_closes_every_group_and_is_not_scored_for_the_allocator
     tokenizer = trainer.performer.processor.tokenizer
     order = list(trainer._get_train_sampler())[:16]
     seen = {}
-    monkeypatch.setattr(trainer.learner, "update", lambda *drawn, **_: seen.update(score=drawn[3]) or {})
+    monkeypatch.setattr(trainer.learner, "update", lambda *drawn: seen.update(score=drawn[3]) or {})
     trainer.model.train()
     out = trainer._generate_and_score_completions([trainer.train_dataset[i] for i in order])
     written = tokenizer.batch_decode(out["completion_ids"], skip_special_tokens=True)
