@@ -143,7 +143,7 @@ class Performer(ABC):
         """
         views = self.see(case, budget, weights)
         # Tokens depend on how many are shown, in what grid. The views are not kept: their features are large.
-        key = (case.id, *map(_shape, views))
+        key = (case.id, question_text(case, self.show_options), *map(_shape, views))
         if key not in self._read:
             if len(self._read) == PROMPTS_KEPT:
                 del self._read[next(iter(self._read))]

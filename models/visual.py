@@ -11,6 +11,7 @@ import torch
 
 from models.compressors.base import PLACE, Tokens
 from models.compressors.pool import Pool
+from slides.errors import InputError
 from slides.store import Features, count_features, read_features
 
 COLUMNS = PLACE + 1
@@ -72,6 +73,15 @@ class FeatureBank:
     def dim(self) -> int:
         """Width d of the stored features."""
         return self.load(next(iter(self.files))).features.shape[1]
+
+    def add(self, other: FeatureBank) -> None:
+        """Take in the sources of another bank, whose features are as wide."""
+        if other.dim != self.dim:
+            raise InputError(
+                f"features of new cases are {other.dim} wide, those of the others {self.dim}; encode alike"
+            )
+        self.files |= other.files
+        self.missing |= other.missing
 
     def load(self, source: str) -> Features:
         """All stored features of a source, from its file."""

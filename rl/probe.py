@@ -39,7 +39,7 @@ def linear_probe(
     for question in sorted({c.question for c in cases if c.task == "choice"}):
         rows = np.array([c.question == question for c in cases])
         splits = {s: [c for c in members if c.question == question] for s, members in stages.splits.items()}
-        inputs = {s: _inputs(members, stages.bank) for s, members in splits.items()}
+        inputs = {s: mean_features(members, stages.bank) for s, members in splits.items()}
         gold = {s: np.array([c.answer for c in members]) for s, members in splits.items()}
         fitted = [_fit(inputs["train"], gold["train"], c) for c in STRENGTHS]
         value = [balanced_accuracy_score(gold["val"], f.predict(inputs["val"])) for f in fitted]
@@ -57,8 +57,8 @@ def linear_probe(
     return out or None
 
 
-def _inputs(cases: list[Case], bank: FeatureBank) -> np.ndarray:
-    """Mean features (N, d): of all images and slides of a case that have features."""
+def mean_features(cases: list[Case], bank: FeatureBank) -> np.ndarray:
+    """Mean features (N, d) of cases: of all images and slides of a case that have features."""
     sources = [[s for s in (*c.images, *c.slides) if s not in bank.missing] for c in cases]
     return np.stack([np.mean([bank.see(s, 1).rows[0, :-COLUMNS].numpy() for s in each], axis=0) for each in sources])
 

@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 FORMS = ("value", "policy")
 """Forms of the allocator; `rl.allocate.make_decider` has a branch for each."""
+OPERATING = ("one_error", "within")
+"""Rules of `evaluation.operating`."""
 
 NUMBERS = "; YAML reads 1e-3 as text, write 1.0e-3"
 """Remedy where a text stands for a number."""
@@ -137,8 +139,9 @@ class EvaluationOptions:
 
     Args:
         prices: lambdas of the allocator's curve.
-        tolerance: accuracy below the best price or static budget that the operating point may give up on validation
-            cases; one standard error where that is larger.
+        operating: rule that chooses the operating price on validation cases, see `rl.evaluation.operating`.
+        tolerance: accuracy that this rule may give up.
+        price: the operating price itself, in place of a rule.
         max_new_tokens: null takes `max_completion_length`.
         bootstrap: resamples of the intervals; by patient.
         batch_size: rows of one generation batch.
@@ -149,7 +152,9 @@ class EvaluationOptions:
     prices: list[float] = field(
         default_factory=lambda: [0.0, 0.003, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.27, 0.4, 0.6, 1.0]
     )
+    operating: str = "one_error"
     tolerance: float = 0.01
+    price: float | None = None
     max_new_tokens: int | None = None
     bootstrap: int = 2000
     batch_size: int = 128
@@ -206,6 +211,11 @@ class Run:
     def folder(self) -> Path:
         """Where the run writes."""
         return Path(self.grpo.output_dir)
+
+    @property
+    def feature_folder(self) -> Path:
+        """Where features are kept."""
+        return Path(self.encoder.folder) if self.encoder.folder else self.folder / "features"
 
     @property
     def base(self) -> Path:
@@ -266,8 +276,13 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
         grpo=grpo,
         path=path,
     )
-    if found := run.allocator.problems():
-        raise InputError(found)
+    problems = run.allocator.problems()
+    if run.evaluation.operating not in OPERATING:
+        problems.append(
+            f"evaluation.operating: {run.evaluation.operating!r} is not known; known are {', '.join(OPERATING)}"
+        )
+    if problems:
+        raise InputError(problems)
     if not set(run.allocator.look) <= set(ladder):
         raise InputError(f"allocator.look: {run.allocator.look} must be budgets of the ladder {ladder}")
     return run

@@ -15,6 +15,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
+from envs.case import Case
 from envs.columns import case_columns, extra_columns
 from envs.score_table import ScoreTable
 from models.allocators.look import CheapLook
@@ -69,8 +70,8 @@ class Stages:
     @cached_property
     def bank(self) -> FeatureBank:
         """Stored features of all cases."""
-        folder = Path(self.run.encoder.folder) if self.run.encoder.folder else self.run.folder / "features"
-        return load_features([c for members in self.all_splits.values() for c in members], self.run.encoder, folder)
+        cases = [c for members in self.all_splits.values() for c in members]
+        return load_features(cases, self.run.encoder, self.run.feature_folder)
 
     @property
     def is_main(self) -> bool:
@@ -155,9 +156,8 @@ class Stages:
         budgets = list(budgets) if budgets is not None else [0, *self.run.ladder]
         path = self.run.folder / "tables" / f"{name}.{split}.jsonl"
         weights = None
-        if name == "grpo" and self.run.allocator.share != "equal" and not path.is_file():
-            allocator = self.network.from_pretrained(self.run.folder / "grpo" / "allocator")
-            weights = CheapLook(performer, allocator.config).divide(allocator, self.splits[split])
+        if name == "grpo" and not path.is_file():
+            weights = self.shares(performer, self.splits[split])
         return score_table(
             performer,
             self.splits[split],
@@ -169,6 +169,13 @@ class Stages:
             label=f"{name} on {split}",
             weights=weights,
         )
+
+    def shares(self, performer: Performer, cases: Sequence[Case]) -> list[list[float] | None] | None:
+        """Shares of a budget for the slides of each case after GRPO; None where a budget is divided evenly."""
+        if self.run.allocator.share == "equal":
+            return None
+        allocator = self.network.from_pretrained(self.run.folder / "grpo" / "allocator")
+        return CheapLook(performer, allocator.config).divide(allocator, cases)
 
     def rung_cost(self, performer: Performer) -> list[float]:
         """FLOPs of an answer at every rung, the largest = 1, in the mean over training questions."""

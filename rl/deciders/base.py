@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -70,10 +71,19 @@ class Decider(ABC):
         """Predicted scores (N, rungs) of a split, where the form predicts any; `val` out of fold."""
         return None
 
-    def share_look(self) -> np.ndarray:
-        """FLOPs (N,) that a static budget costs in the test split to be divided among the slides of a case."""
-        return np.zeros(1)
+    def values(self, cases: Sequence[Case]) -> np.ndarray | None:
+        """Predicted scores (N, rungs) of any cases, where the form predicts any."""
+        return None
 
-    @abstractmethod
-    def look_ms(self) -> float:
-        """Median milliseconds of deciding about one case of the test split."""
+    def share_look(self, cases: Sequence[Case]) -> np.ndarray:
+        """FLOPs (N,) that a static budget costs to be divided among the slides of each case."""
+        return np.zeros(len(cases))
+
+    def look_ms(self, cases: Sequence[Case], price: float) -> np.ndarray:
+        """Milliseconds (N,) of deciding about each case by itself."""
+        times = []
+        for case in cases:
+            start = time.perf_counter()
+            self.choose([case], price)
+            times.append(1000 * (time.perf_counter() - start))
+        return np.array(times)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
@@ -17,9 +16,6 @@ from models.performer import Performer
 from rl.allocation.objectives import settle_price
 from rl.deciders.base import Decider, Decisions
 from rl.stages import Stages
-
-TIMED = 16
-"""Test cases that deciding is timed on."""
 
 
 class NetworkDecider(Decider):
@@ -65,16 +61,8 @@ class NetworkDecider(Decider):
         rungs = self.held_out_rungs(price) if split == "val" else self.rungs(*self._seen, price)
         return Decisions.from_table(price, table, rungs, self._look_flops(self.stages.splits[split]))
 
-    def share_look(self) -> np.ndarray:
-        return super().share_look() if self.allocator.shares is None else self._look_flops(self.stages.splits["test"])
+    def share_look(self, cases: Sequence[Case]) -> np.ndarray:
+        return super().share_look(cases) if self.allocator.shares is None else self._look_flops(cases)
 
     def _look_flops(self, cases: Sequence[Case]) -> np.ndarray:
         return np.array([self.allocator.flops(len(self.performer.sources(c))) for c in cases])
-
-    def look_ms(self) -> float:
-        times = []
-        for case in self.stages.splits["test"][:TIMED]:
-            start = time.perf_counter()
-            self.choose([case], 0.1)
-            times.append(1000 * (time.perf_counter() - start))
-        return float(np.median(times))

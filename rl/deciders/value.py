@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
 
+from envs.case import Case
 from envs.score_table import ScoreTable
 from models.allocators.value import ValueAllocator
 from models.performer import Performer
@@ -25,6 +27,9 @@ class ValueDecider(NetworkDecider):
     @cached_property
     def _values(self) -> dict[str, np.ndarray]:
         return {"val": self.held_out, "test": predict(self.allocator, *self._seen)}
+
+    def values(self, cases: Sequence[Case]) -> np.ndarray:
+        return predict(self.allocator, *self.look(cases))
 
     def predicted(self, split: str) -> np.ndarray:
         return self._values[split]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,39 +17,88 @@ from accelerate import PartialState
 from envs.case import Case
 from rl.checkpoints import is_done
 from rl.prepare import cases_of
+from rl.recipe import Run
 from rl.report.picture import plot
 from slides.whole import write_text
 
 if TYPE_CHECKING:
-    from rl.pareto import Evaluation
+    from rl.evaluation.outcome import Outcome
     from rl.stages import Stages
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy", "openslide-python")
+LOGGED = (
+    "step",
+    "reward",
+    "reward_std",
+    "entropy",
+    "frac_reward_zero_std",
+    "completions/mean_length",
+    "learning_rate",
+)
+"""Columns of the joint stage's log that the summary keeps, beside those of single rewards and of the allocator."""
 
 
-def write_report(stages: Stages, evaluation: Evaluation) -> dict[str, Any]:
-    """Write `report/` of the run's folder and return the summary."""
+def write_report(stages: Stages, outcome: Outcome, summary: dict[str, Any]) -> dict[str, Any]:
+    """Write `report/` of the run's folder and return the whole summary.
+
+    Args:
+        summary: what is known of the test cases.
+    """
     joint = is_done(stages.run.folder / "grpo", stages.grpo_parts()) or {}
-    found = evaluation.summary()
     summary = {
-        **found,
-        "warnings": [*joint.get("warnings", []), *found["warnings"]],
+        **summary,
+        "training": curves(joint.get("log", [])),
+        "warnings": [*joint.get("warnings", []), *summary["warnings"]],
         "missing_slides": missing_slides(stages.cases, stages.bank.missing),
-        "price_unit": "score per cost of the largest budget",
-        "ladder": stages.run.ladder,
         "splits": {s: len(members) for s, members in stages.splits.items()},
-        "seed": stages.run.grpo.seed,
+        "reproduce": reproduce(summary, sys.argv[1:]),
+        **provenance(stages.run),
+    }
+    write_outcome(stages.run.folder / "report", outcome, summary)
+    return summary
+
+
+def write_outcome(folder: Path, outcome: Outcome, summary: dict[str, Any]) -> None:
+    """Write summary, cases and picture; the first process does."""
+    if PartialState().is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
+        write_text(folder / "cases.jsonl", _cases(outcome))
+        plot(summary, folder / "pareto.png")
+
+
+def provenance(run: Run) -> dict[str, Any]:
+    """What the figures hang on beside the cases: units, ladder, seed, versions, revision, command."""
+    return {
+        "price_unit": "score per cost of the largest budget",
+        "ladder": run.ladder,
+        "seed": run.grpo.seed,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "git": _revision(),
         "command": _command(),
     }
-    if PartialState().is_main_process:
-        folder = stages.run.folder / "report"
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
-        write_text(folder / "cases.jsonl", _cases(evaluation))
-        plot(summary, folder / "pareto.png")
-    return summary
+
+
+def curves(log: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
+    """Rows of a training log that have a reward, with the columns that tell how learning went."""
+    kept = [row for row in log if "reward" in row]
+    mean = [k for k in (kept[0] if kept else ()) if k.startswith("rewards/") and k.endswith("/mean")]
+    online = [k for k in (kept[0] if kept else ()) if k.startswith("allocator/")]
+    return [{k: row[k] for k in (*LOGGED, *mean, *online) if k in row} for row in kept]
+
+
+def reproduce(summary: Mapping[str, Any], arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """The command that answers the test cases at each point: `{price | budget, command}`.
+
+    Args:
+        arguments: of the present command, which name the recipe and what was changed in it.
+    """
+    out = []
+    for p in (*summary["static"], *summary["allocator"], summary["operating_point"]):
+        (key,) = {"price", "budget"} & p.keys()
+        setting = ["--split", "test", f"--{key}", f"{p[key]:g}"]
+        out.append({key: p[key], "command": shlex.join(["python", "rl/answer.py", *arguments, *setting])})
+    return out
 
 
 def missing_slides(cases: Sequence[Case], missing: Mapping[str, str]) -> list[dict[str, Any]]:
@@ -57,28 +107,27 @@ def missing_slides(cases: Sequence[Case], missing: Mapping[str, str]) -> list[di
     return [{"slide": slide, "reason": reason, "cases": count[slide]} for slide, reason in missing.items()]
 
 
-def _cases(evaluation: Evaluation) -> str:
-    test, decisions = evaluation.test, evaluation.decisions
-    predicted = evaluation.decider.predicted("test")
+def _cases(outcome: Outcome) -> str:
+    table, decisions = outcome.whole, outcome.decisions
     lines = []
-    for i, case in enumerate(evaluation.stages.splits["test"]):
-        k = test.budgets.index(evaluation.ladder[decisions.rungs[i]])
+    for i, case in enumerate(outcome.cases):
+        k = table.budgets.index(outcome.ladder[decisions.rungs[i]])
         row = {
             "id": case.id,
             "patient": case.patient,
             "question": case.question,
             "answer": case.answer,
-            "budget": test.budgets[k],
-            "completion": test.text[i][k],
+            "budget": table.budgets[k],
+            "completion": table.text[i][k],
             "score": float(decisions.score[i]),
             "tokens": int(decisions.visual[i]),
-            "prompt_tokens": int(test.prompt[i, k]),
-            "generated_tokens": int(test.generated[i, k]),
+            "prompt_tokens": int(table.prompt[i, k]),
+            "generated_tokens": int(table.generated[i, k]),
             "flops": float(decisions.cost[i]),
-            "score_by_budget": {str(b): float(test.score[i, j]) for j, b in enumerate(test.budgets)},
+            "score_by_budget": {str(b): float(table.score[i, j]) for j, b in enumerate(table.budgets)},
         }
-        if predicted is not None:
-            values = zip(evaluation.ladder, predicted[i], strict=True)
+        if outcome.predicted is not None:
+            values = zip(outcome.ladder, outcome.predicted[i], strict=True)
             row["predicted"] = {str(b): round(float(v), 4) for b, v in values}
         lines.append(json.dumps(row))
     return "\n".join(lines) + "\n"

@@ -16,8 +16,9 @@ import tifffile
 from PIL import Image
 
 import rl.grpo
+import rl.pareto
 import sft.train
-from tests.cli.conftest import ENVIRONMENT, ROOT, call, command, write_recipe
+from tests.cli.conftest import ENVIRONMENT, RECIPE, ROOT, call, command, write_recipe
 
 POINT = {"accuracy", "ci95", "tokens", "flops", "flops_stage1", "latency_ms", "n"}
 MEASURED = ("static", "allocator", "random")
@@ -29,7 +30,7 @@ def read_summary(recipe: Path) -> dict:
 
 def results(summary: dict) -> dict:
     """What must be equal between runs: all but times and provenance."""
-    kept = {k: v for k, v in summary.items() if k not in ("versions", "git", "command")}
+    kept = {k: v for k, v in summary.items() if k not in ("versions", "git", "command", "reproduce", "latency")}
     return json.loads(json.dumps(kept), object_hook=lambda d: {k: v for k, v in d.items() if k != "latency_ms"})
 
 
@@ -60,6 +61,86 @@ def test_report_is_complete(finished):
     assert costs == sorted(costs) and costs[0] < costs[-1]
     assert (recipe.parent / "run" / "report" / "pareto.png").stat().st_size > 5000
     assert "gain_over_sft" in done.stdout and "report:" in done.stdout
+
+
+def test_report_tells_how_the_allocator_behaves(finished):
+    recipe, done = finished
+    summary = read_summary(recipe)
+    found = summary["frontier"]
+    assert set(found["operating"]) == {"flops", "tokens", "latency_ms"}
+    assert found["operating"]["flops"]["cost"] == pytest.approx(summary["operating_point"]["flops"])
+    assert found["operating"]["flops"]["stage1"] == summary["operating_point"]["flops_stage1"] > 0
+    assert found["operating"]["tokens"]["cost"] == pytest.approx(summary["operating_point"]["tokens"])
+    assert found["operating"]["latency_ms"]["cost"] == pytest.approx(summary["operating_point"]["latency_ms"])
+    volume = found["hypervolume"]
+    assert volume["adaptive"]["value"] == summary["headline"]["hypervolume"]
+    for unit in found["operating"].values():
+        low, high = unit["cost_share"]["ci95"]
+        assert low <= unit["cost_share"]["value"] <= high
+    assert summary["headline"]["cost_saved"] == pytest.approx(1 - summary["headline"]["cost_share"]["value"])
+    calibrated = summary["calibration"]
+    assert list(calibrated["scores"]["by_budget"]) == ["1", "4", "16"]
+    assert sum(row["n"] for row in calibrated["spend"]["by_budget"].values()) == summary["n"]
+    assert {"question", "image_given_question", "entropy"} < set(summary["information"])
+    assert set(summary["latency"]["answer"]) == {"1", "4", "16"}
+    assert summary["operating"]["rule"] == "one_error"
+    assert summary["operating"]["price"] == summary["headline"]["price"]
+    assert [row["step"] for row in summary["training"]] == list(range(1, 9))
+    assert {"reward", "entropy", "allocator/chosen_tokens", "rewards/choice/mean"} < set(summary["training"][0])
+    commands = [row["command"] for row in summary["reproduce"]]
+    assert f"python rl/answer.py --config {recipe} --split test --budget 4" in commands
+    assert len(commands) == 3 + len(summary["allocator"]) + 1
+    for word in ("area_over_static", "to decide", "rank correlation", "predicted scores", "bits of", "median ms"):
+        assert word in done.stdout
+    assert "NaN" not in (recipe.parent / "run" / "report" / "summary.json").read_text()
+
+
+def test_a_run_is_transferred_to_other_cases(finished, fields, tmp_path):
+    recipe, _ = finished
+    folder = recipe.parent / "run" / "transfer_recipe"
+    kept = {f: f.stat().st_mtime_ns for f in (recipe.parent / "run" / "allocator").iterdir()}
+    questions = {"question": "diagnosis", "prompt": "What is the diagnosis?"}
+    other = write_recipe(tmp_path, tmp_path, cases={**fields, **questions})
+    done = call("rl/pareto.py", recipe, "--transfer", str(other))
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary, own = json.loads((folder / "summary.json").read_text()), read_summary(recipe)
+    rows = [json.loads(line) for line in (folder / "cases.jsonl").read_text().splitlines()]
+    assert summary["n"] == len(rows) == 6 and {row["answer"] for row in rows} <= {"dark", "light"}
+    same = {
+        "static",
+        "allocator",
+        "random",
+        "oracle",
+        "text_only",
+        "headline",
+        "frontier",
+        "calibration",
+        "information",
+    }
+    assert same < set(summary) and "attribution" not in summary
+    assert summary["operating"] == own["operating"] and summary["headline"]["price"] == own["headline"]["price"]
+    assert summary["headline"]["best_static_budget"] == own["headline"]["best_static_budget"]
+    assert summary["transfer"]["recipe"] == str(other)
+    assert (folder / "pareto.png").stat().st_size > 5000 and "area_over_static" in done.stdout
+    assert kept == {f: f.stat().st_mtime_ns for f in kept}, "nothing was fitted"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"encoder": {"name": "timm:other"}}, "encoder.name is 'timm:other'"),
+        ({"cases": {**RECIPE["cases"], "seed": 0}}, "trained or fitted on"),
+    ],
+)
+def test_a_transfer_that_would_mislead_is_refused(finished, slides, tmp_path, monkeypatch, capsys, changes, message):
+    recipe, _ = finished
+    if "cases" in changes:  # other splits of the same slides
+        changes = {"cases": {**changes["cases"], "folder": str(slides), "val_fraction": 0.05, "test_fraction": 0.9}}
+    other = write_recipe(tmp_path, slides, **changes)
+    monkeypatch.setattr(sys, "argv", command("rl/pareto.py", recipe, "--transfer", str(other))[3:])
+    with pytest.raises(SystemExit) as stopped:
+        rl.pareto.main()
+    assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
 def test_warm_start_alone(tmp_path, slides):

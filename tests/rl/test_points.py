@@ -7,23 +7,9 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from rewards.bootstrap import Bootstrap
-from rl.frontier import (
-    Point,
-    chosen,
-    cost_at_accuracy,
-    hypervolume,
-    mixed,
-    oracle_rungs,
-    pick_price,
-    point,
-)
+from rl.frontier.points import chosen, mixed, oracle_rungs, pick_price, point
 
 quick = settings(max_examples=50, deadline=None)
-
-
-def at(accuracy: float, flops: float) -> Point:
-    """A point of that accuracy and cost."""
-    return Point(accuracy, (accuracy, accuracy), 1.0, flops, 0.0, None, 10)
 
 
 def test_a_point_holds_the_means():
@@ -81,29 +67,3 @@ def test_the_oracle_takes_the_cheapest_of_the_best(table):
 )
 def test_the_price_is_the_cheapest_within_the_tolerance(lost, errors, tolerance, expected):
     assert pick_price(lost, errors, [3.0, 2.0, 1.0], tolerance) == expected
-
-
-@quick
-@given(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 150)), max_size=8))
-def test_the_hypervolume_is_the_area_under_the_best_accuracy(pairs):
-    points, largest, steps = [at(a, c) for a, c in pairs], 100.0, 20000
-    budget = (np.arange(steps) + 0.5) / steps * largest
-    best = np.zeros(steps)
-    for p in points:
-        best = np.maximum(best, np.where(budget >= p.flops, p.accuracy, 0))
-    assert hypervolume(points, largest) == pytest.approx(best.mean(), abs=len(points) / steps + 1e-9)
-
-
-def test_the_hypervolume_of_known_shapes():
-    assert hypervolume([], 10.0) == 0
-    assert hypervolume([at(0.8, 0.0)], 10.0) == pytest.approx(0.8)
-    assert hypervolume([at(0.5, 2.0), at(1.0, 6.0)], 10.0) == pytest.approx(0.4 * 0.5 + 0.4)
-    assert hypervolume([at(0.5, 2.0), at(0.4, 6.0)], 10.0) == pytest.approx(0.4), "a worse, dearer point adds nothing"
-
-
-def test_the_cost_of_an_accuracy_is_that_of_the_cheapest_point():
-    points = [at(0.9, 30.0), at(0.8, 10.0), at(0.85, 20.0), at(0.9, 25.0)]
-    assert cost_at_accuracy(points, 0.8) == 10
-    assert cost_at_accuracy(points, 0.81) == 20
-    assert cost_at_accuracy(points, 0.9) == 25
-    assert cost_at_accuracy(points, 0.91) is None

@@ -1,7 +1,4 @@
-"""Accuracy against cost, from score tables: points, controls, paired bootstrap intervals and the headline figures.
-
-Pure functions of arrays; a point's cost is in FLOPs of the language model with the allocator's own look counted.
-"""
+"""Points of accuracy against cost, from score tables: budgets, allocator, random allocator, oracle."""
 
 from __future__ import annotations
 
@@ -96,20 +93,3 @@ def pick_price(lost: Sequence[float], errors: Sequence[float], costs: Sequence[f
     if not within:
         return int(np.argmin(lost))
     return min(within, key=lambda i: costs[i])
-
-
-def cost_at_accuracy(points: Sequence[Point], accuracy: float) -> float | None:
-    """Cost of the cheapest point that is at least that accurate; None if there is none."""
-    reached = [p.flops for p in points if p.accuracy >= accuracy - 1e-12]
-    return min(reached) if reached else None
-
-
-def hypervolume(points: Sequence[Point], largest: float) -> float:
-    """Area under the best accuracy that a cost buys, cost from 0 to `largest` scaled to 0..1."""
-    area, best, at = 0.0, 0.0, 0.0
-    for p in sorted(points, key=lambda p: (p.flops, -p.accuracy)):
-        x = min(1.0, p.flops / largest)
-        if p.accuracy > best:
-            area += best * (x - at)
-            at, best = x, p.accuracy
-    return area + best * (1.0 - at)

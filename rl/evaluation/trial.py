@@ -1,0 +1,95 @@
+"""A finished run is applied to cases: its own test cases, or others."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+
+import numpy as np
+
+from envs.case import Case
+from envs.score_table import ScoreTable
+from models.performer import Performer
+from rewards.bootstrap import Bootstrap
+from rl.deciders.base import Decider, Decisions
+from rl.evaluation.attribution import best_static
+from rl.evaluation.calibration import base_rates
+from rl.evaluation.controls import majority_scores
+from rl.evaluation.information import image_kinds
+from rl.evaluation.latency import measure
+from rl.evaluation.operating import operating_price
+from rl.evaluation.outcome import Outcome, Preferred
+from rl.probe import mean_features
+from rl.scoring import Scorer
+from rl.stages import Stages
+
+
+class Trial:
+    """A run whose choices are made.
+
+    Args:
+        stages: the run. performer: the trained performer. decider: the allocator.
+    """
+
+    def __init__(self, stages: Stages, performer: Performer, decider: Decider):
+        self.stages, self.performer, self.decider = stages, performer, decider
+        self.ladder, self.options = stages.run.ladder, stages.run.evaluation
+        self.val = stages.table("grpo", performer, "val")
+
+    def bootstrap(self, table: ScoreTable) -> Bootstrap:
+        """Resamples of a table's patients."""
+        return Bootstrap(table.patients, self.options.bootstrap, self.stages.run.grpo.seed)
+
+    @cached_property
+    def preferred(self) -> Preferred:
+        """What the validation cases prefer."""
+        table = self.val.at(self.ladder)
+        decided = [self.decider.decide("val", p) for p in self.options.prices]
+        settled = self.decider.settled
+        operating = operating_price(decided, table, self.options, self.bootstrap(table), settled)
+        return Preferred.of(decided, table, best_static(table), operating)
+
+    def on_test(self) -> Outcome:
+        """What came of the run's test cases."""
+        prices = [*self.options.prices, self.preferred.operating["price"]]
+        decided = [self.decider.decide("test", p) for p in prices]
+        table = self.stages.table("grpo", self.performer, "test")
+        predicted = self.decider.predicted("test")
+        return self._outcome(self.stages.splits["test"], table, decided, predicted, self.stages.scorer)
+
+    def on(self, cases: Sequence[Case], table: ScoreTable, scorer: Scorer) -> Outcome:
+        """What came of other cases, whose images the performer's bank has.
+
+        Args:
+            table: of these cases, budget 0 and the ladder's columns.
+        """
+        prices = [*self.options.prices, self.preferred.operating["price"]]
+        decided = [Decisions.from_table(p, table.at(self.ladder), *self.decider.choose(cases, p)) for p in prices]
+        return self._outcome(cases, table, decided, self.decider.values(cases), scorer)
+
+    def _outcome(
+        self,
+        cases: Sequence[Case],
+        table: ScoreTable,
+        decided: list[Decisions],
+        predicted: np.ndarray | None,
+        scorer: Scorer,
+    ) -> Outcome:
+        bank = self.performer.bank
+        shown = [tuple(s for s in (*c.images, *c.slides) if s not in bank.missing) for c in cases]
+        val = self.val.at(self.ladder)
+        return Outcome(
+            ladder=self.ladder,
+            cases=list(cases),
+            whole=table,
+            curve=decided[:-1],
+            decisions=decided[-1],
+            preferred=self.preferred,
+            divide=self.decider.share_look(cases),
+            latency=measure(self.performer, self.decider, cases, decided, self.stages.max_new_tokens),
+            bootstrap=self.bootstrap(table),
+            predicted=predicted,
+            base=base_rates(val.score, val.questions, table.questions),
+            kinds=image_kinds(mean_features(list(cases), bank), shown),
+            majority=majority_scores(self.stages.splits["train"], cases, scorer),
+        )

@@ -1,0 +1,108 @@
+"""A finished run is applied to the cases of another recipe, with nothing fitted anew.
+
+Performer, allocator, best static budget and operating price are those of the run, and so are its rewards and the
+training answers of the majority control. Of the other recipe count `cases` (its test split; the others may be empty)
+and `encoder`.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from envs.case import Case
+from envs.registry import make_env
+from rl.allocate import make_decider
+from rl.checkpoints import is_done
+from rl.evaluation.trial import Trial
+from rl.prepare import load_features, load_rewards
+from rl.recipe import Run, parse_recipe
+from rl.report.writing import missing_slides, provenance, write_outcome
+from rl.scoring import Scorer
+from rl.stages import Stages
+from rl.table import score_table
+from sft.running import asked
+from slides.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+
+def transfer(stages: Stages, recipe: Path) -> tuple[dict[str, Any], Path]:
+    """Apply a finished run to the test cases of a recipe and write `transfer_<recipe>/` into the run's folder.
+
+    Returns:
+        The summary, and where it was written.
+
+    Raises:
+        InputError: the run is not finished; the recipe has no test case, the run was trained on some of them, their
+            rewards or questions do not fit, or they are encoded otherwise.
+    """
+    run, other = stages.run, parse_recipe(["--config", str(recipe)])
+    if is_done(run.folder / "grpo", stages.grpo_parts()) is None:
+        raise InputError(f"{run.folder}: has no finished run to transfer; train it first with rl/grpo.py")
+    _check_encoder(run, other, recipe)
+    cases = _test_cases(stages, other, recipe)
+    folder = run.folder / f"transfer_{recipe.stem}"
+    bank = load_features(cases, other.encoder, other.feature_folder)
+    stages.bank.add(bank)
+    performer, start = stages.joint()
+    trial = Trial(stages, performer, make_decider(stages, performer, start))
+    scorer = Scorer(load_rewards(run, cases), run.ladder[-1])
+    table = score_table(
+        performer,
+        cases,
+        [0, *run.ladder],
+        scorer,
+        stages.max_new_tokens,
+        run.evaluation.batch_size,
+        folder / "tables" / "grpo.test.jsonl",
+        label=f"{recipe.stem} test",
+        weights=stages.shares(performer, cases),
+    )
+    if table.ids != [c.id for c in cases]:
+        raise InputError(f"{folder}: holds a table of other cases than {recipe} has now; delete the folder")
+    outcome = trial.on(cases, table, scorer)
+    shared = len({c.patient for c in cases} & {c.patient for s in ("train", "val") for c in stages.all_splits[s]})
+    if shared:
+        logger.warning("%d test patients of %s are named as patients that the run learnt from", shared, recipe)
+    summary = {
+        **outcome.summary(),
+        "transfer": {"recipe": str(recipe), "shared_patients": shared},
+        "missing_slides": missing_slides(cases, bank.missing),
+        **provenance(run),
+    }
+    write_outcome(folder, outcome, summary)
+    return summary, folder
+
+
+def _check_encoder(run: Run, other: Run, recipe: Path) -> None:
+    """Refuse features that the performer cannot read: only how slides are tiled may differ."""
+    kept = ("name", "revision")
+    problems = [
+        f"{recipe}: encoder.{key} is {theirs!r}, the run was trained on {ours!r}; set it to that"
+        for key in kept
+        if (ours := getattr(run.encoder, key)) != (theirs := getattr(other.encoder, key))
+    ]
+    if problems:
+        raise InputError(problems)
+
+
+def _test_cases(stages: Stages, other: Run, recipe: Path) -> list[Case]:
+    """Test cases of the other recipe, of the kinds of question that the run is asked."""
+    params = {k: v for k, v in other.cases.items() if k != "name"}
+    with PartialState().main_process_first():
+        cases = [c for c in make_env(other.cases["name"], params) if c.split == "test"]
+    if not cases:
+        raise InputError(f"{recipe}: it has no case in split test, which is what a run is transferred to")
+    cases = list(asked(cases, stages.run.questions, f"{recipe}: questions of the run"))
+    seen = {source for s in ("train", "val") for c in stages.all_splits[s] for source in (*c.images, *c.slides)}
+    learnt = [c for c in cases if seen & {*c.images, *c.slides}]
+    if learnt:
+        raise InputError(
+            f"{recipe}: {len(learnt)} test cases show images or slides that the run was trained or fitted on, such as "
+            f"case {learnt[0].id}; split them alike, or drop them"
+        )
+    return cases
