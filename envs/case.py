@@ -24,7 +24,8 @@ class Case:
         patient: the unit of splitting; all cases of one patient lie in one split.
         task: `choice`, `open`, `detection` or `synoptic`. Always stated, never guessed from the answer.
         prompt: the question as the model sees it.
-        answer: the gold answer; for `detection` the JSON text `[[x1, y1, x2, y2], ...]` in 0..1000.
+        answer: the gold answer; for `detection` the JSON text `[[x1, y1, x2, y2], ...]` in 0..1000. Empty for a new
+            case that is only to be answered.
         images: absolute paths of fields of view (png, jpg, tif).
         slides: absolute paths of what OpenSlide reads, or of feature files (`.h5`).
         options: the possible answers of a `choice` case.
@@ -55,9 +56,14 @@ class Case:
         object.__setattr__(self, "question", self.question or self.task)
         object.__setattr__(self, "extra", dict(self.extra))
 
-    def problems(self) -> list[str]:
-        """What is wrong with this case by itself; empty when nothing is. Files are not opened."""
+    def problems(self, *, gold: bool = True) -> list[str]:
+        """What is wrong with this case by itself; empty when nothing is. Files are not opened.
+
+        Args:
+            gold: whether it must have a gold answer.
+        """
         found = []
+        answered = gold or bool(self.answer.strip())
         for name in ("id", "patient", "prompt"):
             if not getattr(self, name).strip():
                 found.append(f"`{name}` is empty; give every row one")
@@ -65,11 +71,11 @@ class Case:
             found.append(f"`task` is {self.task!r}; use one of {', '.join(TASKS)}")
         if self.split not in SPLITS:
             found.append(f"`split` is {self.split!r}; use one of {', '.join(SPLITS)}")
-        if self.task != "detection" and not self.answer.strip():
+        if self.task != "detection" and answered and not self.answer.strip():
             found.append("`answer` is empty; give the gold answer or leave the row out")
         if not self.images and not self.slides:
             found.append("no `images` and no `slides`; give at least one path")
-        if self.task == "detection":
+        if self.task == "detection" and answered:
             try:
                 parse_boxes(self.answer)
             except ValueError as error:
@@ -105,13 +111,18 @@ class Case:
         return row | {"split": self.split, "question": self.question} | dict(self.extra)
 
     @classmethod
-    def from_dict(cls, row: Mapping[str, Any]) -> Case:
+    def from_dict(cls, row: Mapping[str, Any], *, gold: bool = True) -> Case:
         """Build a case from a flat row; numbers become text, a detection or synoptic answer may be a JSON value.
+
+        Args:
+            gold: whether it must have a gold answer.
 
         Raises:
             InputError: with everything that is wrong with the row.
         """
         values = {key: value for key, value in row.items() if not _is_missing(value)}
+        if not gold:
+            values.setdefault("answer", "")
         missing = [name for name in ("id", "patient", "task", "prompt", "answer") if name not in values]
         found = [f"`{name}` is missing" for name in missing]
         kwargs: dict[str, Any] = {}
@@ -139,7 +150,7 @@ class Case:
         if found:
             raise InputError(found)
         case = cls(**kwargs, extra={key: value for key, value in values.items() if key not in FIELDS})
-        if found := case.problems():
+        if found := case.problems(gold=gold):
             raise InputError(found)
         return case
 

@@ -24,7 +24,10 @@ _MASK = "\0mask"  # a column name no file can have
 
 @dataclass(frozen=True)
 class Reading:
-    """How a row becomes a case; the parameters are explained at `envs.manifest.build`."""
+    """How a row becomes a case; the parameters are explained at `envs.manifest.build`.
+
+    Without `gold` answers may be missing, and so may what only training needs: id and patient.
+    """
 
     path: str
     format: str
@@ -43,6 +46,7 @@ class Reading:
     split_column: str
     box_frame: str
     allow_outside: bool
+    gold: bool = True
 
 
 def to_cases(rows: Sequence[Row], reading: Reading) -> tuple[list[Case], list[str], list[str]]:
@@ -51,7 +55,9 @@ def to_cases(rows: Sequence[Row], reading: Reading) -> tuple[list[Case], list[st
     options = reading.options
     if format == "labels":
         _check_label_parameters(rows, reading)
-        if options is None and (reading.task or "choice") == "choice" and not reading.mask_column:
+        # What new rows happen to be labelled as, if they are at all, are not the options they were asked with.
+        known = reading.gold or reading.labels is not None
+        if options is None and known and (reading.task or "choice") == "choice" and not reading.mask_column:
             options = _known_labels(rows, reading)
     split_given = any(reading.split_column in row.values for row in rows)
     cases, places, problems = [], [], []
@@ -83,8 +89,8 @@ def _check_label_parameters(rows: Sequence[Row], reading: Reading) -> None:
     columns = sorted({name for row in rows for name in row.values})
     problems = []
     wanted = {
-        "answer_column": None if reading.mask_column else reading.answer_column,
-        "mask_column": reading.mask_column,
+        "answer_column": reading.answer_column if reading.gold and not reading.mask_column else None,
+        "mask_column": reading.mask_column if reading.gold else None,
         "patient_column": reading.patient_column,
         "slide_column": reading.slide_column,
         "image_column": None if reading.slide_column else reading.image_column,
@@ -108,12 +114,14 @@ def _to_case(row: Row, reading: Reading, format: str, options: Sequence[str] | N
         problems.append("`task` is missing; add the column, or set the parameter task for all rows")
     try:
         if format == "swift":
-            values = swift_row(values, task=task, options=options)
+            values = swift_row(values, task=task, options=options, gold=reading.gold)
             values.setdefault("id", f"{Path(reading.path).stem}:{row.number}")
         elif format == "labels":
             values = _label_values(row, reading)
         else:
             values = {key: _cell(key, value) for key, value in values.items()}
+            if not reading.gold:
+                values.setdefault("id", f"{Path(reading.path).stem}:{row.number}")
     except InputError as error:
         problems += error.problems
     if problems:
@@ -124,8 +132,8 @@ def _to_case(row: Row, reading: Reading, format: str, options: Sequence[str] | N
     values = {**{key: value for key, value in defaults.items() if value is not None}, **values}
     problems = _resolve(values, reading)
     try:
-        _finish(values, reading, task, fallback=format != "cases", readable=not problems)
-        case = Case.from_dict(values)
+        _finish(values, reading, task, fallback=format != "cases" or not reading.gold, readable=not problems)
+        case = Case.from_dict(values, gold=reading.gold)
     except InputError as error:
         problems += error.problems
     if problems:
@@ -206,15 +214,16 @@ def _label_values(row: Row, reading: Reading) -> dict[str, Any]:
         column, target = reading.slide_column, "slides"
     used = {column, reading.mask_column} if reading.mask_column else {column, reading.answer_column}
     values = {key: value for key, value in row.values.items() if key not in used}
-    missing = [name for name in used if name is not None and name not in row.values]
+    needed = used if reading.gold else {column}
+    missing = [name for name in needed if name is not None and name not in row.values]
     if missing:
         raise InputError([f"`{name}` is empty" for name in sorted(missing)])
     file = str(row.values[column])
     values[target] = [file]
     values.setdefault("id", f"{reading.question}/{file}" if reading.question else file)
     if reading.mask_column:
-        values[_MASK] = str(row.values[reading.mask_column])
-    else:
+        values |= {_MASK: str(row.values[reading.mask_column])} if reading.mask_column in row.values else {}
+    elif reading.answer_column in row.values:
         values["answer"] = _label(row, reading)
     return values
 
@@ -240,7 +249,7 @@ def _set_boxes(values: dict[str, Any], reading: Reading) -> None:
     """Turn a mask or pixel boxes into the gold answer in 0..1000."""
     mask = values.pop(_MASK, None)
     pixels = reading.box_frame == "pixels" and mask is None
-    if not (mask or pixels) or not values.get("images"):
+    if not (mask or pixels) or not values.get("images") or (pixels and not reading.gold and "answer" not in values):
         return
     try:
         with Image.open(values["images"][0]) as image:

@@ -11,13 +11,18 @@ from slides.errors import InputError
 _IMAGE = "<image>"
 
 
-def swift_row(values: Mapping[str, Any], *, task: str | None, options: Sequence[str] | None) -> dict[str, Any]:
+def swift_row(
+    values: Mapping[str, Any], *, task: str | None, options: Sequence[str] | None, gold: bool = True
+) -> dict[str, Any]:
     """Columns of a case out of an ms-swift row.
 
     `<image>` placeholders are taken out of the prompt. The gold answer is what stands in `<answer>..</answer>` of
     `solution`, else of the assistant's turn; without tags it is the whole text. `<think>..</think>` of the assistant
     becomes the column `rationale`, a system turn the column `system`. For a `choice` with options, `(B) benign` and
     `B` mean the option.
+
+    Args:
+        gold: whether a row must have an answer.
 
     Raises:
         InputError: with everything that is wrong with the row.
@@ -54,15 +59,15 @@ def swift_row(values: Mapping[str, Any], *, task: str | None, options: Sequence[
     reply = turns["assistant"][0] if turns["assistant"] else ""
     if rationale := _between(reply, "think"):
         row.setdefault("rationale", rationale)
-    gold = values.get("solution") or row.get("answer") or reply
-    if not isinstance(gold, str) or not gold.strip():
-        problems.append("no gold answer: give `solution`, or an assistant turn")
-    else:
-        answer = _between(gold, "answer")
-        answer = gold.strip() if answer is None else answer
+    given = values.get("solution") or row.get("answer") or reply
+    if isinstance(given, str) and given.strip():
+        answer = _between(given, "answer")
+        answer = given.strip() if answer is None else answer
         if row.get("task", task) == "choice" and (choices := row.get("options", options)):
             answer = _option(answer, choices)
         row["answer"] = answer
+    elif gold:
+        problems.append("no gold answer: give `solution`, or an assistant turn")
     if problems:
         raise InputError(problems)
     return row
