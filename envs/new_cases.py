@@ -75,7 +75,13 @@ def read_new_cases(
     """
     source = Path(path).expanduser()
     known = {f.name for f in dataclasses.fields(Reading)} - {"path", "root", "gold"}
-    values: dict[str, Any] = {**dict.fromkeys(known), "format": "auto", "box_frame": "thousand", "allow_outside": False, **COLUMNS}
+    values: dict[str, Any] = {
+        **dict.fromkeys(known),
+        "format": "auto",
+        "box_frame": "thousand",
+        "allow_outside": False,
+        **COLUMNS,
+    }
     values |= {k: v for k, v in (params or {}).items() if k in known}
     values |= {k: v for k, v in given.items() if v is not None}
     pattern = values["patient_pattern"]

@@ -16,6 +16,7 @@ from models.allocators.policy import PolicyAllocator
 from models.allocators.value import ValueAllocator
 from models.performer import Performer
 from rl.deciders.base import Decider
+from rl.deciders.loading import keep_decider
 from rl.deciders.policy import fit_policy
 from rl.deciders.value import fit_value
 from rl.guards import collapsed
@@ -25,11 +26,17 @@ from slides.errors import entry
 
 
 def make_decider(stages: Stages, performer: Performer, start: LookNetwork) -> Decider:
-    """An allocator of the recipe's form that is ready to decide.
+    """An allocator of the recipe's form that is ready to decide; what it takes for new cases is kept in the folder.
 
     Args:
         start: the jointly trained network.
     """
+    decider = _fitted(stages, performer, start)
+    keep_decider(decider)
+    return decider
+
+
+def _fitted(stages: Stages, performer: Performer, start: LookNetwork) -> Decider:
     form = stages.run.allocator.form
     table = stages.table("grpo", performer, "val")
     if form == "policy" and isinstance(start, PolicyAllocator):

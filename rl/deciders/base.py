@@ -6,12 +6,17 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from envs.case import Case
 from envs.score_table import ScoreTable
+from models.performer import Performer
 from rl.frontier import chosen
+
+if TYPE_CHECKING:
+    from rl.stages import Stages
 
 
 @dataclass(frozen=True)
@@ -44,14 +49,42 @@ class Decisions:
         return self.flops + self.look
 
 
+@dataclass(frozen=True)
+class Answered:
+    """The answer to one case in two stages: a look that chooses the budget, and the answer at that budget.
+
+    Args:
+        text: completion.
+        budgets: asked for, in tokens, one after another; the answer is that of the last.
+        visual, prompt, generated: realised visual tokens, text tokens of the prompt and tokens written.
+        look_flops, flops: of the look, earlier budgets included, and of the answer.
+        look_ms, ms: wall milliseconds of both, at batch size 1.
+        confidence: see `models.performer.Answer`.
+    """
+
+    text: str
+    budgets: tuple[int, ...]
+    visual: int
+    prompt: int
+    generated: int
+    look_flops: float
+    flops: float
+    look_ms: float
+    ms: float
+    confidence: float
+
+
 class Decider(ABC):
     """An allocator that is ready to decide about the cases of a run.
 
     Args:
+        stages: the run. performer: its trained performer.
         ladder: budgets in tokens.
     """
 
     form: str
+    stages: Stages
+    performer: Performer
     ladder: list[int]
 
     @abstractmethod
@@ -74,6 +107,37 @@ class Decider(ABC):
     def values(self, cases: Sequence[Case]) -> np.ndarray | None:
         """Predicted scores (N, rungs) of any cases, where the form predicts any."""
         return None
+
+    def answer(self, case: Case, price: float) -> Answered:
+        """Look, choose a budget at a price and answer, one case alone."""
+        start = time.perf_counter()
+        rungs, flops = self.choose([case], price)
+        return self._answered(case, self.ladder[rungs[0]], float(flops[0]), start)
+
+    def answer_at(self, case: Case, budget: int) -> Answered:
+        """Answer one case alone at a budget that nothing chooses; dividing it among slides may still take a look."""
+        return self._answered(case, budget, float(self.share_look([case])[0]), time.perf_counter())
+
+    def _answered(self, case: Case, budget: int, look_flops: float, start: float) -> Answered:
+        weights = self.divide([case])
+        look_ms = 1000 * (time.perf_counter() - start)
+        (found,) = self.performer.answer([case], [budget], self.stages.max_new_tokens, 1, weights)
+        return Answered(
+            text=found.text,
+            budgets=(budget,),
+            visual=found.visual,
+            prompt=found.prompt,
+            generated=found.generated,
+            look_flops=look_flops,
+            flops=found.flops,
+            look_ms=look_ms,
+            ms=1000 * found.seconds,
+            confidence=found.confidence,
+        )
+
+    def divide(self, cases: Sequence[Case]) -> list[list[float] | None]:
+        """Shares of a budget for the images and slides of each case; None where all get the same."""
+        return [None] * len(cases)
 
     def share_look(self, cases: Sequence[Case]) -> np.ndarray:
         """FLOPs (N,) that a static budget costs to be divided among the slides of each case."""

@@ -21,7 +21,7 @@ def fitted(
     folder = stages.run.folder / "allocator"
     parts = {**stages.grpo_parts(), "fit": options.settings()}
     if is_done(folder, parts):
-        return type(start).from_pretrained(folder), np.load(folder / "out_of_fold.npy")
+        return read_fit(stages, type(start))
     cases = stages.splits["val"]
     look, question = CheapLook(performer, start.config)(cases)
     scores = torch.tensor(table.at(stages.run.ladder).score, dtype=torch.float32)
@@ -42,3 +42,9 @@ def fitted(
         np.save(folder / "out_of_fold.npy", values)
         mark_done(folder, parts, n=len(cases), loss=losses)
     return allocator, values
+
+
+def read_fit(stages: Stages, network: type[Network]) -> tuple[Network, np.ndarray]:
+    """What `fitted` left in the run's folder."""
+    folder = stages.run.folder / "allocator"
+    return network.from_pretrained(folder), np.load(folder / "out_of_fold.npy")

@@ -9,7 +9,7 @@ from envs.score_table import ScoreTable
 from models.allocators.policy import PolicyAllocator
 from models.performer import Performer
 from rl.allocation.exact import ExpectedReward
-from rl.deciders.fitted import fitted
+from rl.deciders.fitted import fitted, read_fit
 from rl.deciders.network import NetworkDecider
 from rl.stages import Stages
 
@@ -40,7 +40,16 @@ class PolicyDecider(NetworkDecider):
 
 def fit_policy(stages: Stages, performer: Performer, start: PolicyAllocator, table: ScoreTable) -> PolicyDecider:
     """Fit on a table, starting from the jointly trained policy; a finished fit is read from the run's folder."""
+    aim = _aim(stages, performer)
+    return PolicyDecider(stages, performer, *fitted(stages, performer, start, table, aim), aim)
+
+
+def load_policy(stages: Stages, performer: Performer) -> PolicyDecider:
+    """Read a finished fit from the run's folder."""
+    return PolicyDecider(stages, performer, *read_fit(stages, PolicyAllocator), _aim(stages, performer))
+
+
+def _aim(stages: Stages, performer: Performer) -> ExpectedReward:
     options = stages.run.allocator
     low, high = options.price_range
-    aim = ExpectedReward(stages.objective(performer), (low, high), options.entropy, options.entropy_decay)
-    return PolicyDecider(stages, performer, *fitted(stages, performer, start, table, aim), aim)
+    return ExpectedReward(stages.objective(performer), (low, high), options.entropy, options.entropy_decay)

@@ -13,7 +13,7 @@ from envs.score_table import ScoreTable
 from models.allocators.value import ValueAllocator
 from models.performer import Performer
 from rl.allocation.fitting import Regression, predict
-from rl.deciders.fitted import fitted
+from rl.deciders.fitted import fitted, read_fit
 from rl.deciders.network import NetworkDecider
 from rl.stages import Stages
 
@@ -44,3 +44,8 @@ class ValueDecider(NetworkDecider):
 def fit_value(stages: Stages, performer: Performer, start: ValueAllocator, table: ScoreTable) -> ValueDecider:
     """Fit on a table, starting from the jointly trained allocator; a finished fit is read from the run's folder."""
     return ValueDecider(stages, performer, *fitted(stages, performer, start, table, Regression()))
+
+
+def load_value(stages: Stages, performer: Performer) -> ValueDecider:
+    """Read a finished fit from the run's folder."""
+    return ValueDecider(stages, performer, *read_fit(stages, ValueAllocator))

@@ -1,0 +1,117 @@
+"""Answers of a finished run: one case after another, what each cost, and the means of all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from envs.case import Case
+from rewards.answer import extract_answer
+from rl.deciders.base import Answered, Decider
+from rl.scoring import Scorer
+
+HEAD = ("budget", "tokens", "prompt", "written", "flops 1", "flops 2", "ms 1", "ms 2", "conf.", "looks")
+"""Columns of the text form before the case and its answer; 1 is the look, 2 the answer."""
+
+
+def answer_all(
+    decider: Decider,
+    cases: Sequence[Case],
+    *,
+    price: float | None = None,
+    budget: int | None = None,
+    scorer: Scorer | None = None,
+) -> Iterator[dict[str, Any]]:
+    """A row for each case, answered alone.
+
+    Args:
+        price: lambda at which the allocator chooses, or `budget`: the same tokens for all.
+        scorer: scores the answers to cases with a gold answer.
+    """
+    # The first pass of a model is slow for reasons of its own; it sees no image, so that no case is known before.
+    decider.performer.answer(cases[:1], [0], decider.stages.max_new_tokens, 1)
+    for case in cases:
+        if budget is not None:
+            answered = decider.answer_at(case, budget)
+        else:
+            assert price is not None
+            answered = decider.answer(case, price)
+        found = _row(case, answered)
+        if scorer is not None and case.answer.strip():
+            (score,) = scorer([answered.text], [case], [found["budget"]], [answered.visual])
+            found["score"] = float(score)
+        yield found
+
+
+def _row(case: Case, answered: Answered) -> dict[str, Any]:
+    return {
+        "id": case.id,
+        "question": case.question,
+        "answer": extract_answer(answered.text),
+        "completion": answered.text,
+        "budget": answered.budgets[-1],
+        "looks": list(answered.budgets),
+        "tokens": answered.visual,
+        "prompt_tokens": answered.prompt,
+        "generated_tokens": answered.generated,
+        "flops_stage1": answered.look_flops,
+        "flops_stage2": answered.flops,
+        "latency_ms_stage1": round(answered.look_ms, 3),
+        "latency_ms_stage2": round(answered.ms, 3),
+        "confidence": answered.confidence,
+    }
+
+
+def totals(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means of the rows; `score` over those that have one, `flops` of both stages, `budgets` how often each."""
+    scores = [row["score"] for row in rows if "score" in row]
+    mean = {key: float(np.mean([row[key] for row in rows])) for key in ("tokens", "flops_stage1", "flops_stage2")}
+    return {
+        "n": len(rows),
+        "scored": len(scores),
+        "score": float(np.mean(scores)) if scores else None,
+        "tokens": mean["tokens"],
+        "flops": mean["flops_stage1"] + mean["flops_stage2"],
+        "flops_stage1": mean["flops_stage1"],
+        "latency_ms_stage1": float(np.mean([row["latency_ms_stage1"] for row in rows])),
+        "latency_ms_stage2": float(np.mean([row["latency_ms_stage2"] for row in rows])),
+        "budgets": {str(b): n for b, n in sorted(Counter(row["budget"] for row in rows).items())},
+    }
+
+
+def head() -> str:
+    """First line of the text form."""
+    return "".join(f"{name:>9s}" for name in HEAD) + "  case: answer"
+
+
+def line(row: dict[str, Any]) -> str:
+    """A row as text; an answer of several lines becomes one."""
+    numbers = [
+        f"{row['budget']:d}",
+        f"{row['tokens']:d}",
+        f"{row['prompt_tokens']:d}",
+        f"{row['generated_tokens']:d}",
+        f"{row['flops_stage1']:.2e}",
+        f"{row['flops_stage2']:.2e}",
+        f"{row['latency_ms_stage1']:.1f}",
+        f"{row['latency_ms_stage2']:.1f}",
+        f"{row['confidence']:.3f}",
+        f"{len(row['looks'])}",
+    ]
+    answer = row["answer"] if row["answer"] is not None else f"no answer in {row['completion']!r}"
+    score = f"  (score {row['score']:.3f})" if "score" in row else ""
+    return "".join(f"{text:>9s}" for text in numbers) + f"  {row['id']}: {' '.join(answer.split())}{score}"
+
+
+def closing(found: dict[str, Any]) -> str:
+    """Means as text."""
+    score = f"mean score {found['score']:.4f} of {found['scored']}" if found["scored"] else "no gold answers, no score"
+    budgets = ", ".join(f"{budget}: {count}" for budget, count in found["budgets"].items())
+    return (
+        f"{found['n']} cases, {score}; in the mean {found['tokens']:.1f} tokens, {found['flops']:.3e} FLOPs "
+        f"({found['flops_stage1']:.2e} to look), {found['latency_ms_stage1']:.1f} ms to look and "
+        f"{found['latency_ms_stage2']:.1f} ms to answer; cases by budget {budgets}"
+    )

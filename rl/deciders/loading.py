@@ -1,0 +1,43 @@
+"""Fitted allocators in a run's folder: what is kept beside them, and reading them for new cases."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+
+from models.performer import Performer
+from rl.deciders.base import Decider
+from rl.deciders.policy import load_policy
+from rl.deciders.value import load_value
+from rl.stages import Stages
+from slides.errors import InputError
+from slides.whole import write_text
+
+KEPT = "decider.json"
+"""File of the folder `allocator` with what deciding takes that the network's own files do not hold."""
+
+LOADERS: dict[str, Callable[[Stages, Performer], Decider]] = {"value": load_value, "policy": load_policy}
+"""How each form is read from the folder `allocator` of a run."""
+
+
+def keep_decider(decider: Decider) -> None:
+    """Write the form, and the cost of the budgets, which is measured on training questions."""
+    stages = decider.stages
+    path = stages.run.folder / "allocator" / KEPT
+    if stages.is_main and not path.is_file():
+        cost = stages.rung_cost(decider.performer)
+        content = {"form": decider.form, "ladder": decider.ladder, "rung_cost": cost}
+        write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def load_decider(stages: Stages, performer: Performer) -> Decider:
+    """The fitted allocator of a run.
+
+    Raises:
+        InputError: this version does not know its form.
+    """
+    path = stages.run.folder / "allocator" / KEPT
+    form = json.loads(path.read_text())["form"]
+    if form not in LOADERS:
+        raise InputError(f"{path}: the form {form!r} is not known; known are {', '.join(LOADERS)}")
+    return LOADERS[form](stages, performer)

@@ -1,0 +1,101 @@
+"""A finished run that meets new cases: nothing is trained, and the recipe's own cases need not be there."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from envs.case import Case
+from models.performer import Performer
+from rl.checkpoints import DONE
+from rl.deciders.base import Decider
+from rl.deciders.loading import KEPT, load_decider
+from rl.prepare import load_features
+from rl.recipe import Run
+from rl.stages import Stages
+from slides.errors import InputError
+
+NEEDED = {f"grpo/{DONE}": "rl/grpo.py", f"allocator/{DONE}": "rl/pareto.py", f"allocator/{KEPT}": "rl/pareto.py"}
+"""Last file of each part that answering takes, and what writes it."""
+SUMMARY = "report/summary.json"
+
+
+class Deployed(Stages):
+    """A finished run and new cases.
+
+    Args:
+        run: the parsed recipe.
+        cases: to be answered.
+        features: folder that features are read from and written to.
+
+    Raises:
+        InputError: the run is not finished, or the recipe is not the one it was made by.
+    """
+
+    # Not that of `Stages`, which loads the recipe's cases and rewards.
+    def __init__(self, run: Run, cases: Sequence[Case], features: Path):
+        check_finished(run)
+        self.run, self.cases = run, list(cases)
+        self.all_splits = self.splits = {"train": [], "val": [], "test": []}
+        self.max_new_tokens = run.evaluation.max_new_tokens or run.grpo.max_completion_length
+        self.bank = load_features(self.cases, run.encoder, features)
+
+    def rung_cost(self, performer: Performer) -> list[float]:
+        """As it was when the allocator was fitted."""
+        return json.loads((self.run.folder / "allocator" / KEPT).read_text())["rung_cost"]
+
+    def decider(self) -> Decider:
+        """Performer and allocator, ready to answer."""
+        return load_decider(self, self._load("grpo"))
+
+
+def check_finished(run: Run) -> None:
+    """Refuse a run that has no trained performer and fitted allocator, or that other settings have made.
+
+    Raises:
+        InputError: with what is missing and what writes it, or what differs.
+    """
+    recipe = f"--config {run.path}" if run.path else "--config RECIPE"
+    missing = {name: script for name, script in NEEDED.items() if not (run.folder / name).is_file()}
+    if f"grpo/{DONE}" in missing:
+        missing = dict.fromkeys(missing, "rl/grpo.py")
+    if missing:
+        raise InputError(
+            f"{run.folder}: the run is not finished, {', '.join(missing)} is missing; run: "
+            f"python {next(iter(missing.values()))} {recipe}"
+        )
+    kept = json.loads((run.folder / "grpo" / DONE).read_text())["parts"]
+    now = {"encoder": vars(run.encoder), "performer": dataclasses.asdict(run.performer), "ladder": run.ladder}
+    changed = [name for key, value in now.items() for name in _differing(key, kept[key], value)]
+    if changed:
+        raise InputError(
+            f"{run.folder}: was trained with other settings ({', '.join(changed)}); answer with the recipe it was "
+            "trained by"
+        )
+
+
+def operating_price(run: Run) -> float:
+    """The price that the run's report chose.
+
+    Raises:
+        InputError: there is no report.
+    """
+    path = run.folder / SUMMARY
+    if not path.is_file():
+        recipe = f"--config {run.path}" if run.path else "--config RECIPE"
+        raise InputError(
+            f"{path}: there is no report to take the price from; give --price or --budget, or run: "
+            f"python rl/pareto.py {recipe}"
+        )
+    return json.loads(path.read_text())["headline"]["price"]
+
+
+def _differing(key: str, before: Any, now: Any) -> list[str]:
+    """Keys of a part of the recipe that are not as they were; where features lie does not matter."""
+    if not isinstance(before, dict):
+        return [key] if before != json.loads(json.dumps(now)) else []
+    same = json.loads(json.dumps(now))
+    return [f"{key}.{k}" for k in before if k not in ("folder", "strict") and same.get(k) != before[k]]
