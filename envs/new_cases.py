@@ -54,7 +54,9 @@ def new_case(
         split="test",
         question=question,
     )
-    problems = case.problems(gold=False) + _checked([case], [f"case {name}"])
+    # What someone names by hand is meant: no slide is left out.
+    _, broken = inspect_files(case.images, case.slides)
+    problems = [*case.problems(gold=False), *(f"{path}: {why}" for path, why in broken.items())]
     if problems:
         raise InputError(problems)
     return case
@@ -64,6 +66,8 @@ def read_new_cases(
     path: str, params: Mapping[str, Any] | None = None, *, root: str | None = None, **given: Any
 ) -> list[Case]:
     """Cases of a manifest in any format of docs/data.md; gold answers, ids and patients may be missing.
+
+    A slide that is not there is left out, with a warning, where its case has others.
 
     Args:
         params: of `envs.manifest.build`, such as a recipe's own; of them those that say what a row holds are used.
@@ -91,16 +95,11 @@ def read_new_cases(
     if not rows and not problems:
         raise InputError(f"{path}: no rows; the file or folder is empty")
     cases, places, found = to_cases(rows, Reading(path=path, root=start, gold=False, **values))
-    problems += found + _checked(cases, places)
+    _, broken = inspect_files((p for c in cases for p in c.images), (p for c in cases for p in c.slides))
+    warn_of_lost_slides(cases, broken)
+    problems += found + file_problems(cases, places, broken)
     repeated = [name for name, count in Counter(c.id for c in cases).items() if count > 1]
     problems += [f"{path}: the id {name!r} is given more than once; ids must be unique" for name in repeated]
     if problems:
         raise InputError(problems)
     return cases
-
-
-def _checked(cases: Sequence[Case], places: Sequence[str]) -> list[str]:
-    """What is wrong with the files of cases; slides that a case can do without are warned of."""
-    _, broken = inspect_files((p for case in cases for p in case.images), (p for case in cases for p in case.slides))
-    warn_of_lost_slides(cases, broken)
-    return file_problems(cases, places, broken)

@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from accelerate import PartialState
+
 from envs.case import TASKS, Case
 from envs.new_cases import new_case, read_new_cases
 from rl.answering import answer_all, closing, head, line, totals
@@ -129,6 +131,8 @@ def main() -> None:
     args, rest = parse(sys.argv[1:])
     check(args, rest)
     run = parse_recipe(rest)
+    if PartialState().num_processes > 1:
+        raise InputError("cases are answered one by one: start rl/answer.py with python, not with accelerate launch")
     check_finished(run)
     check_budget(args.budget, run.ladder)
     price = operating_price(run) if args.price is None and args.budget is None else args.price

@@ -28,7 +28,7 @@ class Deployed(Stages):
 
     Args:
         run: the parsed recipe.
-        cases: to be answered.
+        cases: to be answered, at least one.
         features: folder that features are read from and written to.
 
     Raises:
@@ -42,6 +42,11 @@ class Deployed(Stages):
         self.all_splits = self.splits = {"train": [], "val": [], "test": []}
         self.max_new_tokens = run.evaluation.max_new_tokens or run.grpo.max_completion_length
         self.bank = load_features(self.cases, run.encoder, features)
+        self.features = features
+
+    def show(self, cases: Sequence[Case]) -> None:
+        """Make further cases known, which a decider that is loaded already can then answer."""
+        self.bank.add(load_features(cases, self.run.encoder, self.features))
 
     def rung_cost(self, performer: Performer) -> list[float]:
         """As it was when the allocator was fitted."""
@@ -64,7 +69,7 @@ def check_finished(run: Run) -> None:
         missing = dict.fromkeys(missing, "rl/grpo.py")
     if missing:
         raise InputError(
-            f"{run.folder}: the run is not finished, {', '.join(missing)} is missing; run: "
+            f"{run.folder}: the run is not finished, it has no {', '.join(missing)}; run: "
             f"python {next(iter(missing.values()))} {recipe}"
         )
     kept = json.loads((run.folder / "grpo" / DONE).read_text())["parts"]
