@@ -28,6 +28,7 @@ class Decisions:
         rungs: (N,) rung of the ladder, the nearest one where the form is not bound to the ladder.
         score: (N,) in 0..1. visual: (N,) realised tokens. flops: (N,) of the answer.
         look: (N,) FLOPs of deciding, earlier looks included.
+        look_tokens: (N,) visual tokens that a language model read to decide; None where it read none.
     """
 
     price: float
@@ -36,6 +37,7 @@ class Decisions:
     visual: np.ndarray
     flops: np.ndarray
     look: np.ndarray
+    look_tokens: np.ndarray | None = None
 
     @classmethod
     def from_table(cls, price: float, table: ScoreTable, rungs: np.ndarray, look: np.ndarray) -> Decisions:

@@ -25,14 +25,14 @@ def operating_price(
     table: ScoreTable,
     options: EvaluationOptions,
     bootstrap: Bootstrap,
-    settled: float | None = None,
+    fixed: float | None = None,
 ) -> dict[str, Any]:
     """The price and what it was chosen by.
 
     Args:
         decided: out-of-fold decisions about the validation cases, one for each price of the curve.
         table: of these cases, the ladder's columns. bootstrap: over them.
-        settled: the price that meets a target cost, where the allocator has one.
+        fixed: the price, where no rule chooses it.
 
     Returns:
         `rule`, `tolerance`, `price`; `val`: of each price `{price, accuracy, flops, lost, error}`, `lost` being what
@@ -45,15 +45,12 @@ def operating_price(
     mean, errors = [float(v.mean()) for v in lost], [bootstrap.error(v) for v in lost]
     costs = [float(d.cost.mean()) for d in decided]
     allowed = errors if options.operating == "one_error" else [0.0] * len(errors)
-    given = {"price": options.price, "target": settled}
-    rule, price = next(((r, p) for r, p in given.items() if p is not None), (options.operating, None))
-    if price is None:
-        price = decided[pick_price(mean, allowed, costs, options.tolerance)].price
+    chosen = decided[pick_price(mean, allowed, costs, options.tolerance)].price
     rows = zip(decided, costs, mean, errors, strict=True)
     return {
-        "rule": rule,
+        "rule": options.operating if fixed is None else "price",
         "tolerance": options.tolerance,
-        "price": price,
+        "price": chosen if fixed is None else fixed,
         "val": [
             {"price": d.price, "accuracy": float(d.score.mean()), "flops": c, "lost": m, "error": e}
             for d, c, m, e in rows

@@ -120,13 +120,14 @@ class Outcome:
         }
 
     def _operating(self, static: Paid) -> dict[str, Any]:
-        """`at_operating_point` in FLOPs, visual tokens of the answer and milliseconds."""
+        """`at_operating_point` in FLOPs, visual tokens and milliseconds."""
         own, n = self.decisions, len(self.cases)
         times = self.latency.budgets(self.ladder)
         deciding = np.full(n, self.latency.deciding(own.price))
+        read = np.zeros(n) if own.look_tokens is None else own.look_tokens
         units = {
             "flops": (own.flops, own.look, static.cost),
-            "tokens": (own.visual.astype(float), np.zeros(n), self.table.visual.astype(float)),
+            "tokens": (own.visual.astype(float), read, self.table.visual.astype(float)),
             "latency_ms": (times[own.rungs], deciding, np.tile(times, (n, 1))),
         }
         return {

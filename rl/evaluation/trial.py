@@ -25,7 +25,7 @@ from rl.stages import Stages
 
 
 class Trial:
-    """A run whose choices are made.
+    """A run whose choices are made on its validation cases.
 
     Args:
         stages: the run. performer: the trained performer. decider: the allocator.
@@ -34,6 +34,7 @@ class Trial:
     def __init__(self, stages: Stages, performer: Performer, decider: Decider):
         self.stages, self.performer, self.decider = stages, performer, decider
         self.ladder, self.options = stages.run.ladder, stages.run.evaluation
+        self.prices = self.options.prices
         self.val = stages.table("grpo", performer, "val")
 
     def bootstrap(self, table: ScoreTable) -> Bootstrap:
@@ -44,15 +45,14 @@ class Trial:
     def preferred(self) -> Preferred:
         """What the validation cases prefer."""
         table = self.val.at(self.ladder)
-        decided = [self.decider.decide("val", p) for p in self.options.prices]
-        settled = self.decider.settled
-        operating = operating_price(decided, table, self.options, self.bootstrap(table), settled)
+        decided = [self.decider.decide("val", p) for p in self.prices]
+        fixed = self.options.price if self.options.price is not None else self.decider.settled
+        operating = operating_price(decided, table, self.options, self.bootstrap(table), fixed)
         return Preferred.of(decided, table, best_static(table), operating)
 
     def on_test(self) -> Outcome:
         """What came of the run's test cases."""
-        prices = [*self.options.prices, self.preferred.operating["price"]]
-        decided = [self.decider.decide("test", p) for p in prices]
+        decided = [self.decider.decide("test", p) for p in (*self.prices, self.preferred.operating["price"])]
         table = self.stages.table("grpo", self.performer, "test")
         predicted = self.decider.predicted("test")
         return self._outcome(self.stages.splits["test"], table, decided, predicted, self.stages.scorer)
@@ -63,8 +63,8 @@ class Trial:
         Args:
             table: of these cases, budget 0 and the ladder's columns.
         """
-        prices = [*self.options.prices, self.preferred.operating["price"]]
-        decided = [Decisions.from_table(p, table.at(self.ladder), *self.decider.choose(cases, p)) for p in prices]
+        prices, ladder = (*self.prices, self.preferred.operating["price"]), table.at(self.ladder)
+        decided = [Decisions.from_table(p, ladder, *self.decider.choose(cases, p)) for p in prices]
         return self._outcome(cases, table, decided, self.decider.values(cases), scorer)
 
     def _outcome(

@@ -172,7 +172,7 @@ def test_the_rules_of_the_operating_price(options, price):
         made = Decisions.from_table(p, table(static), rungs, np.zeros(n))
         decided.append(replace(made, score=(np.arange(n) < n * accuracy).astype(float)))
     bootstrap = Bootstrap([str(i) for i in range(n)], resamples=100)
-    found = operating_price(decided, table(static), EvaluationOptions(**options), bootstrap)
+    found = operating_price(decided, table(static), EvaluationOptions(**options), bootstrap, options.get("price"))
     assert found["price"] == price
     assert [row["price"] for row in found["val"]] == [0.0, 0.1, 0.2]
     assert found["rule"] == ("price" if "price" in options else options["operating"])

@@ -161,6 +161,12 @@ def test_the_look_is_on_the_ladder(recipe):
     assert "must be budgets of the ladder" in problems(recipe(allocator={"look": [2]}))[0]
 
 
+def test_a_rule_of_the_operating_price_must_be_known(recipe):
+    assert problems(recipe(evaluation={"operating": "best"})) == [
+        "evaluation.operating: 'best' is not known; known are one_error, within"
+    ]
+
+
 def test_an_environment_must_be_named(recipe):
     assert "`name` is missing" in problems(recipe(cases={"slides": 3}))[0]
 
