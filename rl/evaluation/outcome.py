@@ -156,7 +156,7 @@ class Outcome:
             "accuracy_lost": bootstrap.difference(table.score[:, k] - score),
             "accuracy_lost_vs_best": lost_to_best(score, table.score, bootstrap),
             "gain_at_equal_cost": found["equal_cost"]["gain"],
-            "area_over_static": self.frontier["mixed"]["linear"],
+            "area_over_static": self.frontier["chosen_on_val"]["linear"],
             "gain_over_random": bootstrap.difference(score - mixed(table.score, self.decisions.rungs)),
             "gain_over_text_only": bootstrap.difference(score - self.whole.at([0]).score[:, 0]),
             "gain_over_majority": bootstrap.difference(score - self.majority),

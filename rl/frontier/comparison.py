@@ -5,9 +5,10 @@ as one runs a single setting for all cases. `mixed`: two settings may also be de
 gives any point on the line between theirs, so that the frontier is the upper concave hull of the points. The second is
 the honest rival: it asks nothing of the cases.
 
-Intervals resample patients, with the same draws on both sides, and choose the frontier anew in each resample. To
-choose the best of noisy points is optimistic, for both sides alike and more so for the one with more points;
-`area_of_chosen` takes points that were chosen on other cases instead, and is not.
+Intervals resample patients, with the same draws on both sides. `areas` chooses the frontier anew in each resample. To
+choose the best of noisy points is optimistic, for both sides, and more so for the one with more points: thirteen
+random mixtures of five budgets on 1,000 cases lie above their hull with an interval above 0 in two of three data sets.
+`area_of_chosen` takes points that were chosen on other cases, which mends it, and is the figure to go by.
 """
 
 from __future__ import annotations
@@ -167,22 +168,24 @@ def _compared(cost: np.ndarray, score: np.ndarray, fixed_cost: np.ndarray, fixed
 def area_of_chosen(
     adaptive: Paid, static: Paid, kept: tuple[np.ndarray, np.ndarray], bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """Mean height between the lines through points that were chosen beforehand, over cost.
+    """As `mixed` of `areas`, between the lines through points that were chosen beforehand.
 
     Args:
         kept: which settings of either side, such as the corners of their hulls on validation cases.
     """
 
-    def height(cost: np.ndarray, score: np.ndarray, fixed_cost: np.ndarray, fixed_score: np.ndarray) -> float:
+    def heights(cost: np.ndarray, score: np.ndarray, fixed_cost: np.ndarray, fixed_score: np.ndarray) -> list[float]:
         sides = []
         for c, s, keep in ((cost, score, kept[0]), (fixed_cost, fixed_score, kept[1])):
             order = keep[np.argsort(c[keep], kind="stable")]
             sides.append(Frontier(c[order], s[order], mixed=True))
-        low, high = common_range(sides[0].cost, sides[1].cost)
-        return sides[0].mean(low, high) - sides[1].mean(low, high)
+        low, high = max(side.cost[0] for side in sides), fixed_cost.max()
+        return [sides[0].mean(low, high, log) - sides[1].mean(low, high, log) for log in (False, True)]
 
     draws = zip(*adaptive.resampled(bootstrap), *static.resampled(bootstrap), strict=True)
-    return _figure(height(*adaptive.means(), *static.means()), np.array([height(*each) for each in draws]))
+    drawn = np.array([heights(*each) for each in draws]).T
+    first = heights(*adaptive.means(), *static.means())
+    return {name: _figure(v, column) for name, v, column in zip(("linear", "log"), first, drawn, strict=True)}
 
 
 def at_operating_point(

@@ -68,7 +68,7 @@ def test_the_summary_of_a_perfect_allocator(outcome):
     assert head["cost_saved"] == pytest.approx(0.5) and head["cost_saved_vs_static"] == pytest.approx(0.5)
     assert head["accuracy_lost"]["value"] == 0 == head["accuracy_lost_vs_best"]["value"]
     assert head["gain_over_random"]["value"] == pytest.approx(1 - (1 / 3 + 2 / 3 + 1) / 3)
-    assert head["area_over_static"]["ci95"][0] > 0 and found["chosen_on_val"]["value"] > 0
+    assert head["area_over_static"]["ci95"][0] > 0 and found["mixed"]["linear"]["value"] > 0
     assert summary["oracle"]["flops"] == pytest.approx(8)
     assert found["range"] == pytest.approx([2.5 / 17, 1])
     flops, tokens, time = (found["operating"][unit] for unit in ("flops", "tokens", "latency_ms"))
