@@ -1,0 +1,220 @@
+"""The report as one page, `report.html`: everything is in the file, nothing is loaded from anywhere."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from rl.report import figures
+from rl.report.examples import Row, answers_of, gains, helps, ladder_of, mistakes, spread
+from rl.report.pictures import Shown
+from rl.report.tables import interval, label, measured, number, synoptic_tables, tables_of
+from slides.whole import write_text
+
+SHOWN = 6
+"""Cases of each kind that are shown."""
+PROMPT = 240
+"""Characters of a question that are shown."""
+MEASURED = {
+    "frontier": "Static and adaptive frontier",
+    "calibration": "Calibration of the allocator",
+    "information": "What the budget depends on",
+    "latency": "Latency",
+}
+"""Further parts of a summary that are shown as tables, and their headings."""
+STAGES = {
+    "base": "base",
+    "sft": "SFT",
+    "sft_continued": "SFT continued",
+    "grpo": "GRPO",
+    "grpo_allocator": "GRPO + allocator",
+}
+GAINS = {
+    "gain_over_sft": "GRPO over SFT",
+    "gain_over_sft_continued": "GRPO over SFT continued",
+    "gain_over_random": "allocator over random",
+    "gain_over_text_only": "allocator over text only",
+    "gain_over_majority": "allocator over majority answer",
+}
+CONTROLS = {
+    "operating_point": "allocator",
+    "operating_random": "random, equal mean budget",
+    "oracle": "oracle, cheapest right budget",
+    "text_only": "text only, no image",
+    "majority": "majority answer",
+}
+
+
+def write_page(folder: str | Path, pictures: Callable[[str, int], Sequence[Shown]] | None = None) -> Path:
+    """Write `report.html` from the `summary.json` and `cases.jsonl` of a report's folder.
+
+    Args:
+        folder: the report's folder.
+        pictures: gives the pictures of a case at a budget; without it the cases are told in words.
+    """
+    folder = Path(folder)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    lines = (folder / "cases.jsonl").read_text(encoding="utf-8").splitlines()
+    path = folder / "report.html"
+    write_text(path, render(summary, [json.loads(line) for line in lines], folder.absolute().parent.name, pictures))
+    return path
+
+
+def render(
+    summary: dict[str, Any],
+    rows: Sequence[Row],
+    name: str,
+    pictures: Callable[[str, int], Sequence[Shown]] | None = None,
+) -> str:
+    """The page's HTML. Ids of cases are shown, ids of patients and text of open answers are not.
+
+    Args:
+        summary, rows: content of `summary.json` and `cases.jsonl`. name: of the run.
+    """
+    here = Path(__file__).parent
+    environment = Environment(
+        loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"number": number, "label": label, "interval": interval}
+    ladder = ladder_of(rows)
+    static = summary["headline"]["best_static_budget"]
+    training = figures.training(summary.get("training", ()))
+    context = {
+        "name": name,
+        "summary": summary,
+        "headline": headline(summary),
+        "tiles": tiles(summary),
+        "points": points(summary),
+        "ladder": ladder,
+        "colors": colors(len(ladder)),
+        "spread": spread(rows, ladder),
+        "helps": helps(rows, ladder),
+        "measured": {title: tables_of(summary[key]) for key, title in MEASURED.items() if summary.get(key)},
+        "examples": {
+            "gains": [_example(row, ladder, pictures) for row in gains(rows, ladder, static, SHOWN)],
+            "mistakes": [_example(row, ladder, pictures) for row in mistakes(rows, ladder, SHOWN)],
+        },
+        "training": training,
+        "attribution": [
+            (STAGES.get(key, key), at_budget(point), point) for key, point in summary["attribution"].items()
+        ],
+        "gains": [(title, summary["headline"][key]) for key, title in GAINS.items() if key in summary["headline"]],
+        "controls": [(title, summary[key]) for key, title in CONTROLS.items() if key in summary],
+        "probe": summary.get("linear_probe") or {},
+        "synoptic": synoptic_tables(summary.get("synoptic") or {}, STAGES),
+        "warnings": summary.get("warnings", []),
+        "missing": [[lost["slide"], lost["cases"], lost["reason"]] for lost in summary.get("missing_slides", ())],
+        "environment": measured({k: summary[k] for k in ("seed", "git", "splits", "versions") if k in summary}),
+        "figures": {"frontier": figures.frontier(summary), "training": training},
+        "style": Markup((here / "page.css").read_text(encoding="utf-8")),
+        "script": Markup((here / "page.js").read_text(encoding="utf-8")),
+        "plotly": Markup(get_plotlyjs()),
+    }
+    return environment.get_template("page.html.j2").render(context)
+
+
+def headline(summary: dict[str, Any]) -> dict[str, str]:
+    """What came out in plain words: `title`, and `text` with the rivals."""
+    head, own, random = summary["headline"], summary["operating_point"], summary["operating_random"]
+    share = own["flops"] / summary["static"][-1]["flops"]
+    lost = head["accuracy_lost"]
+    against = "below" if lost["value"] >= 0 else "above"
+    text = f"That is {_points(lost['value'])} points {against} the best static budget, "
+    text += f"{head['best_static_budget']} tokens{_bracket(lost, -1)}. "
+    text += f"A random allocator of equal cost reaches {random['accuracy']:.3f}"
+    if "gain_over_random" in head:
+        gain = head["gain_over_random"]
+        side = "above" if gain["value"] >= 0 else "below"
+        text += f"; this one is {_points(gain['value'])} points {side} it{_bracket(gain, 1)}"
+    low, high = own["ci95"]
+    title = f"{share:.0%} of the cost of the largest budget, at accuracy {own['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
+    return {"title": title.replace("%", " %"), "text": text + "."}
+
+
+def _points(value: float) -> str:
+    return f"{abs(100 * value):.1f}"
+
+
+def _bracket(value: dict[str, Any], sign: int) -> str:
+    """Interval of a difference in points, ours minus the other's."""
+    low, high = sorted(sign * 100 * v for v in value["ci95"])
+    return f" (difference {sign * 100 * value['value']:+.1f} [{low:+.1f}, {high:+.1f}])".replace("-", "−")
+
+
+def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Figures under the headline: name, value, remark."""
+    head, own, largest = summary["headline"], summary["operating_point"], summary["static"][-1]
+    equal = head.get("cost_saved_vs_static")
+    rival = "no static budget is as accurate" if equal is None else "of the cheapest static budget as accurate"
+    found = [
+        ("Test cases", f"{summary['n']:,}".replace(",", " "), f"of {summary['n_patients']} patients"),
+        ("Visual tokens", number(own["tokens"]), f"a case on average; the largest budget takes {largest['tokens']:.1f}"),
+        ("Cost of equal accuracy", "—" if equal is None else f"{1 - equal:.0%}".replace("%", " %"), rival),
+    ]
+    if own.get("latency_ms"):
+        remark = f"an answer at batch size 1; the largest budget takes {largest['latency_ms']:.1f} ms"
+        found.append(("Latency", f"{own['latency_ms']:.1f} ms", remark))
+    return found
+
+
+def points(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of the table of operating points; `command` is None where the summary does not tell it."""
+    largest = summary["static"][-1]["flops"]
+    commands = summary.get("reproduce") or {}
+    rows = []
+    for kind, members in (("static", summary["static"]), ("allocator", summary["allocator"])):
+        for point in members:
+            at = point["budget"] if kind == "static" else point["price"]
+            own = kind == "allocator" and at == summary["headline"]["price"]
+            name = f"static, {at} tokens" if kind == "static" else f"allocator, λ = {at:g}"
+            share = point["flops"] / largest
+            rows.append(
+                {"name": name, "kind": kind, "own": own, "point": point, "share": share}
+                | {"command": commands.get(kind, {}).get(f"{at:g}")}
+            )
+    return rows
+
+
+def at_budget(point: dict[str, Any]) -> str:
+    """What a stage of the attribution was run at."""
+    return f"{point['budget']} tokens" if "budget" in point else f"λ = {point['price']:g}"
+
+
+def colors(n: int) -> list[tuple[str, str]]:
+    """A colour for each budget, from light to dark, and that of text upon it."""
+    found = []
+    for red, green, blue, _ in matplotlib.colormaps["cividis_r"](np.linspace(0.06, 1, n)):
+        light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
+        found.append((matplotlib.colors.to_hex((red, green, blue)), "#1f2328" if light else "#ffffff"))
+    return found
+
+
+def _example(row: Row, ladder: Sequence[int], pictures: Callable[[str, int], Sequence[Shown]] | None) -> Row:
+    """A case as the page shows it."""
+    gold, answer = answers_of(row)
+    prompt = row.get("prompt", "") if row.get("task") in ("choice", "detection") else ""
+    shown = pictures(row["id"], row["budget"]) if pictures else ()
+    return {
+        **{k: row[k] for k in ("id", "question", "budget", "tokens", "score")},
+        "prompt": prompt if len(prompt) <= PROMPT else prompt[:PROMPT].rstrip() + " …",
+        "gold": gold,
+        "answer": answer,
+        "scores": [(b, row["score_by_budget"][str(b)]) for b in ladder],
+        "pictures": [
+            {"name": s.name, "full": _uri(s.full), "seen": _uri(s.seen), "tokens": s.tokens, "note": s.note}
+            for s in shown
+        ],
+    }
+
+
+def _uri(jpeg: bytes) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(jpeg).decode()
