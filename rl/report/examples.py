@@ -36,14 +36,15 @@ def spread(rows: Sequence[Row], ladder: Sequence[int]) -> list[Row]:
 
     Returns:
         rows of `name`, `level` (0 all, 1 task, 2 question, 3 answer), `n`, `tokens`, `accuracy`, and `shares` of the
-        cases at each budget of the ladder. Tasks are left out where there is only one.
+        cases at each budget of the ladder. A task is left out where it is the only one, or has one kind of question.
     """
     made = [_group("all cases", 0, rows, ladder)]
     tasks = _by(rows, lambda row: row.get("task", ""))
     for task, of_task in tasks.items():
-        if len(tasks) > 1:
+        questions = _by(of_task, lambda row: row["question"])
+        if len(tasks) > 1 and len(questions) > 1:
             made.append(_group(task or "other", 1, of_task, ladder))
-        for question, of_question in _by(of_task, lambda row: row["question"]).items():
+        for question, of_question in questions.items():
             made.append(_group(question, 2, of_question, ladder))
             classes = _by(of_question, lambda row: row["answer"])
             if of_question[0].get("task") == "choice" and 1 < len(classes) <= CLASSES:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
+
 Figure = dict[str, Any]
 
 # Okabe and Ito's colours, which the colour-blind tell apart; every curve has a marker or dash of its own too.
@@ -13,9 +17,9 @@ TEXT_ONLY, MAJORITY = "#8b3a74", "#4d4d4d"
 INK, GRID = "#1f2328", "#e6e9ed"
 
 UNITS = {
-    "flops": "cost of an answer in FLOPs (largest budget = 1)",
+    "flops": "cost in FLOPs (largest = 1)",
     "tokens": "visual tokens",
-    "latency": "milliseconds of an answer at batch size 1",
+    "latency": "milliseconds an answer",
 }
 CURVES = (
     ("reward", "Reward", ("reward",)),
@@ -102,18 +106,24 @@ def _traces(summary: dict[str, Any], measure: Callable[[dict], float | None], la
         return [trace]
 
     static, own = summary["static"], summary["operating_point"]
-    labels = {"mode": "lines+markers+text", "textposition": "bottom right"}
     traces = curve(summary["random"], "random", RANDOM, True, line={"dash": "dot"}, marker={"symbol": "x"})
-    traces += curve(
-        static,
-        "static",
-        STATIC,
-        False,
-        text=[str(p["budget"]) for p in static],
-        textfont={"color": STATIC, "size": 12},
-        line={"dash": "dash"},
-        marker={"symbol": "square"},
-        **labels,
+    traces += curve(static, "static", STATIC, False, line={"dash": "dash"}, marker={"symbol": "square"})
+    named = [(x, p) for p in static if (x := measure(p))]
+    # Below the interval, where no curve runs over them; the unseen marker keeps them off the bar's end.
+    traces.append(
+        {
+            "type": "scatter",
+            "mode": "markers+text",
+            "marker": {"size": 8, "opacity": 0},
+            "x": [x for x, _ in named],
+            "y": [p["ci95"][0] for _, p in named],
+            "text": [str(p["budget"]) for _, p in named],
+            "textposition": "bottom center",
+            "textfont": {"color": STATIC, "size": 12},
+            "hoverinfo": "skip",
+            "showlegend": False,
+            "legendgroup": "static",
+        }
     )
     traces += curve(summary["allocator"], "allocator", ALLOCATOR, True)
     if "oracle" in summary:
@@ -158,3 +168,37 @@ def training(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             shape["margin"] = {**shape["margin"], "l": 40, "t": 26}
             made.append({"id": f"training-{name}", "title": title, "data": traces, "layout": shape})
     return made
+
+
+def reliability(summary: dict[str, Any]) -> list[dict[str, Any]]:
+    """Predicted against observed scores, as a small figure; none where the summary has no predictions."""
+    scores = (summary.get("calibration") or {}).get("scores")
+    if not scores:
+        return []
+    exact = {"x": [0, 1], "y": [0, 1], "name": "exact", "line": {"color": "#8c959f", "dash": "dot", "width": 1.5}}
+    traces: list[Figure] = [{"type": "scatter", "mode": "lines", "hoverinfo": "skip", **exact}]
+    colors = budget_colors(len(scores["by_budget"]))
+    for (budget, found), color in zip(scores["by_budget"].items(), colors, strict=True):
+        bins = found["curve"]
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": str(budget),
+                "x": [b["predicted"] for b in bins],
+                "y": [b["observed"] for b in bins],
+                "text": [f"n = {b['n']}" for b in bins],
+                "line": {"color": color, "width": 1.5},
+                "marker": {"color": color, "size": 7},
+            }
+        )
+    square = {"range": [-0.02, 1.02], "constrain": "domain"}
+    shape = layout("predicted score", "observed score")
+    shape["xaxis"] |= square
+    shape["yaxis"] |= square | {"scaleanchor": "x"}
+    return [{"id": "reliability", "title": "Predicted against observed", "data": traces, "layout": shape}]
+
+
+def budget_colors(n: int) -> list[str]:
+    """A colour for each budget, from light to dark; cividis, which the colour-blind see alike."""
+    return [to_hex(c) for c in colormaps["cividis_r"](np.linspace(0.06, 1, n))]

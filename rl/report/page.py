@@ -4,33 +4,29 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Callable, Sequence
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
-import matplotlib
-import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
+from matplotlib.colors import to_rgb
 from plotly.offline import get_plotlyjs
 
 from rl.report import figures
 from rl.report.examples import Row, answers_of, gains, helps, ladder_of, mistakes, spread
 from rl.report.pictures import Shown
-from rl.report.tables import interval, label, measured, number, synoptic_tables, tables_of
+from rl.report.tables import facts, figure, interval, label, measures, number, synoptic_tables
 from slides.whole import write_text
+
+Pictured: TypeAlias = Callable[[str, int], Sequence[Shown]]
 
 SHOWN = 6
 """Cases of each kind that are shown."""
 PROMPT = 240
 """Characters of a question that are shown."""
-MEASURED = {
-    "frontier": "Static and adaptive frontier",
-    "calibration": "Calibration of the allocator",
-    "information": "What the budget depends on",
-    "latency": "Latency",
-}
-"""Further parts of a summary that are shown as tables, and their headings."""
 STAGES = {
     "base": "base",
     "sft": "SFT",
@@ -54,7 +50,7 @@ CONTROLS = {
 }
 
 
-def write_page(folder: str | Path, pictures: Callable[[str, int], Sequence[Shown]] | None = None) -> Path:
+def write_page(folder: str | Path, pictures: Pictured | None = None) -> Path:
     """Write `report.html` from the `summary.json` and `cases.jsonl` of a report's folder.
 
     Args:
@@ -69,52 +65,75 @@ def write_page(folder: str | Path, pictures: Callable[[str, int], Sequence[Shown
     return path
 
 
-def render(
-    summary: dict[str, Any],
-    rows: Sequence[Row],
-    name: str,
-    pictures: Callable[[str, int], Sequence[Shown]] | None = None,
-) -> str:
+class Axis(NamedTuple):
+    """Accuracies that the lines beside a table's figures run over."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, points: Iterable[dict[str, Any]]) -> Axis:
+        """The tenths around the intervals of some points."""
+        ends = [end for point in points for end in (*point["ci95"], point["accuracy"])]
+        return cls(math.floor(10 * min(ends)) / 10, math.floor(10 * max(ends) + 1) / 10)
+
+    def at(self, accuracy: float) -> str:
+        """Share of the way along the axis."""
+        return f"{(accuracy - self.low) / (self.high - self.low):.4f}"
+
+
+def render(summary: dict[str, Any], rows: Sequence[Row], name: str, pictures: Pictured | None = None) -> str:
     """The page's HTML. Ids of cases are shown, ids of patients and text of open answers are not.
 
     Args:
-        summary, rows: content of `summary.json` and `cases.jsonl`. name: of the run.
+        summary, rows: content of `summary.json` and `cases.jsonl`; what a summary has not is left out of the page.
+        name: of the run. pictures: see `write_page`.
     """
     here = Path(__file__).parent
     environment = Environment(
         loader=FileSystemLoader(here), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"number": number, "label": label, "interval": interval}
-    ladder = ladder_of(rows)
+    environment.filters |= {"number": number, "label": label, "interval": interval, "figure": figure}
+    ladder, largest = ladder_of(rows), summary["static"][-1]["flops"]
     static = summary["headline"]["best_static_budget"]
-    training = figures.training(summary.get("training", ()))
+    drawn = {
+        "frontier": figures.frontier(summary),
+        "small": [*figures.training(summary.get("training") or ()), *figures.reliability(summary)],
+    }
+    placed, attribution = points(summary), summary.get("attribution") or {}
+    controls = [(title, summary[key]) for key, title in CONTROLS.items() if key in summary]
+    known = [key for key in ("seed", "git", "price_unit", "splits", "seconds", "versions") if summary.get(key)]
     context = {
         "name": name,
         "summary": summary,
+        "largest": largest,
         "headline": headline(summary),
         "tiles": tiles(summary),
-        "points": points(summary),
+        "points": placed,
+        "points_axis": Axis.of(row["point"] for row in placed),
+        "prefix": command_prefix([row["command"] for row in placed if row["command"]]),
         "ladder": ladder,
         "colors": colors(len(ladder)),
         "spread": spread(rows, ladder),
         "helps": helps(rows, ladder),
-        "measured": {title: tables_of(summary[key]) for key, title in MEASURED.items() if summary.get(key)},
+        "spend": (summary.get("calibration") or {}).get("spend"),
+        "measures": measures(summary),
         "examples": {
             "gains": [_example(row, ladder, pictures) for row in gains(rows, ladder, static, SHOWN)],
             "mistakes": [_example(row, ladder, pictures) for row in mistakes(rows, ladder, SHOWN)],
         },
-        "training": training,
-        "attribution": [
-            (STAGES.get(key, key), at_budget(point), point) for key, point in summary["attribution"].items()
-        ],
+        "attribution": [(STAGES.get(key, key), at_budget(point), point) for key, point in attribution.items()],
         "gains": [(title, summary["headline"][key]) for key, title in GAINS.items() if key in summary["headline"]],
-        "controls": [(title, summary[key]) for key, title in CONTROLS.items() if key in summary],
+        "controls": controls,
+        "stages_axis": Axis.of([*attribution.values(), *(point for _, point in controls)]),
         "probe": summary.get("linear_probe") or {},
+        "by_question": summary.get("by_question") or {},
         "synoptic": synoptic_tables(summary.get("synoptic") or {}, STAGES),
-        "warnings": summary.get("warnings", []),
-        "missing": [[lost["slide"], lost["cases"], lost["reason"]] for lost in summary.get("missing_slides", ())],
-        "environment": measured({k: summary[k] for k in ("seed", "git", "splits", "versions") if k in summary}),
-        "figures": {"frontier": figures.frontier(summary), "training": training},
+        "warnings": summary.get("warnings") or [],
+        "missing": [[m["slide"], number(m["cases"]), m["reason"]] for m in summary.get("missing_slides") or ()],
+        "command": summary.get("command"),
+        "environment": facts({key: summary[key] for key in known}),
+        "figures": drawn,
         "style": Markup((here / "page.css").read_text(encoding="utf-8")),
         "script": Markup((here / "page.js").read_text(encoding="utf-8")),
         "plotly": Markup(get_plotlyjs()),
@@ -157,7 +176,7 @@ def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     rival = "no static budget is as accurate" if equal is None else "of the cheapest static budget as accurate"
     found = [
         ("Test cases", f"{summary['n']:,}".replace(",", " "), f"of {summary['n_patients']} patients"),
-        ("Visual tokens", number(own["tokens"]), f"a case on average; the largest budget takes {largest['tokens']:.1f}"),
+        ("Visual tokens", f"{own['tokens']:.1f}", f"a case on average; the largest budget takes {largest['tokens']:.1f}"),
         ("Cost of equal accuracy", "—" if equal is None else f"{1 - equal:.0%}".replace("%", " %"), rival),
     ]
     if own.get("latency_ms"):
@@ -168,20 +187,32 @@ def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
 
 def points(summary: dict[str, Any]) -> list[dict[str, Any]]:
     """Rows of the table of operating points; `command` is None where the summary does not tell it."""
-    largest = summary["static"][-1]["flops"]
-    commands = summary.get("reproduce") or {}
+    largest, price = summary["static"][-1]["flops"], summary["headline"]["price"]
+    curve = list(summary["allocator"])
+    if price not in [p["price"] for p in curve]:
+        curve = sorted([*curve, summary["operating_point"]], key=lambda p: p["price"])
     rows = []
-    for kind, members in (("static", summary["static"]), ("allocator", summary["allocator"])):
+    for kind, members in (("static", summary["static"]), ("allocator", curve)):
+        commands = (summary.get("reproduce") or {}).get(kind, {})
         for point in members:
             at = point["budget"] if kind == "static" else point["price"]
-            own = kind == "allocator" and at == summary["headline"]["price"]
-            name = f"static, {at} tokens" if kind == "static" else f"allocator, λ = {at:g}"
-            share = point["flops"] / largest
             rows.append(
-                {"name": name, "kind": kind, "own": own, "point": point, "share": share}
-                | {"command": commands.get(kind, {}).get(f"{at:g}")}
+                {
+                    "name": f"static, {at}" if kind == "static" else f"λ = {at:g}",
+                    "kind": kind,
+                    "own": kind == "allocator" and at == price,
+                    "point": point,
+                    "share": point["flops"] / largest,
+                    "command": commands.get(f"{at:g}"),
+                }
             )
     return rows
+
+
+def command_prefix(commands: Sequence[str]) -> str:
+    """The words that all commands begin with."""
+    common = os.path.commonprefix([f"{command} " for command in commands])
+    return common[: common.rfind(" ") + 1] if len(commands) > 1 else ""
 
 
 def at_budget(point: dict[str, Any]) -> str:
@@ -190,15 +221,15 @@ def at_budget(point: dict[str, Any]) -> str:
 
 
 def colors(n: int) -> list[tuple[str, str]]:
-    """A colour for each budget, from light to dark, and that of text upon it."""
+    """A colour for each budget and that of text upon it."""
     found = []
-    for red, green, blue, _ in matplotlib.colormaps["cividis_r"](np.linspace(0.06, 1, n)):
-        light = 0.299 * red + 0.587 * green + 0.114 * blue > 0.5
-        found.append((matplotlib.colors.to_hex((red, green, blue)), "#1f2328" if light else "#ffffff"))
+    for color in figures.budget_colors(n):
+        red, green, blue = to_rgb(color)
+        found.append((color, figures.INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"))
     return found
 
 
-def _example(row: Row, ladder: Sequence[int], pictures: Callable[[str, int], Sequence[Shown]] | None) -> Row:
+def _example(row: Row, ladder: Sequence[int], pictures: Pictured | None) -> Row:
     """A case as the page shows it."""
     gold, answer = answers_of(row)
     prompt = row.get("prompt", "") if row.get("task") in ("choice", "detection") else ""

@@ -1,4 +1,4 @@
-"""Parts of a summary as tables of a page, whatever their keys: mappings become rows, lists of mappings tables."""
+"""Parts of a summary as tables of the page: `caption`, `head` (names of columns) and `rows` of texts."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ from collections.abc import Mapping
 from typing import Any
 
 Table = dict[str, Any]
-"""`caption`, `head` (names of columns) and `rows` (texts)."""
 
 MEANS = (
     "case_score", "non_null_accuracy", "macro_accuracy", "coverage", "completeness", "critical_right",
     "critical_error_free", "hallucinated", "gain",
 )  # fmt: skip
+UNITS = {"flops": "FLOPs", "tokens": "visual tokens of the answer", "latency_ms": "milliseconds"}
+AREAS = {
+    ("mixed", "linear"): "area between the frontiers, mixed budgets, over cost",
+    ("mixed", "log"): "area between the frontiers, mixed budgets, over log cost",
+    ("step", "linear"): "area between the frontiers, steps, over cost",
+    ("step", "log"): "area between the frontiers, steps, over log cost",
+    ("hypervolume", "adaptive"): "hypervolume, allocator",
+    ("hypervolume", "static"): "hypervolume, static",
+    ("hypervolume", "difference"): "hypervolume, difference",
+}
 
 
 def number(value: Any) -> str:
@@ -24,10 +33,8 @@ def number(value: Any) -> str:
         return f"{value:,}".replace(",", " ").replace("-", "−")
     if isinstance(value, float):
         size = abs(value)
-        text = f"{value:.3f}" if size < 10 else f"{value:.1f}" if size < 1e5 else f"{value:.3g}"
-        if 0 < size < 1e-3:
-            text = f"{value:.2g}"
-        return text.replace("-", "−", 1)
+        text = f"{value:.2g}" if 0 < size < 5e-4 else f"{value:.3f}" if size < 10 else f"{value:.1f}"
+        return (f"{value:.3g}" if size >= 1e5 else text).replace("-", "−", 1)
     return str(value)
 
 
@@ -42,74 +49,108 @@ def label(name: Any) -> str:
     return str(name).replace("_", " ")
 
 
-def cell(value: Any) -> str:
-    """A value of a table: `{value, ci95}` with its interval, a list by its members."""
-    if isinstance(value, Mapping) and "value" in value:
-        ends = value.get("ci95")
-        return number(value["value"]) + (f" {interval(ends)}" if ends else "")
-    if isinstance(value, Mapping):
-        return ", ".join(f"{label(k)} {cell(v)}" for k, v in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(cell(v) for v in value)
-    return number(value)
+def figure(value: Mapping[str, Any] | None) -> str:
+    """`{value, ci95}` with its interval."""
+    if value is None or value["value"] is None:
+        return "—"
+    return number(float(value["value"])) + (f" {interval(value['ci95'])}" if value.get("ci95") else "")
 
 
-def measured(part: Mapping[str, Any], within: str = "") -> list[tuple[str, str]]:
-    """Name and text of all single values of a mapping, those of mappings in it too; tables in it are left out."""
+def facts(part: Mapping[str, Any], within: str = "") -> list[tuple[str, str]]:
+    """Name and text of all single values of a mapping, those of mappings in it too."""
     rows = []
     for key, value in part.items():
         name = f"{within}{label(key)}"
-        if isinstance(value, Mapping) and "value" not in value:
-            rows += measured(value, f"{name}: ")
-        elif not _is_table(value):
-            rows.append((name, cell(value)))
+        rows += facts(value, f"{name}: ") if isinstance(value, Mapping) else [(name, number(value))]
     return rows
 
 
-def tables_of(part: Any, caption: str = "") -> list[Table]:
-    """All tables of a part of a summary: one of its single values, then each list of mappings in it."""
-    if _is_table(part):
-        head = list(dict.fromkeys(key for row in part for key in row))
-        rows = [[cell(row.get(key)) for key in head] for row in part]
-        return [{"caption": caption, "head": [label(key) for key in head], "rows": rows}]
-    if not isinstance(part, Mapping):
+def measures(summary: Mapping[str, Any]) -> dict[str, list[Table]]:
+    """Tables of what a summary tells of frontier, calibration, information and latency, by heading."""
+    makers = {
+        "frontier": ("Against the static frontier", _frontier),
+        "calibration": ("Are predicted scores true?", _calibration),
+        "information": ("What the chosen budget hangs on", _information),
+        "latency": ("Latency at batch size 1", _latency),
+    }
+    found = {title: make(summary[key]) for key, (title, make) in makers.items() if summary.get(key)}
+    return {title: tables for title, tables in found.items() if tables}
+
+
+def _frontier(part: Mapping[str, Any]) -> list[Table]:
+    rows = [[name, figure(part[a][b])] for (a, b), name in AREAS.items() if a in part and b in part[a]]
+    if "chosen_on_val" in part:
+        rows.append(["area between lines through points chosen on validation cases", figure(part["chosen_on_val"])])
+    caption = "Mean height in accuracy above the static frontier over the costs that both have, and hypervolumes [95 %]"
+    tables = [{"caption": caption, "head": ["measure", "value"], "rows": rows}] if rows else []
+    units = []
+    for unit, row in part.get("operating", {}).items():
+        step, line = row["equal_accuracy"]["step"], row["equal_accuracy"]["mixed"]
+        units.append(
+            [UNITS.get(unit, label(unit)), figure(row["cost_share"]), number(row["stage1_share"])]
+            + [figure(step["cost_share"]), number(step["budget"]), figure(line["cost_share"])]
+            + [figure(row["equal_cost"]["gain"])]
+        )
+    if units:
+        head = ["cost in", "of the largest", "deciding", "of equal static", "its budget", "of mixed static", "gain"]
+        caption = "Cost of the operating point as a share of that of the largest budget, of the cheapest static budget of "
+        caption += "equal accuracy and of static budgets mixed to it; accuracy gained over these at equal cost [95 %]"
+        tables.append({"caption": caption, "head": head, "rows": units})
+    return tables
+
+
+def _calibration(part: Mapping[str, Any]) -> list[Table]:
+    scores = part.get("scores")
+    if not scores:
         return []
-    singles = measured(part)
-    found = [{"caption": caption, "head": ["measure", "value"], "rows": singles}] if singles else []
-    return found + _inner(part, caption)
+    named = [(f"{b} tokens", row) for b, row in scores["by_budget"].items()] + [("all", scores["all"])]
+    keys = ("predicted", "observed", "ece", "brier", "brier_skill")
+    rows = [[name, *(number(row[key]) for key in keys)] for name, row in named]
+    caption = "ECE: expected calibration error; Brier skill: against the mean score of each kind of question"
+    head = ["budget", "predicted", "observed", "ECE", "Brier", "Brier skill"]
+    return [{"caption": caption, "head": head, "rows": rows}]
 
 
-def _inner(part: Mapping[str, Any], caption: str) -> list[Table]:
-    found = []
-    for key, value in part.items():
-        name = f"{caption}: {label(key)}" if caption else label(key)
-        if _is_table(value):
-            found += tables_of(value, name)
-        elif isinstance(value, Mapping) and "value" not in value:
-            found += _inner(value, name)
-    return found
+def _information(part: Mapping[str, Any]) -> list[Table]:
+    names = {
+        "question": "the kind of question",
+        "image_given_question": f"the kind of image ({part.get('image_kinds', '?')} kinds), the question known",
+    }
+    keys = ("bits", "chance", "chance95", "p")
+    rows = [[name, *(number(part[k][key]) for key in keys)] for k, name in names.items() if k in part]
+    caption = f"Bits that the budget tells of it; the choice itself has {number(part.get('entropy'))} bits"
+    if "image_at_most" in part:
+        caption += f", of which the image explains {number(part['image_at_most'])} at most"
+    return [{"caption": caption, "head": ["of", "bits", "by chance", "chance, 95 %", "p"], "rows": rows}]
 
 
-def _is_table(value: Any) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(isinstance(row, Mapping) for row in value)
+def _latency(part: Mapping[str, Any]) -> list[Table]:
+    timed = [(f"answer at {b} tokens", row) for b, row in part["answer"].items()] + [("deciding", part["look"])]
+    rows = [[name, f"{row['median_ms']:.2f}", "{:.2f}–{:.2f}".format(*row["quartiles_ms"])] for name, row in timed]
+    caption = f"{part['cases']} cases, images read and encoded beforehand"
+    return [{"caption": caption, "head": ["", "median ms", "quartiles"], "rows": rows}]
 
 
 def synoptic_tables(results: Mapping[str, Any], stages: Mapping[str, str]) -> list[Table]:
-    """Tables of synoptic reports: by protocol the means of every stage, and the fields of the last stage."""
+    """Tables of synoptic reports: by protocol the means of every stage, and the fields of the last stage.
+
+    Args:
+        results: what `rl.fields.field_results` gives. stages: words for names of stages.
+    """
     found = []
     for protocol, by_stage in results.items():
         means = [name for name in MEANS if any(report.get(name) for report in by_stage.values())]
         rows = [
-            [stages.get(stage, stage), number(report["n"]), *(cell(report.get(name)) for name in means)]
+            [stages.get(stage, stage), number(report["n"]), *(figure(report.get(name)) for name in means)]
             for stage, report in by_stage.items()
         ]
-        found.append({"caption": label(protocol), "head": ["stage", "n", *map(label, means)], "rows": rows})
+        found.append({"caption": f"Reports: {label(protocol)}", "head": ["stage", "n", *map(label, means)], "rows": rows})
         last, report = list(by_stage.items())[-1]
         fields = [
-            [label(name), number(row["n"]), cell({"value": row["accuracy"], "ci95": row.get("ci95")})]
+            [label(name), number(row["n"]), figure({"value": row["accuracy"], "ci95": row.get("ci95")})]
             for name, row in report.get("fields", {}).items()
         ]
         if fields:
-            caption = f"fields of {label(protocol)}, {stages.get(last, last)}"
+            caption = f"Fields of {label(protocol)}, {stages.get(last, last)}"
             found.append({"caption": caption, "head": ["field", "n", "accuracy"], "rows": fields})
     return found
