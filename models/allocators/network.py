@@ -84,9 +84,13 @@ class LookNetwork(PreTrainedModel):
 
     def read(self, look: torch.Tensor, question: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
         """Outputs (B, rungs)."""
+        return self.head(torch.cat([self.gather(look, question), *extra], 1))
+
+    def gather(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+        """What the head reads of the look and the question, (B, inputs)."""
         seen = self.see(self.drop((look - self.mean) / self.std)).flatten(2)
         gathered = (self._weights(look, question)[..., None] * seen).sum(1)
-        return self.head(torch.cat([gathered, self.question(question), *extra], 1))
+        return torch.cat([gathered, self.question(question)], 1)
 
     def _weights(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
         return equal(there(look)) if self.shares is None else self.shares(look, question, there(look))

@@ -71,6 +71,17 @@ class PolicyAllocator(LookNetwork):
         self.train(was_training)
         return logits.softmax(-1)
 
+    @torch.no_grad()
+    def sweep(self, look: torch.Tensor, question: torch.Tensor, prices: Sequence[float]) -> torch.Tensor:
+        """Probabilities (B, prices, rungs) without dropout; the look is read once."""
+        was_training = self.training
+        self.eval()
+        gathered = self.gather(look, question)
+        where = self._where(torch.tensor(prices, dtype=torch.float32))
+        read = [self.head(torch.cat([gathered, at.expand(len(look), -1)], 1)) + self.shift(at) for at in where]
+        self.train(was_training)
+        return torch.stack(read, 1).softmax(-1)
+
     def choose(self, look: torch.Tensor, question: torch.Tensor, price: torch.Tensor | float) -> torch.Tensor:
         """The most probable rung (B,) of each case."""
         return self.probabilities(look, question, price).argmax(-1)

@@ -53,7 +53,7 @@ class ExpectedReward(Aim[PolicyAllocator]):
 
     def predict(self, allocator: PolicyAllocator, look: torch.Tensor, question: torch.Tensor) -> np.ndarray:
         """Probabilities (B, prices of the grid, rungs)."""
-        return np.stack([allocator.probabilities(look, question, float(p)).numpy() for p in self.grid], 1)
+        return allocator.sweep(look, question, self.grid.tolist()).numpy()
 
     def held_out(self, predicted: np.ndarray, scores: np.ndarray) -> float:
         """Minus the expected reward, in the mean over cases and prices."""
