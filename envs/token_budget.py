@@ -1,7 +1,7 @@
 """A gymnasium environment over a score table, so that any reinforcement learner can train an allocator.
 
     import envs.token_budget
-    env = gymnasium.make("frugalpath/TokenBudget-v0", score=score, flops=flops, budgets=budgets, observation=observation)
+    env = gymnasium.make("frugalpath/TokenBudget-v0", score=score, flops=flops, budgets=[1, 4], observation=seen)
 
 Nothing is generated: what the frozen performer scores at every budget is known, and a step looks it up.
 """

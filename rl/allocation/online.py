@@ -95,9 +95,9 @@ class AllocatorLearner(ABC):
         best = self._best(look, question)
         metrics = {"loss": loss.item(), "score": score.mean().item(), **self._metrics(best, rungs, question)}
         if self.objective.target is not None:
-            metrics["price"] = self.price
-            cost = torch.tensor(self.objective.cost)
-            self.price = dual_price(self.price, cost[best].numpy(), self.objective.target)
+            spent = self._spent(look, question, best)
+            metrics |= {"price": self.price, "cost": spent.mean().item()}
+            self.price = dual_price(self.price, spent.numpy(), self.objective.target)
         return metrics
 
     def _prices(self, count: int) -> torch.Tensor:
@@ -123,6 +123,10 @@ class AllocatorLearner(ABC):
     @abstractmethod
     def _best(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
         """Rungs (B,) that it would choose at its own price, without exploring."""
+
+    def _spent(self, look: torch.Tensor, question: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        """Cost (B,) of what it does at its own price."""
+        return torch.tensor(self.objective.cost)[best]
 
     def _metrics(self, best: torch.Tensor, rungs: torch.Tensor, question: torch.Tensor) -> dict[str, float]:
         share = (torch.bincount(best, minlength=len(self.ladder)) / len(best)).tolist()
@@ -224,3 +228,6 @@ class PolicyLearner(AllocatorLearner):
 
     def _best(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
         return self.allocator.choose(look, question, self.price)
+
+    def _spent(self, look: torch.Tensor, question: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
+        return self.allocator.probabilities(look, question, self.price) @ torch.tensor(self.objective.cost)

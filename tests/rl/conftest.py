@@ -12,12 +12,13 @@ from datasets import Dataset
 from envs.columns import case_columns
 from models.allocators.look import CheapLook
 from models.allocators.network import AllocatorConfig
+from models.allocators.policy import PolicyAllocator, PolicyConfig
 from models.allocators.value import ValueAllocator
 from models.performer import Performer
 from rewards.answer import SHAPING
 from rewards.registry import get_rewards
 from rl.allocation.objectives import Objective
-from rl.allocation.online import AllocatorLearner, ValueLearner
+from rl.allocation.online import AllocatorLearner, PolicyLearner, ValueLearner
 from rl.config import FrugalConfig
 from rl.joint import FrugalTrainer
 from tests.conftest import LADDER, WIDTH
@@ -39,10 +40,14 @@ def quick_collection() -> Iterator[None]:
 def make_learner() -> Callable[..., AllocatorLearner]:
     """A learner of a performer's cases, always of the same weights."""
 
-    def make(performer: Performer, **options) -> AllocatorLearner:
+    def make(performer: Performer, form: str = "value", **options) -> AllocatorLearner:
         torch.manual_seed(1)
-        config = AllocatorConfig(ladder=LADDER, look=(1, 4), feature_dim=WIDTH, width=16, buckets=64)
+        shape = {"ladder": LADDER, "look": (1, 4), "feature_dim": WIDTH, "width": 16, "buckets": 64}
         objective = Objective("linear", LADDER, COST)
+        if form == "policy":
+            config = PolicyConfig((0.01, 1.0), **shape)
+            return PolicyLearner(PolicyAllocator(config), CheapLook(performer, config), objective, **options)
+        config = AllocatorConfig(**shape)
         return ValueLearner(ValueAllocator(config), CheapLook(performer, config), objective, **options)
 
     return make
@@ -52,7 +57,7 @@ def make_learner() -> Callable[..., AllocatorLearner]:
 def make_trainer(cases, make_learner, tmp_path) -> Callable[..., FrugalTrainer]:
     """A trainer whose batch is 2 images x 2 budgets x 2 completions."""
 
-    def make(performer: Performer, peft_config=None, **changes) -> FrugalTrainer:
+    def make(performer: Performer, peft_config=None, form: str = "value", **changes) -> FrugalTrainer:
         options = {
             **SHORT_RUN,
             "output_dir": str(tmp_path / "run"),
@@ -76,7 +81,7 @@ def make_trainer(cases, make_learner, tmp_path) -> Callable[..., FrugalTrainer]:
             peft_config=peft_config,
             performer=performer,
             cases=cases,
-            learner=make_learner(performer),
+            learner=make_learner(performer, form),
             score_weights=[0.0 if r.__name__ in SHAPING else r.weight for r in rewards],
         )
 

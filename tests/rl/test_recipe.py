@@ -232,3 +232,30 @@ def test_grpo_does_not_start_from_what_cannot_answer(kind):
     run = SimpleNamespace(sft=[Stage("align", "sft_align", {}), Stage(kind, "sft", {})])
     with pytest.raises(InputError, match=f"after the stage {kind} nothing answers questions yet"):
         Stages.joint(SimpleNamespace(run=run))
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"form": "guess"}, "allocator.form: 'guess' is not known; known are value, policy"),
+        ({"objective": "cheap"}, "allocator.objective: 'cheap' is not known; known are linear, multiplicative"),
+        ({"objective": "oracle_regret"}, "allocator.objective: oracle_regret .* set allocator.form to policy"),
+        ({"objective": "dual"}, "allocator.target: .* belongs to the objective dual; set both"),
+        ({"target": 0.3}, "allocator.target: .* belongs to the objective dual; set both"),
+        ({"objective": "dual", "target": 3.0}, "allocator.target: 3.0 is no share"),
+        ({"price_range": [0.0, 1.0]}, r"allocator.price_range: \[0.0, 1.0\] is no \[lowest, highest\]"),
+        ({"form": "policy", "explore": 0.0, "entropy": 0.0}, "allocator.explore: .* settles on one budget"),
+        ({"advantage": "ppo"}, "allocator.advantage: 'ppo' is not known; known are rloo, grpo"),
+    ],
+)
+def test_what_an_allocator_cannot_do_is_named(problems, options, problem):
+    (found,) = problems(recipe(allocator=options))
+    assert re.match(problem, found)
+
+
+def test_an_allocator_that_is_as_it_was_has_the_settings_that_it_had():
+    """Finished runs are known by them."""
+    later = {"form", "objective", "target", "price_range", "entropy", "entropy_decay", "advantage"}
+    assert not later & set(AllocatorOptions(entropy=0.1).settings())
+    assert set(AllocatorOptions(form="policy").settings()) >= {"form", "entropy", "advantage", "price_range"}
+    assert AllocatorOptions(objective="dual", target=0.3).settings()["target"] == 0.3

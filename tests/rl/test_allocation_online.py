@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from models.allocators.look import CheapLook
+from models.allocators.network import AllocatorConfig
+from models.allocators.policy import PolicyAllocator, PolicyConfig, explored
+from models.allocators.value import ValueAllocator
+from rl.allocation.objectives import Objective
+from rl.allocation.online import AllocatorLearner, PolicyLearner, ValueLearner
+from tests.conftest import LADDER, WIDTH
+
+COST = (0.1, 0.3, 1.0)
+SHAPE = {"ladder": LADDER, "look": (1, 4), "feature_dim": WIDTH, "width": 16, "buckets": 64}
+
+
+def make(form: str, look: CheapLook | None = None, objective: str = "linear", target=None, **options):
+    torch.manual_seed(1)
+    aim = Objective(objective, LADDER, COST, target)
+    if form == "policy":
+        return PolicyLearner(PolicyAllocator(PolicyConfig((0.01, 1.0), **SHAPE)), look, aim, **options)
+    return ValueLearner(ValueAllocator(AllocatorConfig(**SHAPE)), look, aim, **options)
+
+
+class Planted:
+    """Cases as looks: dark ones are solved by any budget; a larger one brings light ones the more, the lighter."""
+
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def batch(self, count: int = 32) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        light = torch.rand(count, generator=self.generator) * 2 - 1
+        look = 0.3 * torch.randn(count, 1, 5, WIDTH, generator=self.generator) + 2 * light[:, None, None, None]
+        gain = light.clamp_min(0)[:, None] * torch.tensor([0.0, 0.5, 1.0])
+        return look, torch.full((count, 3), 5), 1 - light.clamp_min(0)[:, None] + gain
+
+
+def train(learner: AllocatorLearner, steps: int, count: int = 4) -> list[dict[str, float]]:
+    """Updates on drawn budgets of planted cases."""
+    world, logs = Planted(), []
+    for _ in range(steps):
+        look, question, scores = world.batch()
+        price = learner._prices(len(look))
+        rungs = learner._draw(look, question, price, count)
+        logs.append(learner.update(look, question, rungs, scores.gather(1, rungs), price))
+    return logs
+
+
+@pytest.mark.parametrize("kind", ["rloo", "grpo"])
+def test_a_policy_is_learnt_from_draws_for_every_price(kind):
+    learner = make("policy", kind=kind, learning_rate=5e-3)
+    look, question, scores = Planted().batch(400)
+
+    def worth(price: float) -> float:
+        chosen = learner.allocator.choose(look, question, price)
+        return learner.objective(scores, price).gather(1, chosen[:, None]).mean().item()
+
+    train(learner, 200)
+    for price in (0.03, 0.2, 0.6):
+        constant = learner.objective(scores, price).mean(0).max().item()
+        best = learner.objective(scores, price).max(1).values.mean().item()
+        assert worth(price) > best - 0.35 * (best - constant) - 0.005, price
+
+
+@pytest.mark.parametrize("form", ["value", "policy"])
+def test_dual_meets_its_target_cost(form):
+    learner = make(form, objective="dual", target=0.3, price=0.05, learning_rate=5e-3)
+    logs = train(learner, 200)
+    assert sum(row["cost"] for row in logs[-100:]) / 100 == pytest.approx(0.3, abs=0.03)
+    assert logs[0]["price"] == 0.05 != logs[-1]["price"] > 0
+
+
+@pytest.mark.parametrize("form", ["value", "policy"])
+def test_a_saved_learner_goes_on_as_if_it_had_not_stopped(form, tmp_path):
+    learner, other = (make(form, objective="dual", target=0.3) for _ in range(2))
+    train(learner, 3)
+    learner.save(tmp_path)
+    other.load(tmp_path)
+    assert other.price == learner.price != 0.1
+    for each in (learner, other):
+        torch.manual_seed(7)
+        train(each, 2)
+    resumed, unstopped = other.allocator.state_dict(), learner.allocator.state_dict()
+    assert all(torch.equal(resumed[n], unstopped[n]) for n in unstopped)
+
+
+def test_draws_of_a_policy_explore_at_prices_of_the_range(performer, cases):
+    config = PolicyConfig((0.01, 1.0), **SHAPE)
+    learner = make("policy", CheapLook(performer, config), explore=0.3)
+    with torch.no_grad():
+        learner.allocator.head[-1].bias.copy_(torch.tensor([20.0, -20.0, -20.0]))
+    drawn = learner.draw(cases[:4], 2000)
+    assert drawn.price.shape == (4,) and drawn.price.unique().numel() == 4
+    share = torch.stack([(drawn.rungs == k).float().mean(1) for k in range(3)], 1)
+    assert (share - explored(torch.tensor([[1.0, 0.0, 0.0]]), 0.3)).abs().max() < 0.05
+    look, question = learner.look(cases[:4])
+    assert torch.equal(drawn.look, look) and torch.equal(drawn.question, question)
+
+
+def test_metrics_tell_the_ways_of_collapse():
+    learner = make("policy", objective="birr")
+    learner.objective = Objective("birr", (1, 4, 256), COST)
+    look, question, scores = Planted().batch(20)
+    rungs = torch.zeros(20, 2, dtype=torch.long)
+    metrics = learner.update(look, question, rungs, scores.gather(1, rungs))
+    for key in ("smallest_budget", "largest_budget", "below_cap", "largest_share"):
+        assert 0 <= metrics[key] <= 1
+    assert metrics["image_information"] >= 0 and "price" not in metrics
+    question = torch.arange(1, 21)[:, None].expand(20, 3)
+    assert "image_information" not in learner.update(look, question, rungs, scores.gather(1, rungs))
+
+
+def test_the_joint_step_trains_and_resumes_a_policy(make_performer, make_trainer, tmp_path):
+    ends = []
+    for cut in (False, True):
+        options = {
+            "output_dir": str(tmp_path / f"cut{cut}"),
+            "max_steps": 4,
+            "save_strategy": "steps",
+            "save_steps": 2,
+        }
+        if cut:
+            make_trainer(make_performer(), form="policy", **{**options, "max_steps": 2}).train()
+        trainer = make_trainer(make_performer(), form="policy", **options)
+        before = {k: v.clone() for k, v in trainer.learner.allocator.state_dict().items()}
+        trainer.train(resume_from_checkpoint=f"{options['output_dir']}/checkpoint-2" if cut else None)
+        ends.append(trainer.learner.allocator.state_dict())
+    assert isinstance(trainer.learner, PolicyLearner)
+    assert not torch.equal(before["shift.weight"], ends[0]["shift.weight"])
+    for name, value in ends[0].items():
+        torch.testing.assert_close(ends[1][name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
