@@ -235,7 +235,7 @@ class SlidePerformer(Performer):
         )
 
     def room(self, source: str) -> float:
-        return self.chain.learned[-1].most if self.chain.learned else self.bank.count(source)
+        return self.chain.room(self.bank.count(source))
 
     def prepared(self, source: str, budget: int) -> VisualTokens:
         """What the model gets of an image or slide: its tokens, or what learned compressors make them of."""

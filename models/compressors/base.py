@@ -82,6 +82,10 @@ class Compressor(nn.Module):
         """Tokens that come of n at a budget. Only of learned ones; the others are run to see."""
         return min(budget, self.most)
 
+    def room(self, n: int) -> int:
+        """Tokens that come of n at most, whatever the budget. Only of those without parameters."""
+        return n
+
     def flops(self, n: int, budget: int) -> float:
         """FLOPs of one slide of n tokens (a multiply-add counts 2)."""
         return 0.0

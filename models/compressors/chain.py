@@ -51,6 +51,8 @@ def make_compressor(spec: str | Mapping[str, Any], dim: int, hidden: int) -> Com
     for key, value in options.items():
         if parameters[key].annotation in ("int", "float") and isinstance(value, bool | str | None):
             raise InputError(f"performer.compressors: {name}: {key} {value!r}: must be a number")
+        if parameters[key].annotation == "bool" and not isinstance(value, bool):
+            raise InputError(f"performer.compressors: {name}: {key} {value!r}: must be true or false")
     if options.get("most", 1) < 1:
         raise InputError(f"performer.compressors: {name}: most {options['most']}: must be at least 1")
     given = {"dim": dim, "hidden": hidden}
@@ -91,6 +93,14 @@ class Chain(nn.Module):
             last = at + 1 == len(self.fixed) and not self.learned
             tokens = stage(tokens, budget if last else stage.most)
         return tokens
+
+    def room(self, n: int) -> int:
+        """Tokens that a slide of n patches gives at most, whatever its budget."""
+        if self.learned:
+            return self.learned[-1].most  # type: ignore[return-value]
+        for at, stage in enumerate(self.fixed):
+            n = stage.room(n) if at + 1 == len(self.fixed) else min(stage.most, stage.room(n))
+        return n
 
     def count(self, n: int, budget: int) -> int:
         """Tokens that come of the n that `prepare` gave."""

@@ -1,4 +1,8 @@
-"""Mean pooling of patch features onto a grid of at most `budget` cells: no parameters, any number of patches."""
+"""Mean pooling of patch features onto a grid of at most `budget` cells: no parameters, any number of patches.
+
+Nested, a budget is spent on grids of 1, 4, 16 ... cells, from coarse to fine (a pyramid, Lazebnik et al. 2006): the
+tokens of a larger budget begin with those of a smaller one, and what a model has read of them it need not read again.
+"""
 
 from __future__ import annotations
 
@@ -60,24 +64,54 @@ def _pool(features: np.ndarray, cells: np.ndarray, budget: int) -> tuple[np.ndar
     return tokens.astype(np.float32), np.concatenate([centre, side], 1).astype(cells.dtype), member
 
 
+def _pyramid(features: np.ndarray, cells: np.ndarray, budget: int) -> list[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """What `_pool` gives for 1, 4, 16 ... cells, as long as all of it fits into the budget.
+
+    The patches themselves are the last grid, where they fit.
+    """
+    grids = [_pool(features, cells, 1)]
+    left = budget - len(grids[0][0])
+    while len(features) > 4 ** (len(grids) - 1):
+        finer = _pool(features, cells, 4 ** len(grids))
+        left -= len(finer[0])
+        if left < 0:
+            break
+        grids.append(finer)
+    return grids
+
+
 class Pool(Compressor):
     """`pool` as a compressor. Pooled tokens count the patches of their cell.
 
     Args:
         dim: width of the features. most: tokens where another compressor follows.
+        nested: show grids from coarse to fine while they fit; the budgets of which no token is left over are then 1,
+            5, 21, 85, 341 ... (fewer on a slide that has empty cells).
     """
 
     learned = False
 
-    def __init__(self, dim: int, most: int = 4096):
+    def __init__(self, dim: int, most: int = 4096, nested: bool = False):
         super().__init__()
-        self.out_dim, self.most = dim, most
+        self.out_dim, self.most, self.nested = dim, most, nested
+
+    def room(self, n: int) -> int:
+        if not self.nested:
+            return n
+        finest = next(level for level in range(n + 1) if 4**level >= n)
+        return n + sum(4**level for level in range(finest))
 
     def forward(self, tokens: Tokens, budget: int, question: torch.Tensor | None = None) -> Tokens:
         rows = []
         for slide in tokens.rows():
             values, cells, size = (part.numpy() for part in slide.split([self.out_dim, PLACE, 1], -1))
-            pooled, places, member = _pool(values, cells, budget)
-            counts = np.bincount(member, weights=size[:, 0], minlength=len(pooled))
-            rows.append(torch.from_numpy(np.concatenate([pooled, places, counts[:, None]], 1, dtype=np.float32)))
+            grids = _pyramid(values, cells, budget) if self.nested else [_pool(values, cells, budget)]
+            counted = [_counted(*grid, size[:, 0]) for grid in grids]
+            rows.append(torch.from_numpy(np.concatenate(counted, dtype=np.float32)))
         return Tokens.from_rows(rows)
+
+
+def _counted(tokens: np.ndarray, places: np.ndarray, member: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """Rows (n, d + 4) of a grid; a token counts the patches of its own."""
+    counts = np.bincount(member, weights=size, minlength=len(tokens))
+    return np.concatenate([tokens, places, counts[:, None]], 1)

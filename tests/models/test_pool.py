@@ -1,11 +1,17 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.compressors.pool import grid_shape, pool
+from envs.case import Case
+from models.compressors.base import Tokens
+from models.compressors.pool import Pool, grid_shape, pool
+from tests.conftest import grid_features
 
 
 def field(rows: int, columns: int, keep: float = 1.0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -121,3 +127,61 @@ def test_the_cells_are_nearly_square(budget, aspect, shape):
 @pytest.mark.parametrize("side", [1, 2, 4, 7, 14])
 def test_a_square_budget_gives_a_square_field_a_square_grid(side):
     assert grid_shape(side * side, 1.0) == (side, side)
+
+
+def as_tokens(patches: tuple[np.ndarray, np.ndarray]) -> Tokens:
+    rows = np.concatenate([*patches, np.ones((len(patches[0]), 1))], 1, dtype=np.float32)
+    return Tokens.from_rows([torch.from_numpy(rows)])
+
+
+def nested(patches: tuple[np.ndarray, np.ndarray], budget: int) -> torch.Tensor:
+    return Pool(patches[0].shape[1], nested=True)(as_tokens(patches), budget).rows()[0]
+
+
+@quick
+@given(fields, st.integers(1, 120), st.integers(1, 120))
+def test_nested_tokens_begin_with_those_of_a_smaller_budget(patches, one, other):
+    small, large = (nested(patches, b) for b in sorted((one, other)))
+    assert 1 <= len(small) <= min(one, other) and len(large) <= max(one, other)
+    assert torch.equal(large[: len(small)], small)
+
+
+@quick
+@given(fields, st.integers(1, 400))
+def test_nested_grids_are_those_of_single_budgets_and_each_counts_every_patch(patches, budget):
+    tokens, at = nested(patches, budget), 0
+    for level in itertools.count():
+        plain = Pool(5)(as_tokens(patches), 4**level).rows()[0]
+        if at + len(plain) > budget:
+            break
+        assert torch.equal(tokens[at : at + len(plain)], plain)
+        assert plain[:, -1].sum() == len(patches[0])
+        at += len(plain)
+        if len(patches[0]) <= 4**level:
+            break
+    assert at == len(tokens)
+
+
+@quick
+@given(fields)
+def test_no_more_nested_tokens_than_there_is_room_for(patches):
+    n = len(patches[0])
+    room = Pool(5, nested=True).room(n)
+    assert len(nested(patches, 10_000)) <= room
+    if n == 144:  # no cell is empty
+        assert len(nested(patches, 10_000)) == room == 1 + 4 + 16 + 64 + 144
+
+
+@pytest.mark.parametrize(
+    ("budget", "tokens"), [(1, 1), (4, 1), (5, 5), (20, 5), (21, 21), (84, 21), (85, 85), (200, 85)]
+)
+def test_the_nested_ladder_of_a_full_field(budget, tokens):
+    assert len(nested(field(12, 12), budget)) == tokens
+
+
+def test_slides_that_share_a_nested_budget_take_what_others_have_no_room_for(make_performer, make_bank):
+    bank = make_bank({"small": grid_features(1, 2), "large": grid_features(8, 8)})
+    case = Case("c", "p", "choice", "Which?", "normal", images=("small", "large"), options=("normal", "tumour"))
+    performer = make_performer(compressors=[{"name": "pool", "nested": True}])
+    performer.bank = bank
+    assert [len(v) for v in performer.see(case, 24)] == [3, 21], "1 + 2 of the small one, whose room is 3"
