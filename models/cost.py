@@ -31,9 +31,13 @@ class DecoderShape:
         d = self.hidden
         return 2.0 * self.layers * (2 * d * d + 2 * d * self.kv_width + 3 * d * self.ffn)
 
-    def prefill(self, n: float) -> float:
-        """FLOPs to read n tokens (causal attention, logits of the last position)."""
-        return n * self.per_token + 2.0 * self.layers * n * n * self.hidden + 2.0 * self.hidden * self.vocab
+    def read(self, n: float) -> float:
+        """FLOPs of all layers for n tokens (causal attention); what a KV cache of the first n of a prompt saves."""
+        return n * self.per_token + 2.0 * self.layers * n * n * self.hidden
+
+    def prefill(self, n: float, cached: float = 0.0) -> float:
+        """FLOPs to read n tokens, of which a KV cache has the first `cached`, to the logits of the last position."""
+        return self.read(n) - self.read(cached) + 2.0 * self.hidden * self.vocab
 
     def decode(self, generated: float, n: float) -> float:
         """FLOPs to write `generated` tokens after a prefill of n; the first comes with the prefill."""

@@ -70,7 +70,6 @@ def _write(
 ) -> list[list[tuple[list[int], float]]]:
     """`width` completions of each of the prompts, which share a batch."""
     device = model.get_input_embeddings().weight.device
-    count, rows = len(prompts), len(prompts) * width
     ids = _left([p.ids for p in prompts], config.pad_token_id).to(device)
     prefix = _left([torch.ones_like(p.ids) for p in prompts], 0).to(device)
     places = stack_positions([p.positions for p in prompts], "left").to(device)
@@ -82,6 +81,33 @@ def _write(
         logits_to_keep=1,
         **to_device(sight.inputs(model, [p.views for p in prompts]), device),
     )
+    return write_on(model, sight, prompts, ids, prefix, out, width, config, sure)
+
+
+@torch.no_grad()
+def write_on(
+    model: Any,
+    sight: Sight,
+    prompts: Sequence[Prompt],
+    ids: torch.Tensor,
+    prefix: torch.Tensor,
+    out: Any,
+    width: int,
+    config: GenerationConfig,
+    sure: bool,
+) -> list[list[tuple[list[int], float]]]:
+    """Completions of prompts that have been read.
+
+    Args:
+        ids: (B, P) of the prompts, left-padded. prefix: (B, P), 0 where padded.
+        out: of the forward that read their ends: logits of the last position, and the KV cache of all, which grows.
+        width: completions of each prompt.
+
+    Returns:
+        For each prompt what `generate_sure` returns of its completions.
+    """
+    device = ids.device
+    count, rows, axes = len(prompts), len(prompts) * width, len(prompts[0].positions)
     choose = _chooser(model, config, ids.repeat_interleave(width, 0))
     logits = out.logits[:, -1].repeat_interleave(width, 0)
     after = torch.tensor([p.next_position for p in prompts], device=device)[:, None].expand(count, width)
@@ -103,7 +129,7 @@ def _write(
         out = model(
             input_ids=tokens[-1].view(count, width),
             attention_mask=as_mask(seen[:, None], model.get_input_embeddings().weight.dtype),
-            position_ids=(after + step).expand(*places.shape[:-2], -1, -1),
+            position_ids=(after + step).expand(*([axes] if axes > 1 else []), -1, -1),
             past_key_values=out.past_key_values,
             use_cache=True,
             **sight.again(out),

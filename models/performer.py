@@ -20,6 +20,7 @@ from models.compressors.base import linear_flops
 from models.compressors.chain import Chain
 from models.cost import DecoderShape, TowerShape
 from models.generation import generate_sure
+from models.image_view import ImageView
 from models.processor import SlideProcessor, ViewProcessor
 from models.qwen_vl import QwenProcessor, freeze_vision, load_qwen
 from models.sight import Prompt, View, read_prompt
@@ -98,6 +99,15 @@ class Performer(ABC):
         return self.shape.answer(prompt.visual, prompt.text, generated) + self.seeing(prompt.views)
 
     @abstractmethod
+    def alike(self, before: Any, after: Any) -> bool:
+        """Whether two views are seen as the same."""
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a prompt can be read on from the KV cache of one that begins alike, see `models.reuse`."""
+        return False
+
+    @abstractmethod
     def view(self, case: Case, number: int, budget: int) -> View:
         """What is shown of a case's image or slide of that number at a budget of at least 1 token."""
 
@@ -170,14 +180,7 @@ class Performer(ABC):
         self.model.eval()
         order = sorted(range(len(cases)), key=lambda i: (budgets[i], len(cases[i].prompt)))
         answers: list[Answer | None] = [None] * len(cases)
-        tokenizer = self.processor.tokenizer
-        greedy = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=self.model.generation_config.eos_token_id or tokenizer.eos_token_id,
-            suppress_tokens=[self.processor.image_token_id],
-        )
+        greedy = self.greedy(max_new_tokens)
         for at in range(0, len(order), batch_size):
             chunk = order[at : at + batch_size]
             start = time.perf_counter()
@@ -191,12 +194,25 @@ class Performer(ABC):
             )
             seconds = (time.perf_counter() - start) / len(chunk)
             for i, prompt, (ids, logp) in zip(chunk, prompts, written, strict=True):
-                completion = tokenizer.decode(ids, skip_special_tokens=True)
-                flops = self.flops(prompt, len(ids))
-                found = (prompt.visual, prompt.text, len(ids), flops, seconds, math.exp(logp))
-                answers[i] = Answer(completion, *found)
+                answers[i] = self.answered(prompt, ids, logp, self.flops(prompt, len(ids)), seconds)
         self.model.train(was_training)
         return [a for a in answers if a is not None]
+
+    def greedy(self, max_new_tokens: int) -> GenerationConfig:
+        """How answers are written."""
+        tokenizer = self.processor.tokenizer
+        return GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=self.model.generation_config.eos_token_id or tokenizer.eos_token_id,
+            suppress_tokens=[self.processor.image_token_id],
+        )
+
+    def answered(self, prompt: Prompt, ids: Sequence[int], logp: float, flops: float, seconds: float) -> Answer:
+        """The answer to a prompt whose token ids and their log-probability are known."""
+        completion = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
+        return Answer(completion, prompt.visual, prompt.text, len(ids), flops, seconds, math.exp(logp))
 
     def save(self, folder: str | Path) -> None:
         """Write model (safetensors), tokenizer and processor to a folder that `load_performer` reads."""
@@ -243,6 +259,17 @@ class SlidePerformer(Performer):
         at = 0 if self.chain.learned else budget
         return self.bank.prepare(source, [at], self._name, self.chain.prepare)[0]
 
+    def alike(self, before: VisualTokens, after: VisualTokens) -> bool:
+        marked = self.config.markers == "unique" and before.slide != after.slide
+        budgets = bool(self.chain.learned) and before.budget != after.budget
+        asked = before.question, after.question
+        questions = self.chain.asks and not (asked[0] is not None and torch.equal(asked[0], asked[1]))
+        return not (marked or budgets or questions) and torch.equal(before.rows, after.rows)
+
+    @property
+    def resumes(self) -> bool:
+        return self.config.in_text
+
     def _question(self, case: Case) -> torch.Tensor:
         text = question_text(case, self.show_options)
         return torch.tensor(self.processor.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -288,6 +315,9 @@ class QwenPerformer(Performer):
                 "fields of view from the slides"
             )
         return super().see(case, budget, weights)
+
+    def alike(self, before: ImageView, after: ImageView) -> bool:
+        return (before.source, before.grid, before.resize) == (after.source, after.grid, after.resize)
 
     def seeing(self, views: Sequence[View]) -> float:
         tower = TowerShape.from_config(self.model.config.vision_config)
