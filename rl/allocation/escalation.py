@@ -1,0 +1,244 @@
+"""Budgets in sequence, stopped by the performer's own confidence: pure functions of score tables.
+
+After an answer at one rung, the scores that it and every later rung may be expected to reach are forecast from what
+the performer said so far. It goes on while some later rung is worth more than its price, with every look on the way
+paid for. The forecast is fitted once and serves every price.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.special import expit, logit
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
+
+from envs.score_table import ScoreTable
+from rl.allocation.fitting import FOLDS
+
+SURE = 1e-4
+"""Confidences are taken as within this of 0 and 1, so that their logits are bounded."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a performer said about N cases at K rungs; what has not been asked yet is never read.
+
+    Args:
+        confidence: (N, K) in 0..1. same: (N, K, K) whether two rungs gave the same answer. questions: (N,) kinds.
+    """
+
+    confidence: np.ndarray
+    same: np.ndarray
+    questions: np.ndarray
+
+    @classmethod
+    def of(cls, confidence: np.ndarray, text: Sequence[Sequence[str]], questions: Sequence[str]) -> Seen:
+        """From the texts of the answers, N lists of K."""
+        words = np.array([list(row) for row in text], dtype=object)
+        return cls(confidence, words[:, :, None] == words[:, None, :], np.array(questions, dtype=object))
+
+    @classmethod
+    def of_table(cls, table: ScoreTable) -> Seen:
+        """From a table whose columns are the rungs."""
+        return cls.of(table.confidence, table.text, table.questions)
+
+    def at(self, cases: np.ndarray) -> Seen:
+        """Some of the cases."""
+        return Seen(self.confidence[cases], self.same[cases], self.questions[cases])
+
+    def features(self, last: int, looked: np.ndarray, kinds: Sequence[str]) -> np.ndarray:
+        """Inputs (N, F) of a forecast after a look at rung `last`.
+
+        Args:
+            looked: (N, K) rungs that were looked at, `last` or not. kinds: of question; others are none of them.
+        """
+        sure = logit(self.confidence.clip(SURE, 1 - SURE)) / logit(1 - SURE)
+        earlier = looked & (np.arange(looked.shape[1]) != last)
+        count = earlier.sum(1)
+        before = np.where(earlier, sure, 0).sum(1) / count.clip(1)
+        agree = (earlier & self.same[:, last]).sum(1) / count.clip(1)
+        kind = (self.questions[:, None] == np.array(kinds, dtype=object)).astype(float)
+        now = sure[:, last, None]
+        any_before = count[:, None] > 0
+        own = np.concatenate([now, any_before, before[:, None], agree[:, None], any_before * now], 1)
+        return np.concatenate([np.ones((len(own), 1)), own, kind, kind * now], 1)
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Expected scores of the rungs, given the answers so far: a logistic regression for each pair of rungs.
+
+    Args:
+        kinds: of question that it tells apart.
+        weights: (folds, K, K, F): of a fold's fit, after a look at one rung, the score of another, not earlier one.
+    """
+
+    kinds: list[str]
+    weights: np.ndarray
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of a forecast after one look, at most (a multiply-add counts 2)."""
+        return 2.0 * self.weights.shape[2] * self.weights.shape[3]
+
+    def expected(self, seen: Seen, last: int, looked: np.ndarray, fold: np.ndarray) -> np.ndarray:
+        """Scores (N, K - last) to be expected of the rungs from `last` on, each case by the fit of its fold (N,)."""
+        weights = self.weights[fold, last, last:]
+        return expit(np.einsum("nf,nkf->nk", seen.features(last, looked, self.kinds), weights))
+
+
+def fit_forecast(seen: Seen, score: np.ndarray, kinds: list[str]) -> Forecast:
+    """Fit on all cases: a score of (N, K) in 0..1 is the share of a case that counts as solved."""
+    n, rungs = score.shape
+    weights: list[list[np.ndarray]] = []
+    for last in range(rungs):
+        ways = _ways(last, rungs)
+        inputs = np.concatenate([seen.features(last, np.tile(w, (n, 1)), kinds) for w in ways])
+        rows = []
+        for target in range(rungs):
+            if target < last:
+                rows.append(np.zeros(inputs.shape[1]))
+                continue
+            share = np.tile(score[:, target].clip(1e-3, 1 - 1e-3), len(ways))
+            label = np.repeat([1, 0], len(share))
+            # The ways to get there are the same cases: together they weigh as one.
+            weight = np.concatenate([share, 1 - share]) / len(ways)
+            fit = LogisticRegression(max_iter=200)
+            fit.fit(np.concatenate([inputs, inputs])[:, 1:], label, sample_weight=weight)
+            rows.append(np.concatenate([fit.intercept_, fit.coef_[0]]))
+        weights.append(rows)
+    return Forecast(kinds, np.array(weights)[None])
+
+
+def fit_forecast_by_patient(seen: Seen, score: np.ndarray, patients: Sequence[str]) -> tuple[Forecast, np.ndarray]:
+    """Fits that have not seen a patient, and the fold (N,) of each case; the last fold's fit has seen all."""
+    folds = min(FOLDS, len(set(patients)))
+    fold = np.zeros(len(score), dtype=int)
+    fits = []
+    kinds = sorted(set(seen.questions))
+    for number, (known, held) in enumerate(GroupKFold(folds).split(score, groups=patients)):
+        fold[held] = number
+        fits.append(fit_forecast(seen.at(known), score[known], kinds))
+    fits.append(fit_forecast(seen, score, kinds))
+    return Forecast(kinds, np.concatenate([f.weights for f in fits])), fold
+
+
+def _ways(last: int, rungs: int) -> list[np.ndarray]:
+    """Which rungs (K,) may have been looked at before: none, all, or one of them."""
+    rung = np.arange(rungs)
+    ways = [rung == last, rung <= last, *((rung == last) | (rung == one) for one in range(last))]
+    return [np.array(way) for way in {tuple(w): None for w in ways}]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to go from rung to rung.
+
+    Args:
+        start: rung of the first look.
+        jump: go straight to the rung that is worth most; otherwise one rung at a time.
+    """
+
+    start: int
+    jump: bool
+
+    def move(self, expected: np.ndarray, last: int, cost: np.ndarray, price: float) -> np.ndarray:
+        """The next rung (N,) after a look at `last`, which is not the last of all; `last` itself where it stops.
+
+        Args:
+            expected: (N, K - last), see `Forecast.expected`.
+            cost: (K + 1, K) mean cost of a look at a rung: first of all (row 0), or right after rung j (row 1 + j).
+        """
+        later = np.arange(last + 1, cost.shape[1])
+        steps = cost[1 + last, later] if self.jump else np.cumsum(cost[later, later])
+        gain = expected[:, 1:] - expected[:, :1] - price * steps
+        best = gain.argmax(1)
+        return np.where(gain.max(1) > 0, last + 1 + (best if self.jump else 0), last)
+
+
+def walk(
+    plan: Plan,
+    forecast: Forecast,
+    seen: Seen,
+    fold: np.ndarray,
+    flops: np.ndarray,
+    cost: np.ndarray,
+    price: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Where N cases stop, and what all their looks cost.
+
+    Args:
+        fold: (N,) which fit forecasts a case. flops: (N, K + 1, K) of looks, as `cost` of `Plan.move`, which decides.
+
+    Returns:
+        Rungs (N,) and FLOPs (N,).
+    """
+    n, rungs = seen.confidence.shape
+    at, looked = np.full(n, plan.start), np.zeros((n, rungs), dtype=bool)
+    spent, going = flops[:, 0, plan.start].astype(float), np.ones(n, dtype=bool)
+    for last in range(plan.start, rungs - 1):
+        here = np.flatnonzero(going & (at == last))
+        looked[here, last] = True
+        if not len(here):
+            continue
+        to = plan.move(forecast.expected(seen.at(here), last, looked[here], fold[here]), last, cost, price)
+        going[here] = to > last
+        on = here[to > last]
+        spent[here] += forecast.flops
+        spent[on] += flops[on, 1 + last, to[to > last]]
+        at[here] = to
+    return at, spent
+
+
+def best_plan(
+    forecast: Forecast,
+    seen: Seen,
+    fold: np.ndarray,
+    score: np.ndarray,
+    flops: np.ndarray,
+    cost: np.ndarray,
+    price: float,
+    largest: float,
+) -> Plan:
+    """The plan of the highest mean score minus price times cost; N cases by fits that had not seen them.
+
+    Args:
+        score: (N, K). largest: FLOPs that a cost of 1 stands for.
+    """
+    plans = [Plan(start, jump) for start in range(score.shape[1]) for jump in (False, True)]
+
+    def worth(plan: Plan) -> float:
+        rungs, spent = walk(plan, forecast, seen, fold, flops, cost, price)
+        return float((score[np.arange(len(rungs)), rungs] - price * spent / largest).mean())
+
+    return max(plans, key=worth)
+
+
+def stop_when_sure(confidence: np.ndarray, flops: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Without any training: one rung after another until the confidence (N, K) reaches a threshold.
+
+    Returns:
+        Rungs (N,) and FLOPs (N,) of all looks.
+    """
+    rungs = confidence.shape[1]
+    enough = confidence >= threshold
+    enough[:, -1] = True
+    at = enough.argmax(1)
+    steps = flops[:, np.arange(rungs), np.arange(rungs)]
+    return at, np.where(np.arange(rungs) <= at[:, None], steps, 0).sum(1)
+
+
+def best_threshold(
+    confidence: np.ndarray, score: np.ndarray, flops: np.ndarray, price: float, largest: float
+) -> float:
+    """The threshold of `stop_when_sure` of the highest mean score minus price times cost."""
+    candidates = [0.0, *np.quantile(confidence, np.linspace(0.02, 0.98, 49)), np.inf]
+
+    def worth(threshold: float) -> float:
+        rungs, spent = stop_when_sure(confidence, flops, threshold)
+        return float((score[np.arange(len(rungs)), rungs] - price * spent / largest).mean())
+
+    return float(max(candidates, key=worth))
