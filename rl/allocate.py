@@ -16,6 +16,7 @@ from models.allocators.policy import PolicyAllocator
 from models.allocators.value import ValueAllocator
 from models.performer import Performer
 from rl.deciders.base import Decider
+from rl.deciders.escalate import fit_escalate
 from rl.deciders.loading import keep_decider
 from rl.deciders.policy import fit_policy
 from rl.deciders.value import fit_value
@@ -41,8 +42,9 @@ def _fitted(stages: Stages, performer: Performer, start: LookNetwork) -> Decider
     table = stages.table("grpo", performer, "val")
     if form == "policy" and isinstance(start, PolicyAllocator):
         return fit_policy(stages, performer, start, table)
-    if form == "value" and isinstance(start, ValueAllocator):
-        return fit_value(stages, performer, start, table)
+    if isinstance(start, ValueAllocator):
+        fit = fit_escalate if form == "escalate" else fit_value
+        return fit(stages, performer, start, table)
     raise TypeError(f"no decider of the form {form} starts from a {type(start).__name__}")
 
 

@@ -25,7 +25,7 @@ from slides.errors import InputError
 
 T = TypeVar("T")
 
-FORMS = ("value", "policy")
+FORMS = ("value", "policy", "escalate")
 """Forms of the allocator; `rl.allocate.make_decider` has a branch for each."""
 OPERATING = ("one_error", "within")
 """Rules of `evaluation.operating`."""
@@ -64,7 +64,8 @@ class AllocatorOptions:
     """The `allocator` part.
 
     Args:
-        form: `value` predicts the score of every budget, `policy` is a policy given the price; see docs/training.md.
+        form: `value` predicts the score of every budget, `policy` is a policy given the price, `escalate` looks at one
+            budget after another until the performer is sure enough; see docs/training.md.
         objective: what it maximises, a preset of `rewards.objectives`.
         target: mean cost that the objective `dual` aims at, the largest budget = 1.
         look: budgets whose pooled tokens are the cheapest look.

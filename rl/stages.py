@@ -50,6 +50,9 @@ NEUTRAL = {
     "generation_batch_size", "use_cpu", "local_rank",
 }  # fmt: skip
 
+AFTER = ("form", "weight_decay")
+"""Keys of the allocator that the joint step does not read; so do those that begin with `fit_`."""
+
 
 class Stages:
     """A run's cases, rewards and features, and the stages that use them.
@@ -280,7 +283,7 @@ class Stages:
     def grpo_parts(self) -> dict[str, Any]:
         grpo = {k: v for k, v in self.run.grpo.to_dict().items() if k not in NEUTRAL}
         online = self.run.allocator.settings()
-        online = {k: v for k, v in online.items() if not k.startswith("fit_") and k != "weight_decay"}
+        online = {k: v for k, v in online.items() if not k.startswith("fit_") and k not in AFTER}
         return {
             **self._sft_parts(len(self.run.sft)),
             "rewards": [_scoring(r) for r in self.run.rewards],

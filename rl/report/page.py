@@ -176,7 +176,11 @@ def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     rival = "no static budget is as accurate" if equal is None else "of the cheapest static budget as accurate"
     found = [
         ("Test cases", f"{summary['n']:,}".replace(",", " "), f"of {summary['n_patients']} patients"),
-        ("Visual tokens", f"{own['tokens']:.1f}", f"a case on average; the largest budget takes {largest['tokens']:.1f}"),
+        (
+            "Visual tokens",
+            f"{own['tokens']:.1f}",
+            f"a case on average; the largest budget takes {largest['tokens']:.1f}",
+        ),
         ("Cost of equal accuracy", "—" if equal is None else f"{1 - equal:.0%}".replace("%", " %"), rival),
     ]
     if own.get("latency_ms"):

@@ -81,7 +81,9 @@ def _frontier(part: Mapping[str, Any]) -> list[Table]:
     rows = [[name, figure(part[a][b])] for (a, b), name in AREAS.items() if a in part and b in part[a]]
     if "chosen_on_val" in part:
         rows.append(["area between lines through points chosen on validation cases", figure(part["chosen_on_val"])])
-    caption = "Mean height in accuracy above the static frontier over the costs that both have, and hypervolumes [95 %]"
+    caption = (
+        "Mean height in accuracy above the static frontier over the costs that both have, and hypervolumes [95 %]"
+    )
     tables = [{"caption": caption, "head": ["measure", "value"], "rows": rows}] if rows else []
     units = []
     for unit, row in part.get("operating", {}).items():
@@ -93,7 +95,9 @@ def _frontier(part: Mapping[str, Any]) -> list[Table]:
         )
     if units:
         head = ["cost in", "of the largest", "deciding", "of equal static", "its budget", "of mixed static", "gain"]
-        caption = "Cost of the operating point as a share of that of the largest budget, of the cheapest static budget of "
+        caption = (
+            "Cost of the operating point as a share of that of the largest budget, of the cheapest static budget of "
+        )
         caption += "equal accuracy and of static budgets mixed to it; accuracy gained over these at equal cost [95 %]"
         tables.append({"caption": caption, "head": head, "rows": units})
     return tables
@@ -144,7 +148,9 @@ def synoptic_tables(results: Mapping[str, Any], stages: Mapping[str, str]) -> li
             [stages.get(stage, stage), number(report["n"]), *(figure(report.get(name)) for name in means)]
             for stage, report in by_stage.items()
         ]
-        found.append({"caption": f"Reports: {label(protocol)}", "head": ["stage", "n", *map(label, means)], "rows": rows})
+        found.append(
+            {"caption": f"Reports: {label(protocol)}", "head": ["stage", "n", *map(label, means)], "rows": rows}
+        )
         last, report = list(by_stage.items())[-1]
         fields = [
             [label(name), number(row["n"]), figure({"value": row["accuracy"], "ci95": row.get("ci95")})]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -173,6 +174,17 @@ def test_second_call_trains_nothing(finished):
     assert again.returncode == 0, again.stderr[-2000:]
     assert (recipe.parent / "run" / "grpo" / "model.safetensors").stat().st_mtime_ns == before
     assert results(read_summary(recipe)) == summary
+
+
+def test_another_form_reports_on_the_same_training(finished, tmp_path):
+    recipe, _ = finished
+    shutil.copytree(recipe.parent / "run", tmp_path / "run")
+    own = shutil.copy(recipe, tmp_path)
+    done = call("rl/pareto.py", Path(own), "--output_dir", str(tmp_path / "run"), "--set", "allocator.form=escalate")
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = read_summary(recipe), read_summary(Path(own))
+    assert [p["accuracy"] for p in after["static"]] == [p["accuracy"] for p in before["static"]]
+    assert len(after["allocator"]) == len(json.loads((tmp_path / "run" / "allocator" / "escalate.json").read_text()))
 
 
 def test_other_settings_are_refused(finished):

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from rl.recipe import parse_recipe
+from rl.recipe import AllocatorOptions, parse_recipe
 from rl.stages import Stages
 from sft.options import Stage
 from slides.errors import InputError
