@@ -69,6 +69,8 @@ class AllocatorOptions:
         objective: what it maximises, a preset of `rewards.objectives`.
         target: mean cost that the objective `dual` aims at, the largest budget = 1.
         look: budgets whose pooled tokens are the cheapest look.
+        look_state, look_confidence: of the form value: budget at which the performer itself is asked, before a budget
+            is chosen, for its hidden state and for how sure it is; null does not ask. One forward gives both.
         share: `equal` divides a budget evenly among the slides of a case, `attention` by what they show.
         width, dropout: of the value head.
         price: lambda while exploring in the joint step.
@@ -84,6 +86,8 @@ class AllocatorOptions:
     objective: str = "linear"
     target: float | None = None
     look: list[int] = field(default_factory=lambda: [1, 4])
+    look_state: int | None = None
+    look_confidence: int | None = None
     share: str = "equal"
     width: int = 64
     dropout: float = 0.3
@@ -286,6 +290,12 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
         raise InputError(problems)
     if not set(run.allocator.look) <= set(ladder):
         raise InputError(f"allocator.look: {run.allocator.look} must be budgets of the ladder {ladder}")
+    glances = {b for b in (run.allocator.look_state, run.allocator.look_confidence) if b is not None}
+    if glances and (len(glances) > 1 or run.allocator.form != "value" or not glances <= set(ladder)):
+        raise InputError(
+            f"allocator.look_state, look_confidence: {sorted(glances)} must be one budget of the ladder {ladder}, and "
+            "allocator.form value"
+        )
     return run
 
 

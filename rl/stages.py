@@ -50,7 +50,7 @@ NEUTRAL = {
     "generation_batch_size", "use_cpu", "local_rank",
 }  # fmt: skip
 
-AFTER = ("form", "weight_decay")
+AFTER = ("form", "weight_decay", "look_state", "look_confidence")
 """Keys of the allocator that the joint step does not read; so do those that begin with `fit_`."""
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -11,6 +12,26 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from models.allocators.shares import SHARES, SlideShares, equal, there
 from slides.errors import InputError
+
+Network = TypeVar("Network", bound="LookNetwork")
+
+
+@dataclass(frozen=True)
+class Look:
+    """Looks at B cases with what the performer made of them; indexed like a tensor.
+
+    Args:
+        tokens: (B, K, n, d), see `CheapLook`. state: (B, E).
+    """
+
+    tokens: torch.Tensor
+    state: torch.Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, cases: torch.Tensor | slice) -> Look:
+        return Look(self.tokens[cases], self.state[cases])
 
 
 class AllocatorConfig(PreTrainedConfig):
@@ -23,6 +44,8 @@ class AllocatorConfig(PreTrainedConfig):
         width: hidden width; buckets: size of the hashed vocabulary of question tokens.
         dropout: before the hidden layer; look_dropout: of the standardised features of the look.
         share: how a budget is divided among the slides of a case: `equal`, or `attention` by what they show.
+        look_state, look_confidence: budget at which the performer is asked for its hidden state, and for how sure it
+            is, see `models.allocators.glance`; None does not ask. state_dim: numbers that this gives.
     """
 
     model_type = "frugalpath_allocator"
@@ -37,18 +60,52 @@ class AllocatorConfig(PreTrainedConfig):
         dropout: float = 0.3,
         look_dropout: float = 0.5,
         share: str = "equal",
+        look_state: int | None = None,
+        look_confidence: int | None = None,
+        state_dim: int = 0,
         **kwargs: Any,
     ):
         if share not in SHARES:
             raise InputError(f"allocator.share: {share!r} is not known; known are {', '.join(SHARES)}")
+        if share == "attention" and not look:
+            raise InputError(
+                "allocator.look: it is empty, and share attention divides by what is looked at; name a budget"
+            )
         self.ladder, self.look = list(ladder), list(look)
         self.feature_dim, self.width, self.buckets = feature_dim, width, buckets
         self.dropout, self.look_dropout, self.share = dropout, look_dropout, share
+        self.look_state, self.look_confidence, self.state_dim = look_state, look_confidence, state_dim
         super().__init__(**kwargs)
+
+
+class Beside(nn.Module):
+    """What the performer's own state (B, E) adds to the outputs (B, rungs); nothing at first."""
+
+    def __init__(self, config: AllocatorConfig):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(config.state_dim))
+        self.register_buffer("std", torch.ones(config.state_dim))
+        self.layers = nn.Sequential(
+            nn.Linear(config.state_dim, config.width),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.width, len(config.ladder)),
+        )
+
+    def forward(self, state: torch.Tensor) -> torch.Tensor:
+        return self.layers((state - self.mean) / self.std)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Initial values: an allocator that is widened by it decides as it did."""
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
 
 
 class LookNetwork(PreTrainedModel):
     """Reads look (B, K, sum(look), d) and question (B, T), and writes one output a rung.
+
+    A look may bring the performer's own state (``Look`) where the configuration asks for it.
 
     Args:
         config: its shape. extra: further inputs of the head, (B, extra).
@@ -67,6 +124,7 @@ class LookNetwork(PreTrainedModel):
         self.shares = None
         if config.share == "attention":
             self.shares = SlideShares(config.feature_dim, config.width // 4, config.buckets)
+        self.beside = Beside(config) if config.state_dim else None
         self.head = nn.Sequential(
             nn.LayerNorm(inputs),
             nn.Dropout(config.dropout),
@@ -79,11 +137,14 @@ class LookNetwork(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, SlideShares):
+        if isinstance(module, SlideShares | Beside):
             module.reset()
 
-    def read(self, look: torch.Tensor, question: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
+    def read(self, look: torch.Tensor | Look, question: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
         """Outputs (B, rungs)."""
+        if isinstance(look, Look):
+            assert self.beside is not None
+            return self.read(look.tokens, question, *extra) + self.beside(look.state)
         return self.head(torch.cat([self.gather(look, question), *extra], 1))
 
     def gather(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
@@ -96,12 +157,14 @@ class LookNetwork(PreTrainedModel):
         return equal(there(look)) if self.shares is None else self.shares(look, question, there(look))
 
     @torch.no_grad()
-    def divide(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
+    def divide(self, look: torch.Tensor | Look, question: torch.Tensor) -> torch.Tensor:
         """Shares (B, K) of a budget for the slides of each case: half of it equally, half by attention."""
+        if isinstance(look, Look):
+            return self.divide(look.tokens, question)
         return (equal(there(look)) + self._weights(look, question)) / 2
 
     def flops(self, slides: int) -> float:
-        """FLOPs of one decision about a case of so many slides (a multiply-add counts 2)."""
+        """FLOPs of one decision about a case of so many slides, without a glance (a multiply-add counts 2)."""
         narrow = self.config.width // 4
         looks = sum(self.config.look) + (self.shares is not None)
         first, last = self.head[2], self.head[-1]
@@ -109,11 +172,27 @@ class LookNetwork(PreTrainedModel):
             slides * looks * self.config.feature_dim * narrow
             + first.in_features * first.out_features
             + last.in_features * last.out_features
+            + (self.config.state_dim + len(self.config.ladder)) * self.config.width * (self.beside is not None)
         )
 
     @torch.no_grad()
-    def standardise(self, look: torch.Tensor) -> None:
+    def standardise(self, look: torch.Tensor | Look) -> None:
         """Set mean and deviation of the features from the looks (B, K, tokens, d) of training cases."""
+        if isinstance(look, Look):
+            assert self.beside is not None
+            self.beside.mean.copy_(look.state.mean(0))
+            self.beside.std.copy_(look.state.std(0).clamp_min(1e-3))
+            self.standardise(look.tokens)
+            return
         rows = look[look.flatten(2).any(-1)].flatten(0, 1)
+        if not len(rows):
+            return  # the question is all that is looked at
         self.mean.copy_(rows.mean(0))
         self.std.copy_(rows.std(0).clamp_min(1e-3))
+
+
+def widened(start: Network, **changes: Any) -> Network:
+    """A copy with further inputs (keys of its configuration), which decides as it did until it is fitted."""
+    made = type(start)(type(start.config).from_dict({**start.config.to_dict(), **changes}))
+    made.load_state_dict({**made.state_dict(), **start.state_dict()})
+    return made

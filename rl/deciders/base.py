@@ -98,6 +98,11 @@ class Decider(ABC):
         """Decisions about the cases of `val` or `test`; those of `val` by fits that had not seen the patient."""
 
     @property
+    def rung_cost(self) -> Sequence[float]:
+        """Cost of an answer at each rung that it decides by, the largest = 1."""
+        return self.stages.rung_cost(self.performer)
+
+    @property
     def settled(self) -> float | None:
         """The price that meets the target cost on validation cases, where the objective is `dual`."""
         return None

@@ -25,8 +25,7 @@ def keep_decider(decider: Decider) -> None:
     stages = decider.stages
     path = stages.run.folder / "allocator" / KEPT
     if stages.is_main and not path.is_file():
-        cost = stages.rung_cost(decider.performer)
-        content = {"form": decider.form, "ladder": decider.ladder, "rung_cost": cost}
+        content = {"form": decider.form, "ladder": decider.ladder, "rung_cost": list(decider.rung_cost)}
         write_text(path, json.dumps(content, indent=1) + "\n")
 
 

@@ -40,6 +40,10 @@ class NetworkDecider(Decider):
     def held_out_rungs(self, price: float) -> np.ndarray:
         """Rungs (N,) of the validation cases by fits that had not seen the patient."""
 
+    @property
+    def rung_cost(self) -> Sequence[float]:
+        return self.objective.cost
+
     @cached_property
     def _seen(self) -> tuple[torch.Tensor, torch.Tensor]:
         return self.look(self.stages.splits["test"])

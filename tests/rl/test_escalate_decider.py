@@ -3,58 +3,18 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
-from envs.case import Case
-from envs.score_table import ScoreTable
-from models.allocators.look import CheapLook
-from models.allocators.network import AllocatorConfig
-from models.allocators.value import ValueAllocator
 from rl.deciders.escalate import EscalateDecider, fit_escalate
-from rl.table import score_table
-from tests.conftest import WIDTH
-
-BUDGETS = [1, 5, 21]
-PRICES = [0.0, 0.02, 0.1, 0.4, 3.0]
+from tests.rl.planted import BUDGETS, PRICES, planted
 
 
 @pytest.fixture(params=["equal", "attention"])
 def decider(request, make_performer, cases, tmp_path) -> EscalateDecider:
-    """Of scores that are planted: the performer is not trained, but its confidence says how well it does."""
-    performer = make_performer(compressors=[{"name": "pool", "nested": True}])
-    performer.model.eval()
-    performer.model.generation_config.eos_token_id = 299  # answers of some length
-    pair = Case("pair", "p9", "choice", "Which?", "normal", images=("field0", "field1"), options=("normal", "tumour"))
-    splits = {"val": [*cases, pair], "test": [*cases[:3], pair]}
-    torch.manual_seed(0)
-    config = AllocatorConfig(ladder=BUDGETS, look=(1,), feature_dim=WIDTH, width=16, buckets=64, share=request.param)
-    allocator = ValueAllocator(config)
-
-    def scorer(texts, members, budgets, visual):
-        return np.array([(len(m.prompt) + b) % 3 / 2 for m, b in zip(members, budgets, strict=True)])
-
-    tables: dict[str, ScoreTable] = {}
-
-    def table(name, trained, split):
-        if split not in tables:
-            weights = CheapLook(trained, config).divide(allocator, splits[split])
-            tables[split] = score_table(trained, splits[split], BUDGETS, scorer, 5, weights=weights)
-        return tables[split]
-
-    stages = SimpleNamespace(
-        run=SimpleNamespace(
-            ladder=BUDGETS, folder=tmp_path, evaluation=SimpleNamespace(prices=PRICES), allocator=SimpleNamespace()
-        ),
-        splits=splits,
-        table=table,
-        max_new_tokens=5,
-        is_main=True,
-    )
-    return fit_escalate(stages, performer, allocator, table("grpo", performer, "val"))
+    stages, performer, allocator = planted(make_performer, cases, tmp_path, request.param)
+    return fit_escalate(stages, performer, allocator, stages.table("grpo", performer, "val"))
 
 
 def test_what_is_decided_from_the_table_is_what_happens(decider):
