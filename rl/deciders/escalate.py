@@ -57,7 +57,7 @@ class EscalateDecider(Decider):
                 Seen.of_table(table),
                 self.fold,
                 table.score,
-                self._looks("val"),
+                self.looks("val"),
                 self._cost,
                 price,
                 self._largest,
@@ -91,7 +91,7 @@ class EscalateDecider(Decider):
         table = self._table(split)
         fold = self.fold if split == "val" else self._whole_fit(len(table.ids))
         rungs, spent = walk(
-            self.plan(price), self.forecast, Seen.of_table(table), fold, self._looks(split), self._cost, price
+            self.plan(price), self.forecast, Seen.of_table(table), fold, self.looks(split), self._cost, price
         )
         divided = np.array([self._dividing_flops(c) for c in self.stages.splits[split]])
         return Decisions.from_table(price, table, rungs, spent + divided - chosen(table.flops, rungs))
@@ -105,7 +105,7 @@ class EscalateDecider(Decider):
     def _table(self, split: str) -> ScoreTable:
         return self.stages.table("grpo", self.performer, split).at(self.ladder)
 
-    def _looks(self, split: str) -> np.ndarray:
+    def looks(self, split: str) -> np.ndarray:
         """FLOPs (N, K + 1, K) of looks at the cases of a split, see `look_flops`."""
         if split not in self._flops:
             cases, written = self.stages.splits[split], self._table(split).generated
@@ -121,11 +121,11 @@ class EscalateDecider(Decider):
     @cached_property
     def _largest(self) -> float:
         """FLOPs that a cost of 1 stands for."""
-        return float(self._looks("val")[:, 0, -1].mean())
+        return float(self.looks("val")[:, 0, -1].mean())
 
     @cached_property
     def _cost(self) -> np.ndarray:
-        return self._looks("val").mean(0) / self._largest
+        return self.looks("val").mean(0) / self._largest
 
     def _whole_fit(self, count: int) -> np.ndarray:
         return np.full(count, len(self.forecast.weights) - 1)

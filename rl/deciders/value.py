@@ -20,6 +20,7 @@ from rl.allocation.fitting import Regression, predict
 from rl.deciders.base import Decisions
 from rl.deciders.fitted import fitted, read_fit
 from rl.deciders.network import NetworkDecider
+from rl.frontier import chosen
 from rl.recipe import AllocatorOptions
 from rl.stages import Stages
 
@@ -42,6 +43,7 @@ class ValueDecider(NetworkDecider):
         cost: Sequence[float] | None = None,
     ):
         super().__init__(stages, performer, allocator, held_out)
+        self._added: dict[str, np.ndarray] = {}
         if cost is None:
             cost = np.array(self.objective.cost) - self._spared_share()
         self.objective = replace(self.objective, cost=tuple(cost))
@@ -71,19 +73,19 @@ class ValueDecider(NetworkDecider):
 
     def decide(self, split: str, price: float) -> Decisions:
         found = super().decide(split, price)
-        return replace(found, look=found.look + self._glances[split][np.arange(len(found.rungs)), found.rungs])
+        return replace(found, look=found.look + chosen(self._glances(split), found.rungs))
 
-    @cached_property
-    def _glances(self) -> dict[str, np.ndarray]:
+    def _glances(self, split: str) -> np.ndarray:
         """FLOPs (N, rungs) that a glance adds to the answer at each rung."""
-        found = {}
-        for split in self._values:
+        if split not in self._added:
             cases = self.stages.splits[split]
-            found[split] = np.zeros((len(cases), len(self.ladder)))
+            added = np.zeros((len(cases), len(self.ladder)))
             if self.look.glance is not None:
-                for row, case, own in zip(found[split], cases, self.look.divide(self.allocator, cases), strict=True):
+                shares = self.look.divide(self.allocator, cases)
+                for row, case, own in zip(added, cases, shares, strict=True):
                     row[:] = [self._glance(case, rung, own) for rung in range(len(self.ladder))]
-        return found
+            self._added[split] = added
+        return self._added[split]
 
     def _glance(self, case: Case, rung: int, shares: list[float] | None) -> float:
         """FLOPs that a glance adds to the answer at a rung: what the answer takes over is not paid twice."""
