@@ -3,9 +3,10 @@
     python rl/pareto.py --config configs/recipes/<x>.yaml
     python rl/pareto.py --config configs/recipes/<x>.yaml --transfer configs/recipes/<other>.yaml
 
-Reads the run's score tables (and makes those that are missing) and writes `report/`: summary.json, cases.jsonl and
-pareto.png. All choices (best static budget, operating price) are made on validation cases; every figure is of test
-cases. With `--transfer` the run is applied as it is to the test cases of another recipe instead, see `rl.transfer`.
+Reads the run's score tables (and makes those that are missing) and writes `report/`: summary.json, cases.jsonl,
+pareto.png and report.html. All choices (best static budget, operating price) are made on validation cases; every figure
+is of test cases. With `--transfer` the run is applied as it is to the test cases of another recipe instead, see
+`rl.transfer`.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def evaluate(stages: Stages, performer: Performer, start: LookNetwork) -> dict[s
         "linear_probe": linear_probe(stages, outcome.whole, outcome.decisions.rungs, best, outcome.bootstrap),
         "warnings": collapse(stages, performer, trial.decider),
     }
-    return write_report(stages, outcome, summary)
+    return write_report(stages, performer, outcome, summary)
 
 
 @entry

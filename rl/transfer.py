@@ -74,7 +74,7 @@ def transfer(stages: Stages, recipe: Path) -> tuple[dict[str, Any], Path]:
         "missing_slides": missing_slides(cases, bank.missing),
         **provenance(run),
     }
-    write_outcome(folder, outcome, summary)
+    write_outcome(stages, performer, folder, outcome, summary)
     return summary, folder
 
 

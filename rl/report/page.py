@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 from rl.report import figures
 from rl.report.examples import Row, answers_of, gains, helps, ladder_of, mistakes, spread
 from rl.report.pictures import Shown
-from rl.report.tables import facts, figure, interval, label, measures, number, synoptic_tables
+from rl.report.tables import figure, interval, label, measures, number, synoptic_tables
 from slides.whole import write_text
 
 Pictured: TypeAlias = Callable[[str, int], Sequence[Shown]]
@@ -60,8 +60,11 @@ def write_page(folder: str | Path, pictures: Pictured | None = None) -> Path:
     folder = Path(folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     lines = (folder / "cases.jsonl").read_text(encoding="utf-8").splitlines()
+    name = folder.absolute().parent.name
+    if "transfer" in summary:
+        name += f" applied to {Path(summary['transfer']['recipe']).stem}"
     path = folder / "report.html"
-    write_text(path, render(summary, [json.loads(line) for line in lines], folder.absolute().parent.name, pictures))
+    write_text(path, render(summary, [json.loads(line) for line in lines], name, pictures))
     return path
 
 
@@ -102,7 +105,6 @@ def render(summary: dict[str, Any], rows: Sequence[Row], name: str, pictures: Pi
     }
     placed, attribution = points(summary), summary.get("attribution") or {}
     controls = [(title, summary[key]) for key, title in CONTROLS.items() if key in summary]
-    known = [key for key in ("seed", "git", "price_unit", "splits", "seconds", "versions") if summary.get(key)]
     context = {
         "name": name,
         "summary": summary,
@@ -130,9 +132,9 @@ def render(summary: dict[str, Any], rows: Sequence[Row], name: str, pictures: Pi
         "by_question": summary.get("by_question") or {},
         "synoptic": synoptic_tables(summary.get("synoptic") or {}, STAGES),
         "warnings": summary.get("warnings") or [],
-        "missing": [[m["slide"], number(m["cases"]), m["reason"]] for m in summary.get("missing_slides") or ()],
+        "missing": summary.get("missing_slides") or [],
         "command": summary.get("command"),
-        "environment": facts({key: summary[key] for key in known}),
+        "environment": environment_of(summary),
         "figures": drawn,
         "style": Markup((here / "page.css").read_text(encoding="utf-8")),
         "script": Markup((here / "page.js").read_text(encoding="utf-8")),
@@ -197,9 +199,10 @@ def points(summary: dict[str, Any]) -> list[dict[str, Any]]:
         curve = sorted([*curve, summary["operating_point"]], key=lambda p: p["price"])
     rows = []
     for kind, members in (("static", summary["static"]), ("allocator", curve)):
-        commands = (summary.get("reproduce") or {}).get(kind, {})
+        key = "budget" if kind == "static" else "price"
+        commands = {row[key]: row["command"] for row in summary.get("reproduce") or () if key in row}
         for point in members:
-            at = point["budget"] if kind == "static" else point["price"]
+            at = point[key]
             rows.append(
                 {
                     "name": f"static, {at}" if kind == "static" else f"λ = {at:g}",
@@ -207,7 +210,7 @@ def points(summary: dict[str, Any]) -> list[dict[str, Any]]:
                     "own": kind == "allocator" and at == price,
                     "point": point,
                     "share": point["flops"] / largest,
-                    "command": commands.get(f"{at:g}"),
+                    "command": commands.get(at),
                 }
             )
     return rows
@@ -231,6 +234,14 @@ def colors(n: int) -> list[tuple[str, str]]:
         red, green, blue = to_rgb(color)
         found.append((color, figures.INK if 0.299 * red + 0.587 * green + 0.114 * blue > 0.5 else "#ffffff"))
     return found
+
+
+def environment_of(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the run hangs on: names and values."""
+    found = [(key, number(summary[key])) for key in ("git", "seed") if summary.get(key) is not None]
+    found += [(f"{name} cases", number(n)) for name, n in (summary.get("splits") or {}).items()]
+    found += [(f"seconds of {label(name)}", number(s)) for name, s in (summary.get("seconds") or {}).items()]
+    return found + list((summary.get("versions") or {}).items())
 
 
 def _example(row: Row, ladder: Sequence[int], pictures: Pictured | None) -> Row:

@@ -48,14 +48,14 @@ class Pictures:
     Args:
         performer: it says what it is shown.
         cases: the run's cases.
-        divide: shares of a budget for the images and slides of cases, see `CheapLook.divide`; None is even shares.
+        divide: shares of a budget for the images and slides of cases, see `Stages.shares`; None is even shares.
     """
 
     def __init__(
         self,
         performer: Performer,
         cases: Sequence[Case],
-        divide: Callable[[Sequence[Case]], Sequence[Sequence[float] | None]] | None = None,
+        divide: Callable[[Sequence[Case]], Sequence[Sequence[float] | None] | None] | None = None,
     ):
         self.performer, self.divide = performer, divide
         self.cases = {case.id: case for case in cases}
@@ -63,7 +63,7 @@ class Pictures:
     def __call__(self, name: str, budget: int) -> list[Shown]:
         """Pictures of a case at a budget; none of what is there only as features, or cannot be read any more."""
         case = self.cases[name]
-        (weights,) = self.divide([case]) if self.divide else (None,)
+        (weights,) = (self.divide([case]) if self.divide else None) or (None,)
         made = []
         for number, view in enumerate(self.performer.see(case, budget, weights)[:MOST_SHOWN], 1):
             kind = "image" if view_source(view) in case.images else "slide"

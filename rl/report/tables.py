@@ -56,15 +56,6 @@ def figure(value: Mapping[str, Any] | None) -> str:
     return number(float(value["value"])) + (f" {interval(value['ci95'])}" if value.get("ci95") else "")
 
 
-def facts(part: Mapping[str, Any], within: str = "") -> list[tuple[str, str]]:
-    """Name and text of all single values of a mapping, those of mappings in it too."""
-    rows = []
-    for key, value in part.items():
-        name = f"{within}{label(key)}"
-        rows += facts(value, f"{name}: ") if isinstance(value, Mapping) else [(name, number(value))]
-    return rows
-
-
 def measures(summary: Mapping[str, Any]) -> dict[str, list[Table]]:
     """Tables of what a summary tells of frontier, calibration, information and latency, by heading."""
     makers = {
@@ -107,7 +98,7 @@ def _calibration(part: Mapping[str, Any]) -> list[Table]:
     scores = part.get("scores")
     if not scores:
         return []
-    named = [(f"{b} tokens", row) for b, row in scores["by_budget"].items()] + [("all", scores["all"])]
+    named = [*scores["by_budget"].items()] + [("all", scores["all"])]
     keys = ("predicted", "observed", "ece", "brier", "brier_skill")
     rows = [[name, *(number(row[key]) for key in keys)] for name, row in named]
     caption = "ECE: expected calibration error; Brier skill: against the mean score of each kind of question"
@@ -129,7 +120,7 @@ def _information(part: Mapping[str, Any]) -> list[Table]:
 
 
 def _latency(part: Mapping[str, Any]) -> list[Table]:
-    timed = [(f"answer at {b} tokens", row) for b, row in part["answer"].items()] + [("deciding", part["look"])]
+    timed = [(f"answer, budget {b}", row) for b, row in part["answer"].items()] + [("deciding", part["look"])]
     rows = [[name, f"{row['median_ms']:.2f}", "{:.2f}–{:.2f}".format(*row["quartiles_ms"])] for name, row in timed]
     caption = f"{part['cases']} cases, images read and encoded beforehand"
     return [{"caption": caption, "head": ["", "median ms", "quartiles"], "rows": rows}]

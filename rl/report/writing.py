@@ -1,4 +1,4 @@
-"""Write the report of a run: summary.json, cases.jsonl and pareto.png."""
+"""Write the report of a run: summary.json, cases.jsonl, pareto.png and report.html."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,13 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 
 from envs.case import Case
+from models.performer import Performer
 from rl.checkpoints import is_done
 from rl.prepare import cases_of
 from rl.recipe import Run
+from rl.report.page import write_page
 from rl.report.picture import plot
+from rl.report.pictures import Pictures
 from slides.whole import write_text
 
 if TYPE_CHECKING:
@@ -38,11 +42,11 @@ LOGGED = (
 """Columns of the joint stage's log that the summary keeps, beside those of single rewards and of the allocator."""
 
 
-def write_report(stages: Stages, outcome: Outcome, summary: dict[str, Any]) -> dict[str, Any]:
+def write_report(stages: Stages, performer: Performer, outcome: Outcome, summary: dict[str, Any]) -> dict[str, Any]:
     """Write `report/` of the run's folder and return the whole summary.
 
     Args:
-        summary: what is known of the test cases.
+        performer: the trained performer. summary: what is known of the test cases.
     """
     joint = is_done(stages.run.folder / "grpo", stages.grpo_parts()) or {}
     summary = {
@@ -54,17 +58,20 @@ def write_report(stages: Stages, outcome: Outcome, summary: dict[str, Any]) -> d
         "reproduce": reproduce(summary, sys.argv[1:]),
         **provenance(stages.run),
     }
-    write_outcome(stages.run.folder / "report", outcome, summary)
+    write_outcome(stages, performer, stages.run.folder / "report", outcome, summary)
     return summary
 
 
-def write_outcome(folder: Path, outcome: Outcome, summary: dict[str, Any]) -> None:
-    """Write summary, cases and picture; the first process does."""
+def write_outcome(
+    stages: Stages, performer: Performer, folder: Path, outcome: Outcome, summary: dict[str, Any]
+) -> None:
+    """Write summary, cases, picture and page; the first process does."""
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         write_text(folder / "cases.jsonl", _cases(outcome))
         plot(summary, folder / "pareto.png")
+        write_page(folder, Pictures(performer, outcome.cases, partial(stages.shares, performer)))
 
 
 def provenance(run: Run) -> dict[str, Any]:
@@ -115,7 +122,9 @@ def _cases(outcome: Outcome) -> str:
         row = {
             "id": case.id,
             "patient": case.patient,
+            "task": case.task,
             "question": case.question,
+            "prompt": case.prompt,
             "answer": case.answer,
             "budget": table.budgets[k],
             "completion": table.text[i][k],
