@@ -4,8 +4,8 @@
     python rl/pareto.py --config configs/recipes/<x>.yaml --transfer configs/recipes/<other>.yaml
 
 Reads the run's score tables (and makes those that are missing) and writes `report/`: summary.json, cases.jsonl,
-pareto.png and report.html. All choices (best static budget, operating price) are made on validation cases; every figure
-is of test cases. With `--transfer` the run is applied as it is to the test cases of another recipe instead, see
+pareto.png and report.html. All choices (best static budget, operating price) are made on validation cases; all figures
+are of test cases. With `--transfer` the run is applied as it is to the test cases of another recipe instead, see
 `rl.transfer`.
 """
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -218,8 +218,8 @@ def points(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 def command_prefix(commands: Sequence[str]) -> str:
     """The words that all commands begin with."""
-    common = os.path.commonprefix([f"{command} " for command in commands])
-    return common[: common.rfind(" ") + 1] if len(commands) > 1 else ""
+    words = zip(*(command.split(" ") for command in commands), strict=False)
+    return "".join(f"{first} " for first, *rest in takewhile(lambda column: len(set(column)) == 1, words) if rest)
 
 
 def at_budget(point: dict[str, Any]) -> str:

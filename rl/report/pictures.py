@@ -14,6 +14,7 @@ from envs.case import Case
 from models.image_view import ImageView, open_image
 from models.performer import Performer
 from models.visual import VisualTokens
+from slides.errors import InputError
 from slides.reader import SlideReader
 from slides.scale import SlideError
 
@@ -66,8 +67,10 @@ class Pictures:
         (weights,) = (self.divide([case]) if self.divide else None) or (None,)
         made = []
         for number, view in enumerate(self.performer.see(case, budget, weights)[:MOST_SHOWN], 1):
-            kind = "image" if view_source(view) in case.images else "slide"
-            pixels = read_whole(view_source(view), slide=kind == "slide")
+            assert isinstance(view, VisualTokens | ImageView)
+            source = str(view.source)
+            kind = "image" if source in case.images else "slide"
+            pixels = read_whole(source, slide=kind == "slide")
             if pixels is None:
                 continue
             seen, note = as_seen(view, pixels)
@@ -75,19 +78,18 @@ class Pictures:
         return made
 
 
-def view_source(view: VisualTokens | ImageView) -> str:
-    """Path of the image or slide that a view shows."""
-    return str(view.source)
-
-
 def read_whole(path: str, slide: bool) -> np.ndarray | None:
     """A whole image or slide as uint8 (h, w, 3), the longer side at most `SIDE`; None where it has no pixels to read.
 
     Of slides only the pyramid is read, never the label or macro image.
     """
+    # A report on finished scores does not end for a picture that was moved since.
     if not slide:
-        with open_image(path) as file:
-            image = file.convert("RGB")
+        try:
+            with open_image(path) as file:
+                image = file.convert("RGB")
+        except (InputError, OSError):
+            return None
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         return np.asarray(image)
     if path.endswith(".h5"):
@@ -100,7 +102,7 @@ def read_whole(path: str, slide: bool) -> np.ndarray | None:
             level = reader.best_level(1 / scale)
             return reader.read(level, (0, 0, *reader.level_dimensions[level]), size)
     except SlideError:
-        return None  # a report on finished scores does not end for a slide that was moved since
+        return None
 
 
 def as_seen(view: VisualTokens | ImageView, pixels: np.ndarray) -> tuple[np.ndarray, str]:

@@ -80,9 +80,15 @@ def _frontier(part: Mapping[str, Any]) -> list[Table]:
     for unit, row in part.get("operating", {}).items():
         step, line = row["equal_accuracy"]["step"], row["equal_accuracy"]["mixed"]
         units.append(
-            [UNITS.get(unit, label(unit)), figure(row["cost_share"]), number(row["stage1_share"])]
-            + [figure(step["cost_share"]), number(step["budget"]), figure(line["cost_share"])]
-            + [figure(row["equal_cost"]["gain"])]
+            [
+                UNITS.get(unit, label(unit)),
+                figure(row["cost_share"]),
+                number(row["stage1_share"]),
+                figure(step["cost_share"]),
+                number(step["budget"]),
+                figure(line["cost_share"]),
+                figure(row["equal_cost"]["gain"]),
+            ]
         )
     if units:
         head = ["cost in", "of the largest", "deciding", "of equal static", "its budget", "of mixed static", "gain"]
@@ -98,7 +104,7 @@ def _calibration(part: Mapping[str, Any]) -> list[Table]:
     scores = part.get("scores")
     if not scores:
         return []
-    named = [*scores["by_budget"].items()] + [("all", scores["all"])]
+    named = [*scores["by_budget"].items(), ("all", scores["all"])]
     keys = ("predicted", "observed", "ece", "brier", "brier_skill")
     rows = [[name, *(number(row[key]) for key in keys)] for name, row in named]
     caption = "ECE: expected calibration error; Brier skill: against the mean score of each kind of question"
