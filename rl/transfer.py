@@ -8,6 +8,7 @@ and `encoder`.
 from __future__ import annotations
 
 import logging
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rl.checkpoints import is_done
 from rl.evaluation.trial import Trial
 from rl.prepare import load_features, load_rewards
 from rl.recipe import Run, parse_recipe
+from rl.report.pictures import Pictures
 from rl.report.writing import missing_slides, provenance, write_outcome
 from rl.scoring import Scorer
 from rl.stages import Stages
@@ -74,7 +76,7 @@ def transfer(stages: Stages, recipe: Path) -> tuple[dict[str, Any], Path]:
         "missing_slides": missing_slides(cases, bank.missing),
         **provenance(run),
     }
-    write_outcome(stages, performer, folder, outcome, summary)
+    write_outcome(folder, outcome, summary, Pictures(performer, cases, partial(stages.shares, performer)))
     return summary, folder
 
 

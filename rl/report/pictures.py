@@ -128,8 +128,8 @@ def mean_cells(pixels: np.ndarray, places: np.ndarray) -> np.ndarray:
     down, across = np.mgrid[:height, :width] + 0.5
     points = np.stack([across.ravel(), down.ravel()], 1)
     _, nearest = cKDTree(centres).query(points)
-    # Half a pixel more, or rounding would leave seams between cells.
-    half = places[nearest, 2] * max(width, height) / 2 + 0.5
+    # Nearly half a pixel more, or rounding would leave seams between cells.
+    half = places[nearest, 2] * max(width, height) / 2 + 0.49
     covered = (np.abs(points - centres[nearest]) <= half[:, None]).all(1)
     flat = pixels.reshape(-1, 3).astype(np.float64)
     member, count = nearest[covered], np.bincount(nearest[covered], minlength=len(places))

@@ -20,7 +20,7 @@ from models.performer import Performer
 from rl.checkpoints import is_done
 from rl.prepare import cases_of
 from rl.recipe import Run
-from rl.report.page import write_page
+from rl.report.page import Pictured, write_page
 from rl.report.picture import plot
 from rl.report.pictures import Pictures
 from slides.whole import write_text
@@ -58,20 +58,23 @@ def write_report(stages: Stages, performer: Performer, outcome: Outcome, summary
         "reproduce": reproduce(summary, sys.argv[1:]),
         **provenance(stages.run),
     }
-    write_outcome(stages, performer, stages.run.folder / "report", outcome, summary)
+    pictures = Pictures(performer, outcome.cases, partial(stages.shares, performer))
+    write_outcome(stages.run.folder / "report", outcome, summary, pictures)
     return summary
 
 
-def write_outcome(
-    stages: Stages, performer: Performer, folder: Path, outcome: Outcome, summary: dict[str, Any]
-) -> None:
-    """Write summary, cases, picture and page; the first process does."""
+def write_outcome(folder: Path, outcome: Outcome, summary: dict[str, Any], pictures: Pictured | None = None) -> None:
+    """Write summary, cases, picture and page; the first process does.
+
+    Args:
+        pictures: see `write_page`.
+    """
     if PartialState().is_main_process:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "summary.json", json.dumps(summary, indent=1) + "\n")
         write_text(folder / "cases.jsonl", _cases(outcome))
         plot(summary, folder / "pareto.png")
-        write_page(folder, Pictures(performer, outcome.cases, partial(stages.shares, performer)))
+        write_page(folder, pictures)
 
 
 def provenance(run: Run) -> dict[str, Any]:
