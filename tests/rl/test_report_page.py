@@ -205,9 +205,10 @@ def test_cells_are_averaged_and_the_rest_is_grey():
     pixels = np.zeros((40, 80, 3), np.uint8)
     pixels[:20, :40] = 100
     pixels[:20, :20] = 200
-    # Two of the eight squares of 20 px: upper left, and the one below the second.
-    seen = mean_cells(pixels, np.array([[20 / 80, 10 / 40, 20 / 80], [30 / 80, 30 / 40, 20 / 80]]))
-    assert (seen[2:18, 12:28] == 150).all() and (seen[22:38, 22:38] == 0).all() and (seen[:, 60:] == EMPTY).all()
+    # Squares of 20 px around the colours' border and elsewhere.
+    seen = mean_cells(pixels, np.array([[20 / 80, 10 / 40, 20 / 80], [60 / 80, 30 / 40, 20 / 80]]))
+    assert (seen[:20, 10:30] == 150).all() and (seen[20:, 50:70] == 0).all()
+    assert (seen == EMPTY).all(-1).sum() == 40 * 80 - 2 * 400
 
 
 def test_cells_of_a_grid_leave_no_seam(make_bank, cases):
