@@ -166,9 +166,9 @@ def _points(value: float) -> str:
 
 
 def _bracket(value: dict[str, Any], sign: int) -> str:
-    """Interval of a difference in points, ours minus the other's."""
+    """The 95 % interval of a difference in points, ours minus the other's."""
     low, high = sorted(sign * 100 * v for v in value["ci95"])
-    return f" (difference {sign * 100 * value['value']:+.1f} [{low:+.1f}, {high:+.1f}])".replace("-", "−")
+    return f" [{low:+.1f}, {high:+.1f}]".replace("-", "−")
 
 
 def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
