@@ -16,7 +16,6 @@ import platform
 import statistics
 import sys
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -152,7 +151,7 @@ def main() -> None:
         "page_mb": round(size / 1e6, 2),
         "load_average": round(load, 1),
         "cores": os.cpu_count(),
-        "versions": {"browser": version_text, "plotly": version("plotly")},
+        "browser": version_text,
     }
     print(json.dumps(result))
 
