@@ -148,26 +148,26 @@ def headline(summary: dict[str, Any]) -> dict[str, str]:
     head, own, random = summary["headline"], summary["operating_point"], summary["operating_random"]
     share = own["flops"] / summary["static"][-1]["flops"]
     lost = head["accuracy_lost"]
-    against = "below" if lost["value"] >= 0 else "above"
-    text = f"That is {_points(lost['value'])} points {against} the best static budget, "
-    text += f"{head['best_static_budget']} tokens{_bracket(lost, -1)}. "
+    best = f"the best static budget, {head['best_static_budget']} tokens"
+    text = f"That is {_beside(lost, -1)} {best}{_ends(lost, -1)}. "
     text += f"A random allocator of equal cost reaches {random['accuracy']:.3f}"
     if "gain_over_random" in head:
         gain = head["gain_over_random"]
-        side = "above" if gain["value"] >= 0 else "below"
-        text += f"; this one is {_points(gain['value'])} points {side} it{_bracket(gain, 1)}"
+        text += f"; this one is {_beside(gain, 1)} it{_ends(gain, 1)}"
     low, high = own["ci95"]
     title = f"{share:.0%} of the cost of the largest budget, at accuracy {own['accuracy']:.3f} [{low:.3f}, {high:.3f}]"
     return {"title": title.replace("%", " %"), "text": text + "."}
 
 
-def _points(value: float) -> str:
-    return f"{abs(100 * value):.1f}"
+def _beside(difference: dict[str, Any], sign: int) -> str:
+    """Which side of the other ours is on, in points."""
+    points = round(100 * sign * difference["value"], 1)
+    return f"{abs(points):.1f} points {'above' if points > 0 else 'below'}" if points else "level with"
 
 
-def _bracket(value: dict[str, Any], sign: int) -> str:
+def _ends(difference: dict[str, Any], sign: int) -> str:
     """The 95 % interval of a difference in points, ours minus the other's."""
-    low, high = sorted(sign * 100 * v for v in value["ci95"])
+    low, high = sorted(100 * sign * end + 0.0 for end in difference["ci95"])
     return f" [{low:+.1f}, {high:+.1f}]".replace("-", "−")
 
 
@@ -175,7 +175,7 @@ def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Figures under the headline: name, value, remark."""
     head, own, largest = summary["headline"], summary["operating_point"], summary["static"][-1]
     equal = head.get("cost_saved_vs_static")
-    rival = "no static budget is as accurate" if equal is None else "of the cheapest static budget as accurate"
+    rival = "no static budget is as accurate" if equal is None else "of the cheapest static budget that is as accurate"
     found = [
         ("Test cases", f"{summary['n']:,}".replace(",", " "), f"of {summary['n_patients']} patients"),
         (

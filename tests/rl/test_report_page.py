@@ -162,6 +162,8 @@ def test_the_headline_says_which_side_it_is_on(summary):
     assert "3.1 points above it [+1.0, +5.0]." in told["text"]
     head["accuracy_lost"] = {"value": -0.01, "ci95": [-0.02, 0.0]}
     assert "1.0 points above the best static budget" in headline(summary)["text"]
+    head["accuracy_lost"] = {"value": 0.0, "ci95": [0.0, 0.0]}
+    assert "That is level with the best static budget" in headline(summary)["text"]
 
 
 def test_commands_are_told_by_what_differs():
