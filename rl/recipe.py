@@ -99,7 +99,7 @@ class AllocatorOptions:
     fit_epochs: int = 40
     weight_decay: float = 1e-2
     price_range: list[float] = field(default_factory=lambda: [0.003, 1.0])
-    entropy: float = 0.003
+    entropy: float = 0.03
     entropy_decay: float = 1.0
     advantage: str = "rloo"
 

@@ -14,8 +14,11 @@ from torch import nn
 
 from models.allocators.network import AllocatorConfig, LookNetwork
 
-FEATURES = 8
-"""Bumps that tell where a price lies in the range."""
+BUMPS = 7
+"""Over the logarithm of the price; they and the price itself tell the network where in the range it is."""
+GAIN = 10.0
+"""Logits for a unit of what the network writes, so that weights as small as those of a network of scores tell rewards
+apart that differ by hundredths."""
 
 
 class PolicyConfig(AllocatorConfig):
@@ -39,23 +42,25 @@ class PolicyAllocator(LookNetwork):
     config_class: type[AllocatorConfig] = PolicyConfig
 
     def __init__(self, config: PolicyConfig):
-        super().__init__(config, extra=FEATURES)
+        super().__init__(config, extra=BUMPS + 1)
         # The price also shifts all logits by itself, past dropout: what one case gets at a price, all get in part.
-        self.shift = nn.Linear(FEATURES, len(config.ladder))
+        self.shift = nn.Linear(BUMPS + 1, len(config.ladder))
         nn.init.zeros_(self.shift.weight)
         nn.init.zeros_(self.shift.bias)
 
     def forward(self, look: torch.Tensor, question: torch.Tensor, price: torch.Tensor) -> torch.Tensor:
         """Logits (B, rungs) at a price for each case (B,)."""
         where = self._where(price)
-        return self.read(look, question, where) + self.shift(where)
+        return GAIN * (self.read(look, question, where) + self.shift(where))
 
     def _where(self, price: torch.Tensor) -> torch.Tensor:
-        """Bumps (B, FEATURES) over the logarithm of the price, along the range."""
+        """Bumps over the logarithm of the price, along the range, and the price as a share of the highest, (B, 8)."""
         low, high = (math.log(p) for p in self.config.prices)
-        at = (price.clamp(*self.config.prices).log() - low) / max(high - low, 1e-9) * (FEATURES - 1)
-        centres = torch.arange(FEATURES, dtype=at.dtype, device=at.device)
-        return torch.exp(-((at[:, None] - centres) ** 2) / 2).to(self.mean.dtype)
+        at = (price.clamp(*self.config.prices).log() - low) / max(high - low, 1e-9) * (BUMPS - 1)
+        centres = torch.arange(BUMPS, dtype=at.dtype, device=at.device)
+        bumps = torch.exp(-((at[:, None] - centres) ** 2) / 2)
+        share = price.clamp(*self.config.prices)[:, None] / self.config.prices[1]
+        return torch.cat([bumps, share], 1).to(self.mean.dtype)
 
     def draw_prices(self, count: int) -> torch.Tensor:
         """Prices (count,) of the range, log-uniformly."""
@@ -80,7 +85,7 @@ class PolicyAllocator(LookNetwork):
         where = self._where(torch.tensor(prices, dtype=torch.float32))
         read = [self.head(torch.cat([gathered, at.expand(len(look), -1)], 1)) + self.shift(at) for at in where]
         self.train(was_training)
-        return torch.stack(read, 1).softmax(-1)
+        return (GAIN * torch.stack(read, 1)).softmax(-1)
 
     def choose(self, look: torch.Tensor, question: torch.Tensor, price: torch.Tensor | float) -> torch.Tensor:
         """The most probable rung (B,) of each case."""

@@ -209,7 +209,7 @@ class PolicyLearner(AllocatorLearner):
 
     allocator: PolicyAllocator
 
-    def __init__(self, *args, kind: str = "rloo", entropy: float = 0.003, decay: float = 1.0, **options):
+    def __init__(self, *args, kind: str = "rloo", entropy: float = 0.03, decay: float = 1.0, **options):
         super().__init__(*args, **options)
         self.kind, self.entropy, self.decay = kind, entropy, decay
 

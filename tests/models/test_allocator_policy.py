@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.allocators.policy import FEATURES, PolicyAllocator, PolicyConfig, explored
+from models.allocators.policy import BUMPS, PolicyAllocator, PolicyConfig, explored
 from tests.conftest import LADDER, WIDTH
 
 
@@ -11,7 +11,7 @@ def make(prices=(0.01, 1.0), **options) -> PolicyAllocator:
     torch.manual_seed(1)
     shape = {"ladder": LADDER, "look": (1, 4), "feature_dim": WIDTH, "width": 16, "buckets": 64, "dropout": 0.5}
     allocator = PolicyAllocator(PolicyConfig(prices, **shape, **options)).eval()
-    torch.nn.init.normal_(allocator.shift.weight)
+    torch.nn.init.normal_(allocator.shift.weight, std=0.1)
     return allocator
 
 
@@ -83,6 +83,8 @@ def test_probabilities_are_without_dropout_and_leave_the_mode(allocator, seen):
 
 
 def test_bumps_cover_the_range(allocator):
-    where = allocator._where(torch.logspace(-2, 0, FEATURES))
-    assert where.argmax(1).tolist() == list(range(FEATURES))
-    assert torch.allclose(where.diagonal(), torch.ones(FEATURES), atol=1e-5)
+    prices = torch.logspace(-2, 0, BUMPS)
+    where = allocator._where(prices)
+    assert where[:, :BUMPS].argmax(1).tolist() == list(range(BUMPS))
+    assert torch.allclose(where.diagonal(), torch.ones(BUMPS), atol=1e-5)
+    assert torch.allclose(where[:, BUMPS], prices)

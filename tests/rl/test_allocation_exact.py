@@ -128,8 +128,8 @@ def test_the_other_draws_are_a_better_baseline_than_none(toy):
 def test_one_policy_is_right_at_every_price():
     look, question, scores = planted()
     allocator = make_policy()
-    aim = ExpectedReward(LINEAR, (0.01, 1.0), entropy=0.003)
-    losses = fit_table(allocator, look[:200], question[:200], scores[:200], 100, learning_rate=1e-2, aim=aim)
+    aim = ExpectedReward(LINEAR, (0.01, 1.0), entropy=0.01)
+    losses = fit_table(allocator, look[:200], question[:200], scores[:200], 60, learning_rate=3e-3, aim=aim)
     assert losses[-1] < losses[0] and not allocator.training
     held = slice(200, None)
     for price in (0.02, 0.1, 0.3, 0.45, 0.9):
@@ -146,7 +146,7 @@ def test_entropy_keeps_a_policy_from_collapsing():
     for entropy in (0.0, 0.05):
         allocator = make_policy((0.01, 0.01))
         aim = ExpectedReward(LINEAR, (0.01, 0.01), entropy)
-        fit_table(allocator, look, question, scores, 150, learning_rate=3e-2, aim=aim)
+        fit_table(allocator, look, question, scores, 150, learning_rate=3e-3, aim=aim)
         least[entropy] = allocator.probabilities(look, question, 0.01).min().item()
     # The best policy with a bonus is the softmax of reward over its weight.
     expected = (LINEAR(scores[:1], 0.01) / 0.05).softmax(-1).min().item()
@@ -164,7 +164,7 @@ def test_the_bonus_fades():
 
 def test_choices_out_of_fold_hold_at_prices_between_those_of_the_grid():
     look, question, scores = planted(120)
-    aim = ExpectedReward(LINEAR, (0.01, 1.0), entropy=0.003)
+    aim = ExpectedReward(LINEAR, (0.01, 1.0), entropy=0.01)
     patients = [f"p{i // 2}" for i in range(120)]
     allocator, values, losses = fit_by_patient(
         make_policy(), look, question, scores, patients, epochs=12, learning_rate=1e-2, aim=aim
@@ -181,18 +181,15 @@ def test_choices_out_of_fold_hold_at_prices_between_those_of_the_grid():
 
 def test_a_price_is_settled_that_meets_a_target_cost():
     look, question, scores = planted()
-    # What a larger budget brings to a light case differs by case, so that every cost can be met.
-    scores = scores * torch.linspace(0.1, 1.0, len(scores))[:, None]
+    # The bonus keeps the policy from switching all at once, so that every cost between can be met.
     allocator = make_policy()
-    fit_table(
-        allocator, look, question, scores, 60, learning_rate=1e-2, aim=ExpectedReward(LINEAR, (0.01, 1.0), 0.003)
-    )
+    fit_table(allocator, look, question, scores, 60, learning_rate=3e-3, aim=ExpectedReward(LINEAR, (0.01, 1.0), 0.1))
 
     def cost_at(price: float) -> float:
         return (allocator.probabilities(look, question, price) @ torch.tensor(COST)).mean().item()
 
-    assert cost_at(0.01) > 0.45 > cost_at(1.0)
-    for target in (0.2, 0.35, 0.45):
+    assert cost_at(0.01) > 0.45 > 0.35 > cost_at(1.0)
+    for target in (0.35, 0.4, 0.45):
         price = settle_price(cost_at, target, 0.1)
         assert cost_at(price) == pytest.approx(target, abs=0.01), target
 

@@ -26,7 +26,15 @@ class MiniRun:
     """As much of `Stages` as deciders ask for: odd fields are answered by the largest budget alone."""
 
     def __init__(self, cases, folder, **options):
-        allocator = AllocatorOptions(**{"fit_epochs": 25, "fit_learning_rate": 2e-2, "dropout": 0.0, **options})
+        rate = 3e-3 if options.get("form") == "policy" else 2e-2
+        allocator = AllocatorOptions(**{"fit_epochs": 25, "fit_learning_rate": rate, "dropout": 0.0, **options})
+            **{
+                "fit_epochs": 25,
+                "fit_learning_rate": 3e-3 if options.get("form") == "policy" else 2e-2,
+                "dropout": 0.0,
+                **options,
+            }
+        )
         evaluation = SimpleNamespace(prices=[0.0, 0.1, 0.5])
         self.run = SimpleNamespace(
             ladder=list(LADDER),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -261,7 +262,7 @@ def test_grpo_does_not_start_from_what_cannot_answer(kind):
         ({"advantage": "ppo"}, "allocator.advantage: 'ppo' is not known; known are rloo, grpo"),
     ],
 )
-def test_what_an_allocator_cannot_do_is_named(problems, options, problem):
+def test_what_an_allocator_cannot_do_is_named(recipe, options, problem):
     (found,) = problems(recipe(allocator=options))
     assert re.match(problem, found)
 
@@ -272,3 +273,9 @@ def test_an_allocator_that_is_as_it_was_has_the_settings_that_it_had():
     assert not later & set(AllocatorOptions(entropy=0.1).settings())
     assert set(AllocatorOptions(form="policy").settings()) >= {"form", "entropy", "advantage", "price_range"}
     assert AllocatorOptions(objective="dual", target=0.3).settings()["target"] == 0.3
+
+
+def test_the_keys_of_the_allocator_are_documented():
+    text = (Path(__file__).parents[2] / "docs" / "training.md").read_text().split("\n## Allocator")[1]
+    table = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert set(re.findall(r"`(\w+)`", " ".join(table))) == {f.name for f in dataclasses.fields(AllocatorOptions)}
