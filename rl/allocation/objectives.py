@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from rewards.cost import dual_price
 from rewards.objectives import birr_cap, worth
 
 
@@ -46,17 +45,25 @@ class Objective:
         return allowed[-1] if self.name == "birr" and allowed else None
 
 
-def settle_price(cost_at: Callable[[float], float], target: float, price: float, rounds: int = 200) -> float:
-    """The price at which the mean cost comes nearest to a target, by dual ascent with steps that grow smaller.
+def settle_price(cost_at: Callable[[float], float], target: float, highest: float = 16.0, rounds: int = 40) -> float:
+    """The price at which the mean cost, which falls with the price, comes nearest to a target: by bisection.
+
+    This is what dual ascent on the constraint comes to, where the cost at every price is known.
 
     Args:
-        cost_at: mean cost at a price. price: the first.
+        cost_at: mean cost at a price. highest: price that is tried at most; what is dearer is never chosen then.
 
     Returns:
-        A price of 0 or more; 0 where the target is not reached for nothing.
+        0 where the target is met for nothing.
     """
-    tried = {}
-    for at in range(rounds):
-        cost = tried[price] = cost_at(price)
-        price = dual_price(price, [cost], target, 0.3 / (1 + at) ** 0.5)
+    low, high, tried = 0.0, highest, {}
+    for price in (low, high):
+        tried[price] = cost_at(price)
+    if tried[low] <= target:
+        return low
+    for _ in range(rounds):
+        price = (low + high) / 2
+        tried[price] = cost_at(price)
+        low, high = (price, high) if tried[price] > target else (low, price)
+    # Cases are few, so that the cost has steps: the nearest of both sides.
     return min(tried, key=lambda p: abs(tried[p] - target))

@@ -54,8 +54,7 @@ class NetworkDecider(Decider):
         if target is None:
             return None
         largest = self.stages.table("grpo", self.performer, "val").at(self.ladder[-1:]).flops.mean()
-        price = self.stages.run.allocator.price
-        return settle_price(lambda p: float(self.decide("val", p).cost.mean() / largest), target, price)
+        return settle_price(lambda price: float(self.decide("val", price).cost.mean() / largest), target)
 
     def choose(self, cases: Sequence[Case], price: float) -> tuple[np.ndarray, np.ndarray]:
         return self.rungs(*self.look(cases), price), self._look_flops(cases)

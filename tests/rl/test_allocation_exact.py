@@ -190,12 +190,18 @@ def test_a_price_is_settled_that_meets_a_target_cost():
 
     assert cost_at(0.01) > 0.45 > 0.35 > cost_at(1.0)
     for target in (0.35, 0.4, 0.45):
-        price = settle_price(cost_at, target, 0.1)
+        price = settle_price(cost_at, target)
         assert cost_at(price) == pytest.approx(target, abs=0.01), target
 
 
 def test_a_target_that_is_met_for_nothing_has_no_price():
-    assert settle_price(lambda price: 0.2, 0.5, 0.1) <= 0.1
-    tried = []
-    assert settle_price(lambda price: tried.append(price) or max(0.1, 0.4 - price), 0.5, 0.1) == 0.0
-    assert len(tried) == 200
+    assert settle_price(lambda price: 0.2, 0.5) == 0.0
+    assert settle_price(lambda price: max(0.1, 0.4 - price), 0.5) == 0.0
+
+
+def test_where_the_cost_has_steps_the_nearest_is_taken():
+    def cost_at(price: float) -> float:
+        return 1.0 if price < 0.2 else 0.5 if price < 0.3 else 0.1
+
+    for target, cost in ((0.45, 0.5), (0.2, 0.1), (0.9, 1.0), (0.05, 0.1)):
+        assert cost_at(settle_price(cost_at, target)) == cost

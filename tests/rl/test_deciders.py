@@ -28,13 +28,6 @@ class MiniRun:
     def __init__(self, cases, folder, **options):
         rate = 3e-3 if options.get("form") == "policy" else 2e-2
         allocator = AllocatorOptions(**{"fit_epochs": 25, "fit_learning_rate": rate, "dropout": 0.0, **options})
-            **{
-                "fit_epochs": 25,
-                "fit_learning_rate": 3e-3 if options.get("form") == "policy" else 2e-2,
-                "dropout": 0.0,
-                **options,
-            }
-        )
         evaluation = SimpleNamespace(prices=[0.0, 0.1, 0.5])
         self.run = SimpleNamespace(
             ladder=list(LADDER),
