@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,41 @@ DONE = "done.json"
 WHOLE = "complete"
 
 
+class Clock:
+    """Wall seconds of a stage, those before it was resumed with them.
+
+    Args:
+        resumed: the checkpoint that it goes on from.
+    """
+
+    def __init__(self, resumed: str | None = None):
+        spent = (Path(resumed) / WHOLE).read_text() if resumed else ""
+        self._start = time.perf_counter() - float(spent or 0)
+
+    @property
+    def seconds(self) -> float:
+        """So far."""
+        return time.perf_counter() - self._start
+
+    def mark(self, checkpoint: Path) -> None:
+        """Mark a checkpoint whose last file is written as whole."""
+        write_text(checkpoint / WHOLE, f"{self.seconds}\n")
+
+
 class MarkWhole(TrainerCallback):
-    """Mark a checkpoint after its last file is written, so that a killed run never resumes from half of one."""
+    """Mark a checkpoint after its last file is written, so that a killed run never resumes from half of one.
+
+    Args:
+        clock: of the stage.
+    """
+
+    def __init__(self, clock: Clock):
+        self.clock = clock
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer."""
         if state.is_world_process_zero:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / WHOLE).touch()
+            self.clock.mark(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def last_whole(folder: Path) -> str | None:
@@ -60,6 +89,12 @@ def is_done(folder: Path, parts: dict[str, Any]) -> dict[str, Any] | None:
             "choose another output_dir or delete the folder"
         )
     return record
+
+
+def stage_seconds(run: Path) -> dict[str, float]:
+    """Wall seconds of the finished stages of a run, by their folders."""
+    records = {path.parent.name: json.loads(path.read_text()) for path in sorted(run.glob(f"*/{DONE}"))}
+    return {name: record["seconds"] for name, record in records.items() if "seconds" in record}
 
 
 def mark_done(folder: Path, parts: dict[str, Any], **record: Any) -> None:

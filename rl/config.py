@@ -62,11 +62,18 @@ class GroupConfig(GRPOConfig):
             self.skip_eval_loss = False
 
 
+MODES = ("joint", "alternating", "sequential")
+
+
 @dataclass
 class FrugalConfig(GroupConfig):
     """`GroupConfig` with the budgets of the joint step.
 
     Args:
+        mode: `joint` trains performer and allocator on one set of rollouts; `alternating` trains them in turns, each
+            on its own rollouts; `sequential` trains the performer alone, at budgets drawn uniformly, then the
+            allocator on the answers of the frozen performer (BiRR4CPath, methods 1.2).
+        alternate_every: steps of a turn in the mode `alternating`; the performer has the first.
         budgets_per_image: M, budgets drawn for each image in a joint step; each gets `num_generations` completions.
         gold_rollout: the last of the G completions is the gold answer and not a sample (mixed-policy GRPO: Yan et al.
             2025, LUFFY, section 3), so that a group of wrong answers still learns what is right. Rewards in the log
@@ -74,12 +81,21 @@ class FrugalConfig(GroupConfig):
         disable_dropout: as in TRL, but on: with it the rollouts come from the policy that is updated.
     """
 
+    mode: str = field(default="joint", metadata={"help": "who learns when", "choices": list(MODES)})
+    alternate_every: int = field(default=10, metadata={"help": "steps of a turn in the mode alternating"})
     budgets_per_image: int = field(default=4, metadata={"help": "budgets (M) drawn for each image in a joint step"})
     gold_rollout: bool = field(default=False, metadata={"help": "the last of the G completions is the gold answer"})
     disable_dropout: bool = switch("no dropout in rollouts and updates")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.mode not in MODES:
+            raise ValueError(f"mode {self.mode!r} is not known; known are {', '.join(MODES)}")
+        if self.alternate_every < 1:
+            raise ValueError(f"alternate_every is {self.alternate_every} steps; a turn has at least 1")
+        if self.mode == "alternating" and self.fp16:
+            # Its loss scaler takes a step without gradients for an error.
+            raise ValueError("mode alternating does not go with fp16; set bf16 instead")
         block = self.budgets_per_image * self.num_generations
         local = self.per_device_train_batch_size * self.steps_per_generation
         if local % block:

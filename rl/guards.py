@@ -61,6 +61,8 @@ class CollapseGuard(TrainerCallback):
 
     def read(self, step: int, logs: dict[str, Any]) -> None:
         """Take in the metrics logged at a step."""
+        if "allocator/largest_share" in logs:
+            self._read_allocator(step, logs)
         if "reward" not in logs:
             return
         reward = float(logs["reward"])
@@ -80,6 +82,16 @@ class CollapseGuard(TrainerCallback):
             f"token entropy is {float(logs.get('entropy', 1.0)):.1e}: the performer no longer explores; "
             "raise temperature, lower learning_rate or stop the warm start earlier",
         )
+        self._check(
+            "silent",
+            float(logs.get("frac_reward_zero_std", 0.0)) > 0.98,
+            step,
+            "almost every group has equal rewards, so nothing is learnt; raise temperature or num_generations, "
+            "or use harder cases",
+        )
+
+    def _read_allocator(self, step: int, logs: dict[str, Any]) -> None:
+        """Of a step in which the allocator learns; others say nothing about it."""
         told = {
             kind: float(logs.get(f"allocator/{kind}", 0.0))
             for kind in ("below_cap", "smallest_budget", "largest_budget", "largest_share")
@@ -93,13 +105,6 @@ class CollapseGuard(TrainerCallback):
             stuck is None and float(logs.get("allocator/image_information", 1.0)) < INSENSITIVE,
             step,
             f"the allocator {BLIND}",
-        )
-        self._check(
-            "silent",
-            float(logs.get("frac_reward_zero_std", 0.0)) > 0.98,
-            step,
-            "almost every group has equal rewards, so nothing is learnt; raise temperature or num_generations, "
-            "or use harder cases",
         )
 
     def _check(self, kind: str, bad: bool, step: int, message: str) -> None:

@@ -1,7 +1,8 @@
 """GRPO of two policies from one set of rollouts: the performer and the allocator of its budgets.
 
 Every image is drawn with M budgets and G completions each. The G rows that share image and budget are TRL's advantage
-group; the allocator learns from the group's mean score.
+group; the allocator learns from the group's mean score. In the mode `alternating` the two take turns, each with
+rollouts of its own; in `sequential` the allocator only draws here.
 """
 
 from __future__ import annotations
@@ -41,10 +42,35 @@ class FrugalTrainer(GroupTrainer):
         **kwargs: Any,
     ):
         self.performer, self.cases, self.learner = performer, cases, learner
+        self._turn: tuple[bool, bool] | None = None
         super().__init__(*args, **kwargs)
         if self.args.gold_rollout:
             self._check_gold()
         self.score_weights = torch.tensor(score_weights, dtype=torch.float32)
+
+    def _learns(self) -> tuple[bool, bool]:
+        """Whether the performer and the allocator learn in this step."""
+        if self.args.mode == "alternating":
+            performers = self.state.global_step // self.args.alternate_every % 2 == 0
+            return performers, not performers
+        return True, self.args.mode == "joint"
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        turn = self._learns()
+        if turn != self._turn:
+            self._turn, self._buffered_inputs = turn, None  # each learns from its own rollouts
+        performer_learns, _ = turn
+        if performer_learns:
+            return super().training_step(model, inputs, num_items_in_batch)
+        # The allocator learns while rollouts are scored. The performer gets no gradient, so that its optimizer stays.
+        model.train()
+        self._without_loss = not self._corrected
+        try:
+            self._prepare_inputs(inputs)
+        finally:
+            self._without_loss = False
+        self._step += 1
+        return torch.zeros((), device=self.accelerator.device)
 
     def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
         block = self.args.budgets_per_image * self.num_generations
@@ -113,7 +139,8 @@ class FrugalTrainer(GroupTrainer):
 
     def _calculate_rewards(self, inputs: list[dict], *rest: Any) -> torch.Tensor:
         rewards = super()._calculate_rewards(inputs, *rest)
-        if self.model.training:
+        _, allocator_learns = self._learns()
+        if self.model.training and allocator_learns:
             local = rewards[len(inputs) * self.accelerator.process_index :][: len(inputs)]
             weights = self.score_weights.to(local.device) * ~local.isnan()
             score = (local.nan_to_num() * weights).sum(1) / weights.sum(1).clamp_min(1e-9)

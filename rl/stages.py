@@ -26,9 +26,10 @@ from models.build import build_performer, load_performer, lora_config
 from models.performer import Performer
 from models.visual import FeatureBank
 from rewards.answer import SHAPING
+from rl.allocation.frozen import FrozenAnswers, Plan, learn_from_frozen
 from rl.allocation.objectives import Objective
 from rl.allocation.online import AllocatorLearner, PolicyLearner, ValueLearner
-from rl.checkpoints import MarkWhole, is_done, last_whole, mark_done
+from rl.checkpoints import Clock, MarkWhole, is_done, last_whole, mark_done
 from rl.guards import CollapseGuard
 from rl.joint import FrugalTrainer
 from rl.prepare import load_cases, load_features, load_rewards
@@ -52,6 +53,13 @@ NEUTRAL = {
 
 AFTER = ("form", "weight_decay", "look_state", "look_confidence")
 """Keys of the allocator that the joint step does not read; so do those that begin with `fit_`."""
+
+
+PERFORMER = "grpo_performer"
+"""Folder of the performer's GRPO where the allocator learns after it."""
+
+MODE_ALONE = {"joint": ("mode", "alternate_every"), "alternating": (), "sequential": ("alternate_every",)}
+"""Keys that a mode does not depend on; runs in the first one are known without its name."""
 
 
 class Stages:
@@ -112,7 +120,7 @@ class Stages:
         return self._sft(longer, self._load("sft"), parts)
 
     def joint(self) -> tuple[Performer, LookNetwork]:
-        """GRPO of performer and allocator from one set of rollouts.
+        """GRPO of performer and allocator, in the recipe's mode.
 
         Raises:
             InputError: the supervised stages end with one that teaches no answers.
@@ -123,11 +131,54 @@ class Stages:
                 "add align, case or warm_start, or run sft/train.py alone"
             )
         folder, parts = self.run.folder / "grpo", self.grpo_parts()
-        performer = self.warm_start()
-        allocator = self._new_allocator(performer)
         if is_done(folder, parts):
             return self._load("grpo"), self.network.from_pretrained(folder / "allocator")
-        learner = self._learner(performer, allocator)
+        if self.run.grpo.mode == "sequential":
+            return self._after_performer(folder, parts)
+        performer = self.warm_start()
+        learner = self._learner(performer)
+        self._grpo(folder, parts, performer, learner, allocator=learner.allocator)
+        return self._load("grpo"), learner.allocator
+
+    def _after_performer(self, folder: Path, parts: dict[str, Any]) -> tuple[Performer, LookNetwork]:
+        """GRPO of the performer alone, then the allocator's learning from its answers."""
+        alone = {k: v for k, v in parts.items() if k != "allocator"}
+        if not (before := is_done(self.run.folder / PERFORMER, alone)):
+            performer = self.warm_start()
+            self._grpo(self.run.folder / PERFORMER, alone, performer, self._learner(performer, explore=1.0))
+            before = is_done(self.run.folder / PERFORMER, alone)
+        assert before is not None
+        resumed = last_whole(folder)
+        clock, guard = Clock(resumed), CollapseGuard()
+        performer = self._load(PERFORMER)
+        learner = self._learner(performer)
+        args = self.run.grpo
+        # As many updates, on as many images each, as the joint step makes.
+        steps = before["steps"] * args.gradient_accumulation_steps // (args.steps_per_generation * args.num_iterations)
+        images = args.generation_batch_size // (args.budgets_per_image * args.num_generations)
+        save, log_every = ((n if n >= 1 else n * steps) for n in (args.save_steps, args.logging_steps))
+        if args.save_strategy == "no":
+            save = steps + 1
+        intervals = max(1, int(save)), max(1, int(log_every))
+        plan = Plan(max(1, steps), images, args.budgets_per_image, args.seed, *intervals)
+        answers = FrozenAnswers(performer, self.scorer, self.max_new_tokens, self.run.evaluation.batch_size)
+        log = learn_from_frozen(learner, answers, self.splits["train"], plan, folder, resumed, clock, guard.read)
+        record = {"steps": plan.steps, "flops": before["flops"] + answers.flops, "log": log}
+        warnings = [*before["warnings"], *guard.warnings]
+        self._finish(folder, parts, performer, record, clock, learner.allocator, warnings=warnings)
+        return self._load("grpo"), learner.allocator
+
+    def _grpo(
+        self,
+        folder: Path,
+        parts: dict[str, Any],
+        performer: Performer,
+        learner: AllocatorLearner,
+        allocator: LookNetwork | None = None,
+    ) -> None:
+        """Train the performer at the learner's budgets and write the stage's folder."""
+        resumed = last_whole(folder)
+        clock = Clock(resumed)
         train = self.splits["train"]
         extra = extra_columns(self.cases)
         rows = [{"index": i, "prompt": performer.messages(c), **case_columns(c, extra)} for i, c in enumerate(train)]
@@ -141,18 +192,17 @@ class Stages:
             args=args,
             train_dataset=Dataset.from_list(rows),
             processing_class=performer.processor,
-            callbacks=[guard, MarkWhole()],
+            callbacks=[guard, MarkWhole(clock)],
             peft_config=lora_config(self.run.performer, performer.model),
             performer=performer,
             cases=train,
             learner=learner,
             score_weights=[0.0 if r.__name__ in SHAPING else r.weight for r in self.rewards],
         )
-        trainer.train(resume_from_checkpoint=last_whole(folder))
+        trainer.train(resume_from_checkpoint=resumed)
         if self.run.performer.lora is not None:
             performer.model = merged(trainer)
-        self._finish(folder, parts, performer, trainer, allocator=allocator, warnings=guard.warnings)
-        return self._load("grpo"), allocator
+        self._finish(folder, parts, performer, trained(trainer), clock, allocator, warnings=guard.warnings)
 
     def table(self, name: str, performer: Performer, split: str, budgets: Sequence[int] | None = None) -> ScoreTable:
         """Score table of a stage's performer on a split, kept under `tables/`; budget 0 (no image) comes first."""
@@ -219,12 +269,13 @@ class Stages:
         allocator.standardise(CheapLook(performer, config)(train[:: max(1, len(train) // 512)])[0])
         return allocator
 
-    def _learner(self, performer: Performer, allocator: LookNetwork) -> AllocatorLearner:
-        options = self.run.allocator
+    def _learner(self, performer: Performer, explore: float | None = None) -> AllocatorLearner:
+        """A new allocator that learns online; `explore` takes the place of the recipe's."""
+        options, allocator = self.run.allocator, self._new_allocator(performer)
         look, objective = CheapLook(performer, allocator.config), self.objective(performer)
         shared: dict[str, Any] = {
             "price": options.price,
-            "explore": options.explore,
+            "explore": options.explore if explore is None else explore,
             "learning_rate": options.learning_rate,
         }
         if isinstance(allocator, PolicyAllocator):
@@ -237,8 +288,10 @@ class Stages:
         run, folder = self.run, self.run.folder / stage.name
         train, val = self.all_splits["train"], self.splits["val"]
         shared = Supervision(train, val, run.questions, run.ladder, run.performer, run.grpo.seed, self._uneven)
-        trainer, record = shared.run(stage, performer, folder, [MarkWhole()], last_whole(folder))
-        self._finish(folder, parts, performer, trainer, **record)
+        resumed = last_whole(folder)
+        clock = Clock(resumed)
+        trainer, record = shared.run(stage, performer, folder, [MarkWhole(clock)], resumed)
+        self._finish(folder, parts, performer, trained(trainer), clock, **record)
         return self._load(stage.name)
 
     @property
@@ -246,15 +299,21 @@ class Stages:
         return self.run.allocator.share != "equal"
 
     def _finish(
-        self, folder: Path, parts: dict, performer: Performer, trainer: Any, allocator: Any = None, **record: Any
+        self,
+        folder: Path,
+        parts: dict[str, Any],
+        performer: Performer,
+        done: dict[str, Any],
+        clock: Clock,
+        allocator: Any = None,
+        **record: Any,
     ) -> None:
         state = PartialState()
         if state.is_main_process:
             performer.save(folder)
             if allocator is not None:
                 allocator.save_pretrained(folder / "allocator")
-            record |= {"steps": trainer.state.global_step, "flops": trainer.state.total_flos}
-            mark_done(folder, parts, log=trainer.state.log_history, **record)
+            mark_done(folder, parts, **done, **record, seconds=clock.seconds)
         state.wait_for_everyone()
 
     def _load(self, name: str) -> Performer:
@@ -281,7 +340,8 @@ class Stages:
         }
 
     def grpo_parts(self) -> dict[str, Any]:
-        grpo = {k: v for k, v in self.run.grpo.to_dict().items() if k not in NEUTRAL}
+        left_out = {*NEUTRAL, *MODE_ALONE[self.run.grpo.mode]}
+        grpo = {k: v for k, v in self.run.grpo.to_dict().items() if k not in left_out}
         online = self.run.allocator.settings()
         online = {k: v for k, v in online.items() if not k.startswith("fit_") and k not in AFTER}
         return {
@@ -290,6 +350,12 @@ class Stages:
             "grpo": grpo,
             "allocator": online,
         }
+
+
+def trained(trainer: Any) -> dict[str, Any]:
+    """What is recorded of a trainer's work."""
+    state = trainer.state
+    return {"steps": state.global_step, "flops": state.total_flos, "log": state.log_history}
 
 
 def _scoring(reward: Any) -> Any:

@@ -9,7 +9,7 @@ from envs.score_table import ScoreTable
 from models.allocators.look import CheapLook
 from models.performer import Performer
 from rl.allocation.fitting import Aim, Network, fit_by_patient
-from rl.checkpoints import is_done, mark_done
+from rl.checkpoints import Clock, is_done, mark_done
 from rl.stages import Stages
 
 
@@ -22,7 +22,7 @@ def fitted(
     parts = {**stages.grpo_parts(), "fit": options.settings()}
     if is_done(folder, parts):
         return read_fit(stages, type(start))
-    cases = stages.splits["val"]
+    clock, cases = Clock(), stages.splits["val"]
     look, question = CheapLook(performer, start.config)(cases)
     scores = torch.tensor(table.at(stages.run.ladder).score, dtype=torch.float32)
     allocator, values, losses = fit_by_patient(
@@ -40,7 +40,7 @@ def fitted(
     if stages.is_main:
         allocator.save_pretrained(folder)
         np.save(folder / "out_of_fold.npy", values)
-        mark_done(folder, parts, n=len(cases), loss=losses)
+        mark_done(folder, parts, n=len(cases), loss=losses, seconds=clock.seconds)
     return allocator, values
 
 

@@ -17,7 +17,7 @@ from accelerate import PartialState
 
 from envs.case import Case
 from models.performer import Performer
-from rl.checkpoints import is_done
+from rl.checkpoints import is_done, stage_seconds
 from rl.prepare import cases_of
 from rl.recipe import Run
 from rl.report.page import Pictured, write_page
@@ -55,6 +55,7 @@ def write_report(stages: Stages, performer: Performer, outcome: Outcome, summary
         "warnings": [*joint.get("warnings", []), *summary["warnings"]],
         "missing_slides": missing_slides(stages.cases, stages.bank.missing),
         "splits": {s: len(members) for s, members in stages.splits.items()},
+        "seconds": stage_seconds(stages.run.folder),
         "reproduce": reproduce(summary, sys.argv[1:]),
         **provenance(stages.run),
     }

@@ -33,7 +33,9 @@ def read_summary(recipe: Path) -> dict:
 
 def results(summary: dict) -> dict:
     """What must be equal between runs: all but times and provenance."""
-    kept = {k: v for k, v in summary.items() if k not in ("versions", "git", "command", "reproduce", "latency")}
+    kept = {
+        k: v for k, v in summary.items() if k not in ("versions", "git", "command", "reproduce", "latency", "seconds")
+    }
     return json.loads(json.dumps(kept), object_hook=lambda d: {k: v for k, v in d.items() if k != "latency_ms"})
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rl.checkpoints import MarkWhole, fingerprint, is_done, last_whole, mark_done
+from rl.checkpoints import Clock, MarkWhole, fingerprint, is_done, last_whole, mark_done
 from slides.errors import InputError
 
 
@@ -15,7 +15,7 @@ def test_only_whole_checkpoints_are_resumed_from(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
     (tmp_path / "checkpoint-99.tmp").mkdir()
     assert last_whole(tmp_path) is None
-    marker = MarkWhole()
+    marker = MarkWhole(Clock())
     for step in (2, 9, 10):
         state = SimpleNamespace(is_world_process_zero=True, global_step=step)
         marker.on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
@@ -25,7 +25,7 @@ def test_only_whole_checkpoints_are_resumed_from(tmp_path):
 def test_other_processes_do_not_mark(tmp_path):
     (tmp_path / "checkpoint-1").mkdir()
     state = SimpleNamespace(is_world_process_zero=False, global_step=1)
-    MarkWhole().on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
+    MarkWhole(Clock()).on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
     assert last_whole(tmp_path) is None
 
 
