@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,8 +85,14 @@ class PerformerConfig:
             raise InputError(f"performer.family: {self.family!r} is not known; known are {', '.join(FAMILIES)}")
 
 
-def build_performer(config: PerformerConfig, cases: list[Case], bank: FeatureBank, seed: int = 0) -> Performer:
-    """Make the performer that a recipe describes; `cases` are the training cases (texts for a new tokenizer)."""
+def build_performer(
+    config: PerformerConfig, cases: list[Case], bank: FeatureBank, seed: int = 0, texts: Sequence[str] = ()
+) -> Performer:
+    """Make the performer that a recipe describes.
+
+    Args:
+        cases: the training cases. A new tokenizer learns their texts, and `texts`.
+    """
     if config.checkpoint:
         if not (Path(config.checkpoint) / "config.json").is_file():
             raise InputError(
@@ -94,8 +101,8 @@ def build_performer(config: PerformerConfig, cases: list[Case], bank: FeatureBan
         return load_performer(config.checkpoint, config, bank)
     torch.manual_seed(seed)
     if config.family == "qwen_vl":
-        return _build_qwen(config, cases, bank)
-    return _build_slide(config, cases, bank)
+        return _build_qwen(config, cases, bank, texts)
+    return _build_slide(config, cases, bank, texts)
 
 
 def load_performer(folder: str | Path, config: PerformerConfig, bank: FeatureBank) -> Performer:
@@ -176,25 +183,27 @@ def _small_text(config: PerformerConfig, tokenizer: Any, **more: Any) -> dict[st
     }
 
 
-def _tokenizer_for(config: PerformerConfig, cases: list[Case]) -> Any:
+def _tokenizer_for(config: PerformerConfig, cases: list[Case], others: Sequence[str]) -> Any:
     texts = [t for c in cases for t in (question_text(c, config.show_options), c.answer, *(c.options or ()))]
-    return train_tokenizer(texts, config.vocab_size, VISION_MARKS if config.family == "qwen_vl" else ())
+    return train_tokenizer([*texts, *others], config.vocab_size, VISION_MARKS if config.family == "qwen_vl" else ())
 
 
-def _build_qwen(config: PerformerConfig, cases: list[Case], bank: FeatureBank) -> QwenPerformer:
+def _build_qwen(config: PerformerConfig, cases: list[Case], bank: FeatureBank, texts: Sequence[str]) -> QwenPerformer:
     options: dict[str, Any] = {key: getattr(config, key) for key in ASKING}
     if config.pretrained:
         # Small steps would be rounded away in bfloat16 weights; frozen ones may stay in it.
         dtype = torch.float32 if config.lora is None else "auto"
         return QwenPerformer.load(config.pretrained, bank, config.freeze_vision, dtype, **options)
-    tokenizer = _tokenizer_for(config, cases)
+    tokenizer = _tokenizer_for(config, cases, texts)
     model = small_qwen(tokenizer, _small_text(config, tokenizer))
     if config.freeze_vision:
         freeze_vision(model)
     return QwenPerformer(model, QwenProcessor(Qwen2VLImageProcessorPil(), tokenizer), bank, **options)
 
 
-def _build_slide(config: PerformerConfig, cases: list[Case], bank: FeatureBank) -> SlidePerformer:
+def _build_slide(
+    config: PerformerConfig, cases: list[Case], bank: FeatureBank, texts: Sequence[str]
+) -> SlidePerformer:
     shared: dict[str, Any] = {"feature_dim": bank.dim, **{key: getattr(config, key) for key in SEEING}}
     if config.language_model:
         tokenizer = AutoTokenizer.from_pretrained(config.language_model, padding_side="left")
@@ -202,7 +211,7 @@ def _build_slide(config: PerformerConfig, cases: list[Case], bank: FeatureBank) 
         image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         model = SlideVLM.from_language_model(config.language_model, tokenizer, image_token_id=image_token_id, **shared)
     else:
-        tokenizer = _tokenizer_for(config, cases)
+        tokenizer = _tokenizer_for(config, cases, texts)
         text_config = AutoConfig.for_model("qwen2", **_small_text(config, tokenizer))
         image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         model = SlideVLM(SlideVLMConfig(text_config=text_config, image_token_id=image_token_id, **shared))

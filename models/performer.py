@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from transformers import AutoTokenizer, GenerationConfig
@@ -28,6 +29,10 @@ from models.slide_vlm import SlideVLM, SlideVLMConfig
 from models.visual import FeatureBank, VisualTokens
 from slides.errors import InputError
 
+Wording: TypeAlias = Callable[[Case, Sequence[View]], list[dict]]
+"""A conversation about a case and what is shown of it."""
+UNCAPPED = 2**31
+"""A budget in tokens that no image reaches."""
 PROMPTS_KEPT = 8192
 """Rendered prompts that a performer remembers."""
 
@@ -83,7 +88,14 @@ class Performer(ABC):
     ):
         self.model, self.processor, self.bank = model, processor, bank
         self.show_options, self.system, self.repeat_prompt = show_options, system, repeat_prompt
+        self._wording: Wording | None = None
         self._read: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def reworded(self, wording: Wording) -> Performer:
+        """The same performer put before other conversations about its cases; the model is shared."""
+        other = copy.copy(self)
+        other._wording, other._read = wording, {}
+        return other
 
     @property
     def shape(self) -> DecoderShape:
@@ -137,10 +149,17 @@ class Performer(ABC):
         """Tokens that an image or slide gives at most, whatever its budget."""
         return math.inf
 
+    @abstractmethod
+    def native(self, source: str) -> int:
+        """Tokens of an image or slide as it is, without any cap."""
+
     def messages(self, case: Case, visual: Sequence[View] = ()) -> list[dict]:
         """Conversation that puts the question; images come before the text."""
+        if self._wording is not None:
+            return self._wording(case, visual)
         parts: list[dict] = [{"type": "image", "image": v} for v in visual]
-        system = [{"role": "system", "content": self.system}] if self.system else []
+        # As parts, like the question: a column of a data set has one type.
+        system = [{"role": "system", "content": [{"type": "text", "text": self.system}]}] if self.system else []
         question = question_text(case, self.show_options)
         parts.append({"type": "text", "text": f"{question}\n{question}" if self.repeat_prompt else question})
         return [*system, {"role": "user", "content": parts}]
@@ -253,6 +272,9 @@ class SlidePerformer(Performer):
     def room(self, source: str) -> float:
         return self.chain.room(self.bank.count(source))
 
+    def native(self, source: str) -> int:
+        return self.bank.count(source)
+
     def prepared(self, source: str, budget: int) -> VisualTokens:
         """What the model gets of an image or slide: its tokens, or what learned compressors make them of."""
         # The latter does not hang on the budget.
@@ -318,6 +340,9 @@ class QwenPerformer(Performer):
 
     def alike(self, before: ImageView, after: ImageView) -> bool:
         return (before.source, before.grid, before.resize) == (after.source, after.grid, after.resize)
+
+    def native(self, source: str) -> int:
+        return len(self.processor.sight.view_at(source, UNCAPPED))
 
     def seeing(self, views: Sequence[View]) -> float:
         tower = TowerShape.from_config(self.model.config.vision_config)

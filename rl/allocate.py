@@ -19,6 +19,7 @@ from rl.deciders.base import Decider
 from rl.deciders.escalate import fit_escalate
 from rl.deciders.loading import keep_decider
 from rl.deciders.policy import fit_policy
+from rl.deciders.text import text_decider
 from rl.deciders.value import fit_value
 from rl.guards import collapsed
 from rl.recipe import parse_recipe
@@ -39,6 +40,8 @@ def make_decider(stages: Stages, performer: Performer, start: LookNetwork) -> De
 
 def _fitted(stages: Stages, performer: Performer, start: LookNetwork) -> Decider:
     form = stages.run.allocator.form
+    if form == "text":
+        return text_decider(stages, performer)
     table = stages.table("grpo", performer, "val")
     if form == "policy" and isinstance(start, PolicyAllocator):
         return fit_policy(stages, performer, start, table)
@@ -50,10 +53,11 @@ def _fitted(stages: Stages, performer: Performer, start: LookNetwork) -> Decider
 
 def collapse(stages: Stages, performer: Performer, decider: Decider) -> list[str]:
     """Warnings about choices that are the same, or blind to the image, for all validation cases at every price."""
-    prices = stages.run.evaluation.prices if decider.settled is None else [decider.settled]
+    prices = decider.prices(stages.run.evaluation.prices) if decider.settled is None else [decider.settled]
     rungs = {price: decider.decide("val", price).rungs for price in prices}
     below_cap = stages.objective(performer).below_cap
-    return collapsed(rungs, [c.prompt for c in stages.splits["val"]], decider.ladder, below_cap)
+    found = collapsed(rungs, [c.prompt for c in stages.splits["val"]], decider.ladder, below_cap)
+    return [*found, *decider.warnings()]
 
 
 @entry
@@ -68,7 +72,7 @@ def main() -> None:
         print(f"allocator fitted on {len(predicted)} cases, mean absolute error out of fold {error:.3f}")
     for warning in collapse(stages, performer, decider):
         print(f"warning: {warning}")
-    print(f"written to {stages.run.folder / 'allocator'}")
+    print(f"written to {stages.run.folder / decider.folder}")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from rl.recipe import Run
 from rl.stages import Stages
 from slides.errors import InputError
 
-NEEDED = {f"grpo/{DONE}": "rl/grpo.py", f"allocator/{DONE}": "rl/pareto.py", f"allocator/{KEPT}": "rl/pareto.py"}
+NEEDED = {f"grpo/{DONE}": "rl/grpo.py", f"allocator/{KEPT}": "rl/pareto.py"}
 """Last file of each part that answering takes, and what writes it."""
 SUMMARY = "report/summary.json"
 

@@ -19,13 +19,14 @@ from models.allocators.shares import SHARES
 from models.build import PerformerConfig
 from rewards.objectives import OBJECTIVES, OF_GROUPS
 from rl.allocation.sampling import ADVANTAGES
+from rl.allocation.text_options import TextOptions
 from rl.config import FrugalConfig
 from sft.options import Stage, read_stages
 from slides.errors import InputError
 
 T = TypeVar("T")
 
-FORMS = ("value", "policy", "escalate")
+FORMS = ("value", "policy", "text", "escalate")
 """Forms of the allocator; `rl.allocate.make_decider` has a branch for each."""
 OPERATING = ("one_error", "within")
 """Rules of `evaluation.operating`."""
@@ -64,8 +65,8 @@ class AllocatorOptions:
     """The `allocator` part.
 
     Args:
-        form: `value` predicts the score of every budget, `policy` is a policy given the price, `escalate` looks at one
-            budget after another until the performer is sure enough; see docs/training.md.
+        form: `value` predicts the score of every budget, `policy` is a policy given the price, `text` writes a budget,
+            `escalate` looks at one budget after another until the performer is sure enough; see docs/training.md.
         objective: what it maximises, a preset of `rewards.objectives`.
         target: mean cost that the objective `dual` aims at, the largest budget = 1.
         look: budgets whose pooled tokens are the cheapest look.
@@ -80,6 +81,7 @@ class AllocatorOptions:
         price_range: lowest and highest lambda that a policy is trained for; it is drawn between them.
         entropy: of a policy, reward for a nat of entropy; entropy_decay: its factor for each epoch.
         advantage: of a policy in the joint step, `rloo` or `grpo`; see `rl.allocation.sampling`.
+        text: of the form that writes a budget, keys of `TextOptions`.
     """
 
     form: str = "value"
@@ -102,10 +104,11 @@ class AllocatorOptions:
     entropy: float = 0.03
     entropy_decay: float = 1.0
     advantage: str = "rloo"
+    text: TextOptions = field(default_factory=TextOptions)
 
     def settings(self) -> dict[str, Any]:
         """What a trained allocator depends on: keys that are as they were before they existed are left out."""
-        own = dataclasses.asdict(self)
+        own = {k: v for k, v in dataclasses.asdict(self).items() if k != "text"}
         if self.form != "policy":
             own = {k: v for k, v in own.items() if k not in ("price_range", "entropy", "entropy_decay", "advantage")}
         usual = {"form": "value", "objective": "linear", "target": None}
@@ -135,7 +138,11 @@ class AllocatorOptions:
             found.append(f"allocator.price_range: {prices} is no [lowest, highest] with a lowest above 0")
         if self.form == "policy" and self.explore == 0 and self.entropy == 0:
             found.append("allocator.explore: with 0, and entropy 0, a policy settles on one budget; raise one of them")
-        return found
+        if self.form == "text" and self.share != "equal":
+            found.append(
+                f"allocator.share: {self.share} needs a network, which the form text has not; set it to equal"
+            )
+        return [*found, *self.text.problems()]
 
 
 @dataclass
@@ -312,6 +319,8 @@ def checked(cls: type[T], values: dict[str, Any], where: str) -> T:
         elif not _fits(value, hints[key]):
             remedy = NUMBERS if isinstance(value, str) and _fits(0.0, hints[key]) else ""
             problems.append(f"{where}.{key}: {value!r} is no {known[key]}{remedy}")
+        elif dataclasses.is_dataclass(hints[key]):
+            values = {**values, key: checked(hints[key], value, f"{where}.{key}")}
     if problems:
         raise InputError(problems)
     return cls(**values)

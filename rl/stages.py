@@ -21,6 +21,7 @@ from envs.score_table import ScoreTable
 from models.allocators.look import CheapLook
 from models.allocators.network import AllocatorConfig, LookNetwork
 from models.allocators.policy import PolicyAllocator, PolicyConfig
+from models.allocators.text import SYSTEM, TURN
 from models.allocators.value import ValueAllocator
 from models.build import build_performer, load_performer, lora_config
 from models.performer import Performer
@@ -102,9 +103,10 @@ class Stages:
 
     def base(self) -> Performer:
         """The recipe's performer before any training here."""
-        return self._placed(
-            build_performer(self.run.performer, self.all_splits["train"], self.bank, self.run.grpo.seed)
-        )
+        train, seed = self.all_splits["train"], self.run.grpo.seed
+        # What it will be asked by the form that writes budgets; otherwise a new tokenizer spells it byte by byte.
+        texts = (SYSTEM, TURN) if self.run.allocator.form == "text" else ()
+        return self._placed(build_performer(self.run.performer, train, self.bank, seed, texts))
 
     def sft_continued(self) -> Performer:
         """The last stage trained on for the FLOPs that the joint stage took: the control of equal compute."""
@@ -154,13 +156,16 @@ class Stages:
         learner = self._learner(performer)
         args = self.run.grpo
         # As many updates, on as many images each, as the joint step makes.
-        steps = before["steps"] * args.gradient_accumulation_steps // (args.steps_per_generation * args.num_iterations)
+        each = args.steps_per_generation * args.num_iterations
+        steps = max(1, before["steps"] * args.gradient_accumulation_steps // each)
         images = args.generation_batch_size // (args.budgets_per_image * args.num_generations)
         save, log_every = ((n if n >= 1 else n * steps) for n in (args.save_steps, args.logging_steps))
         if args.save_strategy == "no":
             save = steps + 1
         intervals = max(1, int(save)), max(1, int(log_every))
-        plan = Plan(max(1, steps), images, args.budgets_per_image, args.seed, *intervals)
+        if self.run.allocator.form == "text":
+            steps = 0  # the adapter that writes budgets learns in their place
+        plan = Plan(steps, images, args.budgets_per_image, args.seed, *intervals)
         answers = FrozenAnswers(performer, self.scorer, self.max_new_tokens, self.run.evaluation.batch_size)
         log = learn_from_frozen(learner, answers, self.splits["train"], plan, folder, resumed, clock, guard.read)
         record = {"steps": plan.steps, "flops": before["flops"] + answers.flops, "log": log}
@@ -336,6 +341,7 @@ class Stages:
             "balance": run.balance,
             "seed": run.grpo.seed,
             **({"uneven": True} if self._uneven else {}),
+            **({"form": "text"} if run.allocator.form == "text" else {}),
             **({"missing_slides": sorted(self.bank.missing)} if self.bank.missing else {}),
         }
 
@@ -344,6 +350,8 @@ class Stages:
         grpo = {k: v for k, v in self.run.grpo.to_dict().items() if k not in left_out}
         online = self.run.allocator.settings()
         online = {k: v for k, v in online.items() if not k.startswith("fit_") and k not in AFTER}
+        if self.run.allocator.form == "text" and self.run.grpo.mode == "sequential":
+            online = {}  # its adapter comes after, and no network learns
         return {
             **self._sft_parts(len(self.run.sft)),
             "rewards": [_scoring(r) for r in self.run.rewards],

@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,7 @@ class Decisions:
         score: (N,) in 0..1. visual: (N,) realised tokens. flops: (N,) of the answer.
         look: (N,) FLOPs of deciding, earlier looks included.
         look_tokens: (N,) visual tokens that a language model read to decide; None where it read none.
+        details: what is kept of each case where the answers are not those of a table's rungs.
     """
 
     price: float
@@ -38,6 +39,7 @@ class Decisions:
     flops: np.ndarray
     look: np.ndarray
     look_tokens: np.ndarray | None = None
+    details: list[dict[str, Any]] | None = None
 
     @classmethod
     def from_table(cls, price: float, table: ScoreTable, rungs: np.ndarray, look: np.ndarray) -> Decisions:
@@ -87,7 +89,17 @@ class Decider(ABC):
     form: str
     stages: Stages
     performer: Performer
+    folder = "allocator"
+    """Of the run's, where it is kept."""
     ladder: list[int]
+
+    def prices(self, asked: Sequence[float]) -> list[float]:
+        """Those of the prices asked for at which it decides differently."""
+        return list(asked)
+
+    def warnings(self) -> list[str]:
+        """What is wrong with it, and the remedy."""
+        return []
 
     @abstractmethod
     def choose(self, cases: Sequence[Case], price: float) -> tuple[np.ndarray, np.ndarray]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from models.performer import Performer
 from rl.deciders.base import Decider
 from rl.deciders.policy import load_policy
+from rl.deciders.text import load_text
 from rl.deciders.value import load_value
 from rl.stages import Stages
 from slides.errors import InputError
@@ -16,7 +17,11 @@ from slides.whole import write_text
 KEPT = "decider.json"
 """File of the folder `allocator` with what deciding takes that the network's own files do not hold."""
 
-LOADERS: dict[str, Callable[[Stages, Performer], Decider]] = {"value": load_value, "policy": load_policy}
+LOADERS: dict[str, Callable[[Stages, Performer], Decider]] = {
+    "value": load_value,
+    "policy": load_policy,
+    "text": load_text,
+}
 """How each form is read from the folder `allocator` of a run."""
 
 

@@ -34,7 +34,7 @@ class Trial:
     def __init__(self, stages: Stages, performer: Performer, decider: Decider):
         self.stages, self.performer, self.decider = stages, performer, decider
         self.ladder, self.options = stages.run.ladder, stages.run.evaluation
-        self.prices = self.options.prices
+        self.prices = decider.prices(self.options.prices)
         self.val = stages.table("grpo", performer, "val")
 
     def bootstrap(self, table: ScoreTable) -> Bootstrap:

@@ -142,6 +142,8 @@ def _cases(outcome: Outcome) -> str:
         if outcome.predicted is not None:
             values = zip(outcome.ladder, outcome.predicted[i], strict=True)
             row["predicted"] = {str(b): round(float(v), 4) for b, v in values}
+        if decisions.details is not None:
+            row |= decisions.details[i]
         lines.append(json.dumps(row))
     return "\n".join(lines) + "\n"
 

@@ -12,7 +12,9 @@ QUICK = {"evaluation": {"bootstrap": 20, "sft_continued": False, "linear_probe":
 
 
 @pytest.mark.parametrize(
-    ("mode", "stages"), [("sequential", {"grpo_performer", "grpo"}), ("alternating", {"grpo"})], ids=lambda v: str(v)
+    ("mode", "stages"),
+    [("sequential", {"grpo_performer", "grpo"}), ("alternating", {"grpo"})],
+    ids=["sequential", "alternating"],
 )
 def test_every_mode_ends_in_the_same_outputs(tmp_path, slides, mode, stages):
     recipe = write_recipe(tmp_path, slides, mode=mode, alternate_every=2, **QUICK)
@@ -33,3 +35,27 @@ def test_every_mode_ends_in_the_same_outputs(tmp_path, slides, mode, stages):
         assert record["flops"] > alone["flops"], "the answers that the allocator learnt from are counted too"
         weights = [(run / name / "model.safetensors").read_bytes() for name in ("grpo_performer", "grpo")]
         assert weights[0] == weights[1]
+
+
+def test_a_budget_is_written_after_the_performer_learnt(tmp_path, slides):
+    """The published recipe: SFT, GRPO of the performer, then of an adapter that writes budgets."""
+    taught = {"max_steps": 10, "learning_rate": 1e-2, "per_device_train_batch_size": 8}
+    text = {"warm_start": taught, "look": 4, "grpo": {"max_steps": 2, "num_generations": 4}}
+    recipe = write_recipe(tmp_path, slides, mode="sequential", allocator={"form": "text", "text": text}, **QUICK)
+    done = call("rl/grpo.py", recipe)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "run"
+    adapter = run / "text" / "adapter_model.safetensors"
+    trained = adapter.stat().st_mtime_ns
+    summary = json.loads((run / "report" / "summary.json").read_text())
+    assert set(summary["seconds"]) == {"sft", "grpo_performer", "grpo", "text_warm_start", "text"}
+    (own,) = summary["allocator"]
+    assert own == summary["operating_point"]
+    assert own["flops_stage1"] > summary["static"][0]["flops"], "the whole pass of the allocator is paid for"
+    cases = [json.loads(line) for line in (run / "report" / "cases.jsonl").read_text().splitlines()]
+    assert all(2 <= case["budget"] <= 49 and "asked" in case for case in cases)
+    record = json.loads((run / "grpo" / "done.json").read_text())
+    assert record["steps"] == 0 and not record["log"], "no network learns in its place"
+    again = call("rl/allocate.py", recipe)
+    assert again.returncode == 0 and f"written to {run / 'text'}" in again.stdout, again.stderr[-2000:]
+    assert adapter.stat().st_mtime_ns == trained

@@ -119,7 +119,7 @@ def test_the_conversation_puts_images_before_the_question(performer, cases):
     performer.system = "You are a pathologist."
     seen = performer.see(cases[0], 4)
     system, user = performer.messages(cases[0], seen)
-    assert system == {"role": "system", "content": "You are a pathologist."}
+    assert system == {"role": "system", "content": [{"type": "text", "text": "You are a pathologist."}]}
     assert [p["type"] for p in user["content"]] == ["image", "text"]
     assert user["content"][0]["image"] is seen[0]
 

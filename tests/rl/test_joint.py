@@ -58,6 +58,15 @@ def test_performer_and_allocator_both_learn(make_performer, make_trainer):
     assert trainer.state.total_flos > 0
 
 
+def test_a_system_message_goes_with_the_question(make_performer, make_trainer):
+    performer = make_performer()
+    performer.system = "You are a pathologist."
+    trainer = make_trainer(performer, max_steps=1)
+    trainer.train()
+    written = performer.processor.tokenizer.decode(trainer._prompts[0].ids)
+    assert written.count("You are a pathologist.") == 1
+
+
 def test_a_step_takes_every_image_with_its_budgets_and_completions(make_performer, make_trainer, cases):
     trainer = make_trainer(make_performer(), budgets_per_image=2, num_generations=2)
     order = list(trainer._get_train_sampler())
