@@ -7,6 +7,7 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
+from rl.allocation.text import TextTrainer
 from rl.joint import FrugalTrainer
 from rl.trainer import GroupTrainer
 from tests.rl.qwen import make_trainer
@@ -17,6 +18,7 @@ OVERRIDDEN = {
     "_generate_single_turn": "prompt_ids images multimodal_fields num_generations has_tool_images",
     "_generate_and_score_completions": "inputs",
     "_calculate_rewards": "inputs prompts completions completion_ids_list",
+    "training_step": "model inputs num_items_in_batch",
     "_prepare_inputs": "generation_batch",
     "_get_per_token_logps_and_entropies": (
         "model input_ids attention_mask logits_to_keep batch_size compute_entropy compute_aux_loss pixel_values "
@@ -44,7 +46,7 @@ def test_trl_still_has_the_methods_that_are_overridden(name):
     )
 
 
-@pytest.mark.parametrize("kind", [GroupTrainer, FrugalTrainer])
+@pytest.mark.parametrize("kind", [GroupTrainer, FrugalTrainer, TextTrainer])
 def test_every_override_of_trl_is_watched(kind):
     own = {n for n, v in vars(kind).items() if callable(v) and hasattr(GRPOTrainer, n)}
     assert own - set(OVERRIDDEN) == {"__init__"}
