@@ -10,7 +10,8 @@ the budget that was chosen, its look paid for. Cost is in FLOPs; 1 is the mean a
 - `question`, `1`, `1+4`, ...: the value allocator, fitted anew on the question and the pooled tokens of these budgets.
 - `state 1`, `confidence 1`, `state + confidence 4`: the recipe's own look, and the performer's last hidden state and
   its confidence at that budget (`allocator.look_state`, `look_confidence`).
-- `sure`: budgets in sequence until the performer's confidence reaches a threshold; nothing is trained.
+- `sure`: budgets in sequence until the performer's confidence reaches a threshold; nothing is trained, threshold and
+  first budget are chosen.
 - `escalate`: budgets in sequence, as the forecast from the confidences seen says (`allocator.form: escalate`).
 
 All are fitted, and thresholds and plans chosen, on the validation cases of the run, patients held out in turn; figures
@@ -136,8 +137,8 @@ class Looks:
 
     def _sure(self, escalate: EscalateDecider, price: float) -> Decisions:
         flops = {split: escalate.looks(split) for split in ("val", "test")}
-        threshold = best_threshold(self.val.confidence, self.val.score, flops["val"], price, self.largest)
-        rungs, spent = stop_when_sure(self.test.confidence, flops["test"], threshold)
+        plan = best_threshold(self.val.confidence, self.val.score, flops["val"], price, self.largest)
+        rungs, spent = stop_when_sure(self.test.confidence, flops["test"], *plan)
         return Decisions.from_table(price, self.test, rungs, spent - chosen(self.test.flops, rungs))
 
 
@@ -160,8 +161,8 @@ def measure(looks: Looks, prices: Sequence[float], resamples: int) -> list[dict[
     test, largest = looks.test, looks.largest
     bootstrap = Bootstrap(test.patients, resamples, looks.stages.run.grpo.seed)
     found: dict[tuple[str, float], tuple[dict[str, Any], np.ndarray]] = {}
+    start = time.perf_counter()
     for name, decide in looks:
-        start = time.perf_counter()
         for price in prices:
             decisions = decide(price)
             missed = regret(test, decisions, largest)
@@ -175,7 +176,7 @@ def measure(looks: Looks, prices: Sequence[float], resamples: int) -> list[dict[
                 "ci95": bootstrap.interval(missed),
             }
             found[name, price] = row, missed
-        print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
+        print(f"{name}: done after {time.perf_counter() - start:.0f} s", file=sys.stderr)
     for (_, price), (row, missed) in found.items():
         row["less"] = bootstrap.difference(found[looks.own, price][1] - missed)
     return [row for row, _ in found.values()]

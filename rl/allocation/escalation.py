@@ -217,28 +217,35 @@ def best_plan(
     return max(plans, key=worth)
 
 
-def stop_when_sure(confidence: np.ndarray, flops: np.ndarray, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+def stop_when_sure(
+    confidence: np.ndarray, flops: np.ndarray, threshold: float, start: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Without any training: one rung after another until the confidence (N, K) reaches a threshold.
+
+    Args:
+        start: first rung.
 
     Returns:
         Rungs (N,) and FLOPs (N,) of all looks.
     """
-    rungs = confidence.shape[1]
-    enough = confidence >= threshold
+    rung = np.arange(confidence.shape[1])
+    enough = (confidence >= threshold) & (rung >= start)
     enough[:, -1] = True
     at = enough.argmax(1)
-    steps = flops[:, np.arange(rungs), np.arange(rungs)]
-    return at, np.where(np.arange(rungs) <= at[:, None], steps, 0).sum(1)
+    steps = flops[:, rung, rung]
+    steps = np.where(rung == start, flops[:, 0], steps)
+    return at, np.where((rung >= start) & (rung <= at[:, None]), steps, 0).sum(1)
 
 
 def best_threshold(
     confidence: np.ndarray, score: np.ndarray, flops: np.ndarray, price: float, largest: float
-) -> float:
-    """The threshold of `stop_when_sure` of the highest mean score minus price times cost."""
-    candidates = [0.0, *np.quantile(confidence, np.linspace(0.02, 0.98, 49)), np.inf]
+) -> tuple[float, int]:
+    """Threshold and start of `stop_when_sure` of the highest mean score minus price times cost."""
+    quantiles = np.quantile(confidence, np.linspace(0.02, 0.98, 49)).tolist()
+    candidates = [(float(t), k) for k in range(score.shape[1]) for t in (0.0, *quantiles, np.inf)]
 
-    def worth(threshold: float) -> float:
-        rungs, spent = stop_when_sure(confidence, flops, threshold)
+    def worth(candidate: tuple[float, int]) -> float:
+        rungs, spent = stop_when_sure(confidence, flops, *candidate)
         return float((score[np.arange(len(rungs)), rungs] - price * spent / largest).mean())
 
-    return float(max(candidates, key=worth))
+    return max(candidates, key=worth)

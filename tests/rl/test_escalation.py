@@ -142,14 +142,16 @@ def test_without_training_it_stops_at_the_first_rung_that_is_sure():
     assert rungs.tolist() == [0, 1, 2]
     assert spent.tolist() == [1.0, 1.0 + 2.5, 1.0 + 2.5 + 9.5]
     assert (stop_when_sure(confidence, flops, np.inf)[0] == 2).all()
+    rungs, spent = stop_when_sure(confidence, flops, 0.75, start=1)
+    assert rungs.tolist() == [2, 1, 2] and spent.tolist() == [3.0 + 9.5, 3.0, 3.0 + 9.5]
 
 
 def test_the_best_threshold_parts_sure_from_unsure():
     seen, score = world()
     flops = np.tile(COST, (len(score), 1, 1))
-    threshold = best_threshold(seen.confidence, score, flops, 0.2, 10.0)
-    assert 0.54 < threshold < 0.93
-    assert best_threshold(seen.confidence, score, flops, 20.0, 10.0) == 0.0
+    threshold, start = best_threshold(seen.confidence, score, flops, 0.2, 10.0)
+    assert 0.54 < threshold < 0.93 and start == 0
+    assert best_threshold(seen.confidence, score, flops, 20.0, 10.0) == (0.0, 0)
 
 
 def test_a_kind_that_a_fold_lacks_is_no_error():
