@@ -45,11 +45,11 @@ from models.allocators.network import AllocatorConfig
 from models.allocators.value import ValueAllocator
 from models.performer import Performer
 from rewards.bootstrap import Bootstrap
-from rl.allocation.escalation import Seen, best_threshold, fit_forecast_by_patient, stop_when_sure
+from rl.allocation.escalation import best_threshold, stop_when_sure
 from rl.allocation.fitting import fit_by_patient
 from rl.checkpoints import is_done
 from rl.deciders.base import Decisions
-from rl.deciders.escalate import EscalateDecider
+from rl.deciders.escalate import EscalateDecider, learn_escalate
 from rl.deciders.value import ValueDecider
 from rl.frontier import chosen
 from rl.recipe import parse_recipe
@@ -92,8 +92,7 @@ class Looks:
         yield f"state {first}", self._value(look_state=first)
         yield f"confidence {first}", self._value(look_confidence=first)
         yield f"state + confidence {second}", self._value(look_state=second, look_confidence=second)
-        forecast, fold = fit_forecast_by_patient(Seen.of_table(self.val), self.val.score, self.val.patients)
-        escalate = EscalateDecider(self.stages, self.performer, self.joint, forecast, fold)
+        escalate = learn_escalate(self.stages, self.performer, self.joint, self.val)
         yield "sure", lambda price: self._sure(escalate, price)
         yield "escalate", lambda price: escalate.decide("test", price)
 

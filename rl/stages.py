@@ -350,6 +350,8 @@ class Stages:
         grpo = {k: v for k, v in self.run.grpo.to_dict().items() if k not in left_out}
         online = self.run.allocator.settings()
         online = {k: v for k, v in online.items() if not k.startswith("fit_") and k not in AFTER}
+        if self.run.allocator.form == "policy":
+            online["form"] = "policy"  # of another network; the others learn values in the joint step
         if self.run.allocator.form == "text" and self.run.grpo.mode == "sequential":
             online = {}  # its adapter comes after, and no network learns
         return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from scipy.special import expit, logit
@@ -17,6 +18,7 @@ from sklearn.model_selection import GroupKFold
 
 from envs.score_table import ScoreTable
 from rl.allocation.fitting import FOLDS
+from slides.whole import whole
 
 SURE = 1e-4
 """Confidences are taken as within this of 0 and 1, so that their logits are bounded."""
@@ -27,18 +29,19 @@ class Seen:
     """What a performer said about N cases at K rungs; what has not been asked yet is never read.
 
     Args:
-        confidence: (N, K) in 0..1. same: (N, K, K) whether two rungs gave the same answer. questions: (N,) kinds.
+        confidence: (N, K) in 0..1. text: (N, K) answers. questions: (N,) kinds.
     """
 
     confidence: np.ndarray
-    same: np.ndarray
+    text: np.ndarray
     questions: np.ndarray
 
     @classmethod
     def of(cls, confidence: np.ndarray, text: Sequence[Sequence[str]], questions: Sequence[str]) -> Seen:
         """From the texts of the answers, N lists of K."""
-        words = np.array([list(row) for row in text], dtype=object)
-        return cls(confidence, words[:, :, None] == words[:, None, :], np.array(questions, dtype=object))
+        return cls(
+            confidence, np.array([list(row) for row in text], dtype=np.str_), np.array(questions, dtype=np.str_)
+        )
 
     @classmethod
     def of_table(cls, table: ScoreTable) -> Seen:
@@ -47,24 +50,39 @@ class Seen:
 
     def at(self, cases: np.ndarray) -> Seen:
         """Some of the cases."""
-        return Seen(self.confidence[cases], self.same[cases], self.questions[cases])
+        return Seen(self.confidence[cases], self.text[cases], self.questions[cases])
 
-    def features(self, last: int, looked: np.ndarray, kinds: Sequence[str]) -> np.ndarray:
+    def features(self, last: int, looked: np.ndarray, kinds: Sequence[str], answers: Sequence[str]) -> np.ndarray:
         """Inputs (N, F) of a forecast after a look at rung `last`.
 
         Args:
             looked: (N, K) rungs that were looked at, `last` or not. kinds: of question; others are none of them.
+            answers: those that are told apart, see `common_answers`.
         """
         sure = logit(self.confidence.clip(SURE, 1 - SURE)) / logit(1 - SURE)
         earlier = looked & (np.arange(looked.shape[1]) != last)
         count = earlier.sum(1)
         before = np.where(earlier, sure, 0).sum(1) / count.clip(1)
-        agree = (earlier & self.same[:, last]).sum(1) / count.clip(1)
-        kind = (self.questions[:, None] == np.array(kinds, dtype=object)).astype(float)
+        agree = (earlier & (self.text == self.text[:, last, None])).sum(1) / count.clip(1)
+        kind = (self.questions[:, None] == np.array(kinds)).astype(float)
+        answer = (self.answers(last)[:, None] == np.array(answers, dtype=np.str_)).astype(float)
         now = sure[:, last, None]
         any_before = count[:, None] > 0
         own = np.concatenate([now, any_before, before[:, None], agree[:, None], any_before * now], 1)
-        return np.concatenate([np.ones((len(own), 1)), own, kind, kind * now], 1)
+        return np.concatenate([np.ones((len(own), 1)), own, kind, kind * now, answer, answer * now], 1)
+
+    def answers(self, rung: int) -> np.ndarray:
+        """Answers (N,) at a rung, with the kind of question that they answer."""
+        return np.char.add(np.char.add(self.questions, ": "), self.text[:, rung])
+
+
+def common_answers(seen: Seen, least: int = 10) -> list[str]:
+    """Answers that at least so many cases got at some rung; what is written once tells nothing."""
+    common: set[str] = set()
+    for rung in range(seen.text.shape[1]):
+        found, count = np.unique(seen.answers(rung), return_counts=True)
+        common |= set(found[count >= least].tolist())
+    return sorted(common)
 
 
 @dataclass(frozen=True)
@@ -72,11 +90,12 @@ class Forecast:
     """Expected scores of the rungs, given the answers so far: a logistic regression for each pair of rungs.
 
     Args:
-        kinds: of question that it tells apart.
+        kinds, answers: of questions and answers that it tells apart.
         weights: (folds, K, K, F): of a fold's fit, after a look at one rung, the score of another, not earlier one.
     """
 
     kinds: list[str]
+    answers: list[str]
     weights: np.ndarray
 
     @property
@@ -87,16 +106,16 @@ class Forecast:
     def expected(self, seen: Seen, last: int, looked: np.ndarray, fold: np.ndarray) -> np.ndarray:
         """Scores (N, K - last) to be expected of the rungs from `last` on, each case by the fit of its fold (N,)."""
         weights = self.weights[fold, last, last:]
-        return expit(np.einsum("nf,nkf->nk", seen.features(last, looked, self.kinds), weights))
+        return expit(np.einsum("nf,nkf->nk", seen.features(last, looked, self.kinds, self.answers), weights))
 
 
-def fit_forecast(seen: Seen, score: np.ndarray, kinds: list[str]) -> Forecast:
+def fit_forecast(seen: Seen, score: np.ndarray, kinds: list[str], answers: list[str]) -> Forecast:
     """Fit on all cases: a score of (N, K) in 0..1 is the share of a case that counts as solved."""
     n, rungs = score.shape
     weights: list[list[np.ndarray]] = []
     for last in range(rungs):
         ways = _ways(last, rungs)
-        inputs = np.concatenate([seen.features(last, np.tile(w, (n, 1)), kinds) for w in ways])
+        inputs = np.concatenate([seen.features(last, np.tile(w, (n, 1)), kinds, answers) for w in ways])
         rows = []
         for target in range(rungs):
             if target < last:
@@ -110,7 +129,7 @@ def fit_forecast(seen: Seen, score: np.ndarray, kinds: list[str]) -> Forecast:
             fit.fit(np.concatenate([inputs, inputs])[:, 1:], label, sample_weight=weight)
             rows.append(np.concatenate([fit.intercept_, fit.coef_[0]]))
         weights.append(rows)
-    return Forecast(kinds, np.array(weights)[None])
+    return Forecast(kinds, answers, np.array(weights)[None])
 
 
 def fit_forecast_by_patient(seen: Seen, score: np.ndarray, patients: Sequence[str]) -> tuple[Forecast, np.ndarray]:
@@ -118,12 +137,12 @@ def fit_forecast_by_patient(seen: Seen, score: np.ndarray, patients: Sequence[st
     folds = min(FOLDS, len(set(patients)))
     fold = np.zeros(len(score), dtype=int)
     fits = []
-    kinds = sorted(set(seen.questions))
+    kinds, answers = sorted(set(seen.questions.tolist())), common_answers(seen)
     for number, (known, held) in enumerate(GroupKFold(folds).split(score, groups=patients)):
         fold[held] = number
-        fits.append(fit_forecast(seen.at(known), score[known], kinds))
-    fits.append(fit_forecast(seen, score, kinds))
-    return Forecast(kinds, np.concatenate([f.weights for f in fits])), fold
+        fits.append(fit_forecast(seen.at(known), score[known], kinds, answers))
+    fits.append(fit_forecast(seen, score, kinds, answers))
+    return Forecast(kinds, answers, np.concatenate([f.weights for f in fits])), fold
 
 
 def _ways(last: int, rungs: int) -> list[np.ndarray]:
@@ -167,14 +186,14 @@ def walk(
     flops: np.ndarray,
     cost: np.ndarray,
     price: float,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where N cases stop, and what all their looks cost.
 
     Args:
         fold: (N,) which fit forecasts a case. flops: (N, K + 1, K) of looks, as `cost` of `Plan.move`, which decides.
 
     Returns:
-        Rungs (N,) and FLOPs (N,).
+        Rungs (N,), FLOPs (N,), and which rungs (N, K) were looked at, the last one with them.
     """
     n, rungs = seen.confidence.shape
     at, looked = np.full(n, plan.start), np.zeros((n, rungs), dtype=bool)
@@ -190,7 +209,8 @@ def walk(
         spent[here] += forecast.flops
         spent[on] += flops[on, 1 + last, to[to > last]]
         at[here] = to
-    return at, spent
+    looked[np.arange(n), at] = True
+    return at, spent, looked
 
 
 def best_plan(
@@ -211,7 +231,7 @@ def best_plan(
     plans = [Plan(start, jump) for start in range(score.shape[1]) for jump in (False, True)]
 
     def worth(plan: Plan) -> float:
-        rungs, spent = walk(plan, forecast, seen, fold, flops, cost, price)
+        rungs, spent, _ = walk(plan, forecast, seen, fold, flops, cost, price)
         return float((score[np.arange(len(rungs)), rungs] - price * spent / largest).mean())
 
     return max(plans, key=worth)
@@ -249,3 +269,67 @@ def best_threshold(
         return float((score[np.arange(len(rungs)), rungs] - price * spent / largest).mean())
 
     return max(candidates, key=worth)
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What escalation learnt from N validation cases; it makes a plan for any price.
+
+    Args:
+        forecast: fitted on them. fold: (N,) the fit that had not seen a case's patient.
+        seen: what the performer said. score: (N, K). flops: (N, K + 1, K) of looks, see `walk`.
+    """
+
+    forecast: Forecast
+    fold: np.ndarray
+    seen: Seen
+    score: np.ndarray
+    flops: np.ndarray
+
+    @property
+    def largest(self) -> float:
+        """FLOPs that a cost of 1 stands for."""
+        return float(self.flops[:, 0, -1].mean())
+
+    @property
+    def cost(self) -> np.ndarray:
+        """Mean cost (K + 1, K) of looks, the largest fresh one = 1."""
+        return self.flops.mean(0) / self.largest
+
+    def whole(self, count: int) -> np.ndarray:
+        """Fold (N,) of new cases: that of the fit that has seen all."""
+        return np.full(count, len(self.forecast.weights) - 1)
+
+    def plan(self, price: float) -> Plan:
+        """What is best at a price, by fits that had not seen the patient."""
+        known = (self.forecast, self.seen, self.fold, self.score, self.flops, self.cost)
+        return best_plan(*known, price, self.largest)
+
+    def save(self, path: Path) -> None:
+        """Write as arrays, atomically. Of rare answers only is kept whether they are the same."""
+        kept = np.isin(np.stack([self.seen.answers(k) for k in range(self.score.shape[1])], 1), self.forecast.answers)
+        text = [[t if k else "" for t, k in zip(*row, strict=True)] for row in zip(self.seen.text, kept, strict=True)]
+        for row, own in zip(text, self.seen.text, strict=True):
+            names = {t: f"~{i}" for i, t in enumerate(dict.fromkeys(own.tolist()))}
+            row[:] = [t or names[o] for t, o in zip(row, own, strict=True)]
+        arrays = {
+            "weights": self.forecast.weights,
+            "kinds": np.array(self.forecast.kinds, dtype=np.str_),
+            "answers": np.array(self.forecast.answers, dtype=np.str_),
+            "fold": self.fold,
+            "confidence": self.seen.confidence,
+            "text": np.array(text, dtype=np.str_),
+            "questions": self.seen.questions,
+            "score": self.score,
+            "flops": self.flops,
+        }
+        with whole(path) as part, part.open("wb") as file:
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: Path) -> Experience:
+        """Read what `save` wrote."""
+        with np.load(path, allow_pickle=False) as kept:
+            forecast = Forecast(kept["kinds"].tolist(), kept["answers"].tolist(), kept["weights"])
+            seen = Seen(kept["confidence"], kept["text"], kept["questions"])
+            return cls(forecast, kept["fold"], seen, kept["score"], kept["flops"])

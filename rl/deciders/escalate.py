@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from functools import cached_property
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -12,16 +13,26 @@ from envs.case import Case
 from envs.score_table import ScoreTable
 from models.allocators.look import CheapLook
 from models.allocators.value import ValueAllocator
-from models.performer import Performer
+from models.performer import Answer, Performer
 from models.reuse import Reader, look_flops
-from rl.allocation.escalation import Forecast, Plan, Seen, best_plan, fit_forecast_by_patient, walk
-from rl.deciders.base import Decider, Decisions
+from rl.allocation.escalation import Experience, Plan, Seen, fit_forecast_by_patient, walk
+from rl.deciders.base import Answered, Decider, Decisions
 from rl.frontier import chosen
 from rl.stages import Stages
-from slides.whole import whole
+from slides.whole import write_text
 
-TIMED = 16
-"""Test cases that deciding is timed on."""
+KEPT = "escalation.npz"
+"""File of the folder `allocator` with what was learnt."""
+
+
+@dataclass(frozen=True)
+class _Looks:
+    """Looks at one case: rungs in order, FLOPs of all with those of deciding, seconds but of the last, its answer."""
+
+    rungs: list[int]
+    flops: float
+    seconds: float
+    answer: Answer
 
 
 class EscalateDecider(Decider):
@@ -33,68 +44,85 @@ class EscalateDecider(Decider):
     Args:
         stages: the run. performer: its trained performer.
         dividing: the jointly trained allocator, which divides a budget among the slides of a case.
-        forecast: fitted on the validation cases; the last fold's fit has seen them all. fold: (N,) of these cases.
+        known: from the validation cases.
     """
 
     form = "escalate"
 
-    def __init__(
-        self, stages: Stages, performer: Performer, dividing: ValueAllocator, forecast: Forecast, fold: np.ndarray
-    ):
-        self.stages, self.performer, self.dividing = stages, performer, dividing
-        self.forecast, self.fold = forecast, fold
+    def __init__(self, stages: Stages, performer: Performer, dividing: ValueAllocator, known: Experience):
+        self.stages, self.performer, self.dividing, self.known = stages, performer, dividing, known
         self.ladder = stages.run.ladder
         self.look = CheapLook(performer, dividing.config)
-        self._flops: dict[str, np.ndarray] = {}
+        self._flops = {"val": known.flops}
         self._plans: dict[float, Plan] = {}
 
     def plan(self, price: float) -> Plan:
-        """What is best on validation cases at a price, by fits that had not seen the patient."""
+        """What is best on validation cases at a price."""
         if price not in self._plans:
-            table = self._table("val")
-            self._plans[price] = best_plan(
-                self.forecast,
-                Seen.of_table(table),
-                self.fold,
-                table.score,
-                self.looks("val"),
-                self._cost,
-                price,
-                self._largest,
-            )
+            self._plans[price] = self.known.plan(price)
         return self._plans[price]
 
     def choose(self, cases: Sequence[Case], price: float) -> tuple[np.ndarray, np.ndarray]:
-        shares = self.look.divide(self.dividing, cases)
-        found = [self._choose(case, price, own) for case, own in zip(cases, shares, strict=True)]
-        return np.array([rung for rung, _ in found]), np.array([flops for _, flops in found])
+        found = [self._look_on(case, price) for case in cases]
+        fresh = [self._fresh(case, looks) for case, looks in zip(cases, found, strict=True)]
+        rungs = np.array([looks.rungs[-1] for looks in found])
+        return rungs, np.array([looks.flops for looks in found]) - np.array(fresh)
 
-    def _choose(self, case: Case, price: float, shares: Sequence[float] | None) -> tuple[int, float]:
+    def answer(self, case: Case, price: float) -> Answered:
+        looks = self._look_on(case, price)
+        found, fresh = looks.answer, self._fresh(case, looks)
+        return Answered(
+            text=found.text,
+            budgets=tuple(self.ladder[rung] for rung in looks.rungs),
+            visual=found.visual,
+            prompt=found.prompt,
+            generated=found.generated,
+            look_flops=looks.flops - fresh,
+            flops=fresh,
+            look_ms=1000 * looks.seconds,
+            ms=1000 * found.seconds,
+            confidence=found.confidence,
+        )
+
+    def look_ms(self, cases: Sequence[Case], price: float) -> np.ndarray:
+        return 1000 * np.array([self._look_on(case, price).seconds for case in cases])
+
+    def _look_on(self, case: Case, price: float) -> _Looks:
         plan, rungs = self.plan(price), len(self.ladder)
+        start = time.perf_counter()
+        (shares,) = self.divide([case])
         reader = Reader(self.performer, case, self.stages.max_new_tokens, shares)
         confidence, text, looked = np.full((1, rungs), np.nan), [""] * rungs, np.zeros((1, rungs), dtype=bool)
-        spent, rung, to = self._dividing_flops(case), -1, plan.start
-        while to > rung:
+        order: list[int] = []
+        spent, to = self._dividing_flops(case), plan.start
+        while not order or to > order[-1]:
             rung = to
+            order.append(rung)
             answer = reader.answer(self.ladder[rung])
             confidence[0, rung], text[rung], looked[0, rung] = answer.confidence, answer.text, True
             spent += answer.flops
             if rung + 1 < rungs:
                 seen = Seen.of(confidence, [text], [case.question])
-                expected = self.forecast.expected(seen, rung, looked, self._whole_fit(1))
-                to = int(plan.move(expected, rung, self._cost, price)[0])
-                spent += self.forecast.flops
-        fresh = self.performer.flops(self.performer.prompt(case, self.ladder[rung], shares), answer.generated)
-        return rung, spent - fresh
+                expected = self.known.forecast.expected(seen, rung, looked, self.known.whole(1))
+                to = int(plan.move(expected, rung, self.known.cost, price)[0])
+                spent += self.known.forecast.flops
+        return _Looks(order, spent, time.perf_counter() - start - answer.seconds, answer)
+
+    def _fresh(self, case: Case, looks: _Looks) -> float:
+        """FLOPs of the last answer alone, without what earlier looks spare it."""
+        (shares,) = self.divide([case])
+        prompt = self.performer.prompt(case, self.ladder[looks.rungs[-1]], shares)
+        return self.performer.flops(prompt, looks.answer.generated)
 
     def decide(self, split: str, price: float) -> Decisions:
-        table = self._table(split)
-        fold = self.fold if split == "val" else self._whole_fit(len(table.ids))
-        rungs, spent = walk(
-            self.plan(price), self.forecast, Seen.of_table(table), fold, self.looks(split), self._cost, price
-        )
+        table = self.stages.table("grpo", self.performer, split).at(self.ladder)
+        fold = self.known.fold if split == "val" else self.known.whole(len(table.ids))
+        known, cost = self.known.forecast, self.known.cost
+        looks = self.looks(split)
+        rungs, spent, looked = walk(self.plan(price), known, Seen.of_table(table), fold, looks, cost, price)
         divided = np.array([self._dividing_flops(c) for c in self.stages.splits[split]])
-        return Decisions.from_table(price, table, rungs, spent + divided - chosen(table.flops, rungs))
+        found = Decisions.from_table(price, table, rungs, spent + divided - chosen(table.flops, rungs))
+        return replace(found, look_tokens=(table.visual * looked).sum(1) - found.visual)
 
     def divide(self, cases: Sequence[Case]) -> list[list[float] | None]:
         return self.look.divide(self.dividing, cases)
@@ -102,49 +130,57 @@ class EscalateDecider(Decider):
     def share_look(self, cases: Sequence[Case]) -> np.ndarray:
         return np.array([self._dividing_flops(c) for c in cases])
 
-    def _table(self, split: str) -> ScoreTable:
-        return self.stages.table("grpo", self.performer, split).at(self.ladder)
-
     def looks(self, split: str) -> np.ndarray:
         """FLOPs (N, K + 1, K) of looks at the cases of a split, see `look_flops`."""
         if split not in self._flops:
-            cases, written = self.stages.splits[split], self._table(split).generated
-            shares = self.look.divide(self.dividing, cases)
-            self._flops[split] = np.array(
-                [
-                    look_flops(self.performer, [self.performer.prompt(case, b, own) for b in self.ladder], tokens)
-                    for case, own, tokens in zip(cases, shares, written, strict=True)
-                ]
-            )
+            table = self.stages.table("grpo", self.performer, split).at(self.ladder)
+            self._flops[split] = _all_looks(self.performer, self.stages.splits[split], self.divide, table)
         return self._flops[split]
-
-    @cached_property
-    def _largest(self) -> float:
-        """FLOPs that a cost of 1 stands for."""
-        return float(self.looks("val")[:, 0, -1].mean())
-
-    @cached_property
-    def _cost(self) -> np.ndarray:
-        return self.looks("val").mean(0) / self._largest
-
-    def _whole_fit(self, count: int) -> np.ndarray:
-        return np.full(count, len(self.forecast.weights) - 1)
 
     def _dividing_flops(self, case: Case) -> float:
         """FLOPs of dividing a budget among the slides of a case."""
         return 0.0 if self.dividing.shares is None else self.dividing.flops(len(self.performer.sources(case)))
 
 
+def learn_escalate(
+    stages: Stages, performer: Performer, dividing: ValueAllocator, table: ScoreTable
+) -> EscalateDecider:
+    """Learn from the table of the validation cases, in seconds."""
+    table, look = table.at(stages.run.ladder), CheapLook(performer, dividing.config)
+    seen = Seen.of_table(table)
+    forecast, fold = fit_forecast_by_patient(seen, table.score, table.patients)
+    flops = _all_looks(performer, stages.splits["val"], lambda some: look.divide(dividing, some), table)
+    return EscalateDecider(stages, performer, dividing, Experience(forecast, fold, seen, table.score, flops))
+
+
 def fit_escalate(stages: Stages, performer: Performer, dividing: ValueAllocator, table: ScoreTable) -> EscalateDecider:
-    """Fit on the table of the validation cases (in seconds); writes what is done at each price of the evaluation."""
-    table = table.at(stages.run.ladder)
-    forecast, fold = fit_forecast_by_patient(Seen.of_table(table), table.score, table.patients)
-    decider = EscalateDecider(stages, performer, dividing, forecast, fold)
+    """Learn from the table of the validation cases and write it, with what is done at each price of the evaluation."""
+    decider = learn_escalate(stages, performer, dividing, table)
     if stages.is_main:
+        folder = stages.run.folder / "allocator"
+        folder.mkdir(parents=True, exist_ok=True)
         plans = [(price, decider.plan(price)) for price in stages.run.evaluation.prices]
         rows = [{"price": p, "start": stages.run.ladder[plan.start], "jump": plan.jump} for p, plan in plans]
-        path = stages.run.folder / "allocator" / "escalate.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as part:
-            part.write_text(json.dumps(rows, indent=1))
+        write_text(folder / "escalate.json", json.dumps(rows, indent=1) + "\n")
+        decider.known.save(folder / KEPT)
     return decider
+
+
+def load_escalate(stages: Stages, performer: Performer) -> EscalateDecider:
+    """Read what `fit_escalate` left in the run's folder."""
+    dividing = ValueAllocator.from_pretrained(stages.run.folder / "grpo" / "allocator")
+    return EscalateDecider(stages, performer, dividing, Experience.load(stages.run.folder / "allocator" / KEPT))
+
+
+def _all_looks(
+    performer: Performer,
+    cases: Sequence[Case],
+    divide: Callable[[Sequence[Case]], list[list[float] | None]],
+    table: ScoreTable,
+) -> np.ndarray:
+    """FLOPs (N, K + 1, K) of looks at the cases of a table."""
+    found = []
+    for case, own, written in zip(cases, divide(cases), table.generated, strict=True):
+        prompts = [performer.prompt(case, b, own) for b in table.budgets]
+        found.append(look_flops(performer, prompts, written))
+    return np.array(found)

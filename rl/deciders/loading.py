@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from models.performer import Performer
 from rl.deciders.base import Decider
+from rl.deciders.escalate import load_escalate
 from rl.deciders.policy import load_policy
 from rl.deciders.text import load_text
 from rl.deciders.value import load_value
@@ -21,6 +22,7 @@ LOADERS: dict[str, Callable[[Stages, Performer], Decider]] = {
     "value": load_value,
     "policy": load_policy,
     "text": load_text,
+    "escalate": load_escalate,
 }
 """How each form is read from the folder `allocator` of a run."""
 

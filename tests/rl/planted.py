@@ -15,6 +15,7 @@ from models.allocators.look import CheapLook
 from models.allocators.network import AllocatorConfig
 from models.allocators.value import ValueAllocator
 from models.performer import Performer
+from rl.allocation.objectives import Objective
 from rl.recipe import AllocatorOptions
 from rl.table import score_table
 from tests.conftest import WIDTH
@@ -62,6 +63,13 @@ def planted(
         grpo=SimpleNamespace(seed=0),
     )
     stages = SimpleNamespace(
-        run=run, splits=splits, table=table, rung_cost=rung_cost, grpo_parts=dict, max_new_tokens=5, is_main=True
+        run=run,
+        splits=splits,
+        table=table,
+        rung_cost=rung_cost,
+        objective=lambda trained: Objective("linear", tuple(BUDGETS), tuple(rung_cost(trained))),
+        grpo_parts=dict,
+        max_new_tokens=5,
+        is_main=True,
     )
     return stages, performer, allocator

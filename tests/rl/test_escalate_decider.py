@@ -7,13 +7,14 @@ import json
 import numpy as np
 import pytest
 
-from rl.deciders.escalate import EscalateDecider, fit_escalate
+from rl.deciders.escalate import EscalateDecider, fit_escalate, load_escalate
 from tests.rl.planted import BUDGETS, PRICES, planted
 
 
 @pytest.fixture(params=["equal", "attention"])
 def decider(request, make_performer, cases, tmp_path) -> EscalateDecider:
     stages, performer, allocator = planted(make_performer, cases, tmp_path, request.param)
+    allocator.save_pretrained(tmp_path / "grpo" / "allocator")
     return fit_escalate(stages, performer, allocator, stages.table("grpo", performer, "val"))
 
 
@@ -25,6 +26,11 @@ def test_what_is_decided_from_the_table_is_what_happens(decider):
         rungs, look = decider.choose(cases, price)
         np.testing.assert_array_equal(rungs, decided.rungs)
         np.testing.assert_allclose(look, decided.look, rtol=1e-9, atol=1e-3)
+        told = [decider.answer(case, price) for case in cases]
+        assert [a.budgets[-1] for a in told] == [BUDGETS[r] for r in rungs]
+        np.testing.assert_allclose([a.look_flops for a in told], look, rtol=1e-9, atol=1e-3)
+        np.testing.assert_allclose([a.flops for a in told], decided.flops, rtol=1e-9)
+        np.testing.assert_array_equal([sum(a.budgets[:-1]) > 0 for a in told], decided.look_tokens > 0)
         assert (look >= -1e-3).all()
         looked |= {(int(r), bool(f > 1)) for r, f in zip(rungs, look, strict=True)}
     assert len({r for r, _ in looked}) > 1, "prices matter"
@@ -32,16 +38,16 @@ def test_what_is_decided_from_the_table_is_what_happens(decider):
 
 def test_deciding_costs_what_the_looks_before_the_last_took(decider):
     """Of every case that went from rung 0 straight to the last, by hand."""
-    table = decider._table("test")
+    table = decider.stages.table("grpo", decider.performer, "test")
     for price in PRICES:
         plan, decided = decider.plan(price), decider.decide("test", price)
-        divided = decider.share_look()
+        divided = decider.share_look(decider.stages.splits["test"])
         stayed = decided.rungs == plan.start
-        asked = 0 if plan.start == 2 else decider.forecast.flops
+        asked = 0 if plan.start == 2 else decider.known.forecast.flops
         np.testing.assert_allclose(decided.look[stayed], divided[stayed] + asked, rtol=1e-6)
         first = table.flops[:, plan.start]
         # Less than both answers in full, as both read the same text and visual tokens.
-        assert (decided.look[~stayed] < divided[~stayed] + first[~stayed] + 2 * decider.forecast.flops).all()
+        assert (decided.look[~stayed] < divided[~stayed] + first[~stayed] + 2 * decider.known.forecast.flops).all()
         np.testing.assert_allclose(decided.cost, decided.flops + decided.look)
 
 
@@ -54,10 +60,21 @@ def test_plans_are_written(decider):
 
 def test_validation_cases_are_decided_by_fits_that_had_not_seen_them(decider):
     before = decider.decide("val", 0.1).rungs
-    decider.forecast.weights[-1] = np.nan
+    decider.known.forecast.weights[-1] = np.nan
     np.testing.assert_array_equal(decider.decide("val", 0.1).rungs, before)
     assert decider.predicted("val") is None
 
 
+def test_what_was_learnt_is_read_again_and_decides_alike(decider):
+    again = load_escalate(decider.stages, decider.performer)
+    cases = decider.stages.splits["test"]
+    for price in (*PRICES, 0.07):
+        assert again.plan(price) == decider.plan(price)
+        np.testing.assert_array_equal(again.choose(cases, price)[0], decider.choose(cases, price)[0])
+    written = set(again.known.seen.text.ravel().tolist()) - {a.split(": ", 1)[1] for a in again.known.forecast.answers}
+    assert all(t.startswith("~") for t in written), "rare answers may be of one patient alone"
+
+
 def test_time_of_deciding_is_not_negative(decider):
-    assert decider.look_ms() >= 0
+    times = decider.look_ms(decider.stages.splits["test"], 0.1)
+    assert len(times) == 4 and (times >= 0).all()

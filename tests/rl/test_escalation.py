@@ -9,6 +9,7 @@ from rl.allocation.escalation import (
     Seen,
     best_plan,
     best_threshold,
+    common_answers,
     fit_forecast,
     fit_forecast_by_patient,
     stop_when_sure,
@@ -74,9 +75,9 @@ def test_a_fit_that_has_not_seen_a_patient_does_not_hang_on_it():
 def test_what_was_not_asked_is_not_read(fitted):
     forecast, _ = fitted
     seen, _ = world(40, seed=2)
-    unknown = Seen(seen.confidence.copy(), seen.same.copy(), seen.questions)
+    unknown = Seen(seen.confidence.copy(), seen.text.copy(), seen.questions)
     unknown.confidence[:, 2], unknown.confidence[:, 1] = np.nan, np.nan
-    unknown.same[:, 1:], unknown.same[:, :, 1:] = ~unknown.same[:, 1:], ~unknown.same[:, :, 1:]
+    unknown.text[:, 1:] = "z"
     looked = np.tile([True, False, False], (40, 1))
     fold = np.full(40, 5)
     np.testing.assert_array_equal(
@@ -90,13 +91,15 @@ def test_only_what_a_later_rung_solves_goes_on(fitted, jump):
     seen, score = world(seed=1)
     fold = np.full(len(score), 5)
     flops = np.tile(COST, (len(score), 1, 1))
-    rungs, spent = walk(Plan(0, jump), forecast, seen, fold, flops, COST / 10, 0.3)
+    rungs, spent, looked = walk(Plan(0, jump), forecast, seen, fold, flops, COST / 10, 0.3)
     hard = (score[:, 2] == 1) & (score[:, 0] == 0)
     np.testing.assert_array_equal(rungs, np.where(hard, 2, 0))
     own = forecast.flops
     looks = COST[0, 0] + own + (COST[1, 2] if jump else COST[1, 1] + own + COST[2, 2])
     np.testing.assert_allclose(spent[~hard], COST[0, 0] + own)
     np.testing.assert_allclose(spent[hard], looks)
+    assert looked[hard].tolist() == [[True, not jump, True]] * hard.sum()
+    assert looked[~hard].tolist() == [[True, False, False]] * (~hard).sum()
 
 
 def test_nobody_goes_on_at_a_high_price_and_everybody_may_at_none(fitted):
@@ -126,7 +129,7 @@ def test_the_best_plan_is_the_best_on_its_cases(fitted):
         plan = best_plan(forecast, seen, fold, score, flops, COST / 10, price, 1e7)
 
         def worth(start: int, jump: bool, price: float = price) -> float:
-            rungs, spent = walk(Plan(start, jump), forecast, seen, fold, flops, COST / 10, price)
+            rungs, spent, _ = walk(Plan(start, jump), forecast, seen, fold, flops, COST / 10, price)
             return (score[np.arange(len(score)), rungs] - price * spent / 1e7).mean()
 
         own = worth(plan.start, plan.jump)
@@ -160,7 +163,21 @@ def test_a_kind_that_a_fold_lacks_is_no_error():
     seen.questions[:2] = "rare"
     forecast, fold = fit_forecast_by_patient(seen, score, patients(30))
     assert np.isfinite(forecast.weights).all()
-    unknown = Seen(seen.confidence, seen.same, np.array(["new"] * 30, dtype=object))
+    unknown = Seen(seen.confidence, seen.text, np.array(["new"] * 30))
     looked = np.tile([True, False, False], (30, 1))
     assert np.isfinite(forecast.expected(unknown, 0, looked, fold)).all()
-    assert fit_forecast(seen, score, ["shape"]).weights.shape[0] == 1
+    assert fit_forecast(seen, score, ["shape"], ["shape: a"]).weights.shape[0] == 1
+
+
+def test_an_answer_that_is_often_wrong_makes_it_go_on():
+    """Of two answers given with equal confidence one is always right, the other at the last rung alone."""
+    rng = np.random.default_rng(0)
+    wrong = rng.random(400) < 0.5
+    score = np.stack([~wrong, ~wrong, np.ones(400, dtype=bool)], 1).astype(float)
+    text = [["no", "no", "yes"] if w else ["yes"] * 3 for w in wrong]
+    seen = Seen.of(np.full((400, 3), 0.8), text, ["shape"] * 400)
+    assert common_answers(seen) == ["shape: no", "shape: yes"] and common_answers(seen, 401) == []
+    forecast, fold = fit_forecast_by_patient(seen, score, patients(400))
+    flops = np.tile(COST, (400, 1, 1))
+    rungs, *_ = walk(Plan(0, True), forecast, seen, fold, flops, COST / 10, 0.3)
+    np.testing.assert_array_equal(rungs, np.where(wrong, 2, 0))
