@@ -372,10 +372,15 @@ class QwenPerformer(Performer):
 def share_out(budget: int, weights: Sequence[float], room: Sequence[float]) -> list[int]:
     """A budget in whole shares by weight; what is left over goes by largest remainder, to the first of equals.
 
+    Weights that are whole numbers and sum to the budget are the shares themselves.
+
     Args:
+        weights: a share without weight is nought.
         room: what each can take at most; what is more goes to the others.
     """
     total = sum(weights)
+    if not budget or not total:
+        return [0] * len(weights)
     quotas = [budget * weight / total for weight in weights]
     full = [at for at, quota in enumerate(quotas) if quota >= room[at]]
     if full:

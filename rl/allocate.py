@@ -19,6 +19,7 @@ from rl.deciders.base import Decider
 from rl.deciders.escalate import fit_escalate
 from rl.deciders.loading import keep_decider
 from rl.deciders.policy import fit_policy
+from rl.deciders.split import fit_split
 from rl.deciders.text import text_decider
 from rl.deciders.value import fit_value
 from rl.guards import collapsed
@@ -42,6 +43,8 @@ def _fitted(stages: Stages, performer: Performer, start: LookNetwork) -> Decider
     form = stages.run.allocator.form
     if form == "text":
         return text_decider(stages, performer)
+    if stages.run.allocator.share == "split":
+        return fit_split(stages, performer, start)
     table = stages.table("grpo", performer, "val")
     if form == "policy" and isinstance(start, PolicyAllocator):
         return fit_policy(stages, performer, start, table)

@@ -72,12 +72,15 @@ class AllocatorOptions:
         look: budgets whose pooled tokens are the cheapest look.
         look_state, look_confidence: of the form value: budget at which the performer itself is asked, before a budget
             is chosen, for its hidden state and for how sure it is; null does not ask. One forward gives both.
-        share: `equal` divides a budget evenly among the slides of a case, `attention` by what they show.
+        share: `equal` divides a budget evenly among the slides of a case, `attention` by what they show, `split` gives
+            each slide a budget of its own.
         width, dropout: of the value head.
         price: lambda while exploring in the joint step.
         temperature, explore: spread of drawn budgets around the best, and share of uniform draws.
-        learning_rate: of the online updates; fit_learning_rate, weight_decay: of the fit on a score table.
+        learning_rate: of the online updates, and of the fit of `split`.
+        fit_learning_rate: of the fit on a score table; weight_decay: of both fits.
         fit_epochs: at most so many; the number is chosen by the loss on held-out patients.
+        fit_splits: with `split`, random splits that each validation case is answered at for the fit.
         price_range: lowest and highest lambda that a policy is trained for; it is drawn between them.
         entropy: of a policy, reward for a nat of entropy; entropy_decay: its factor for each epoch.
         advantage: of a policy in the joint step, `rloo` or `grpo`; see `rl.allocation.sampling`.
@@ -99,6 +102,7 @@ class AllocatorOptions:
     learning_rate: float = 2e-3
     fit_learning_rate: float = 3e-4
     fit_epochs: int = 40
+    fit_splits: int = 24
     weight_decay: float = 1e-2
     price_range: list[float] = field(default_factory=lambda: [0.003, 1.0])
     entropy: float = 0.03
@@ -111,6 +115,8 @@ class AllocatorOptions:
         own = {k: v for k, v in dataclasses.asdict(self).items() if k != "text"}
         if self.form != "policy":
             own = {k: v for k, v in own.items() if k not in ("price_range", "entropy", "entropy_decay", "advantage")}
+        if self.share != "split":
+            del own["fit_splits"]
         usual = {"form": "value", "objective": "linear", "target": None}
         return {k: v for k, v in own.items() if k not in usual or v != usual[k]}
 
@@ -126,6 +132,11 @@ class AllocatorOptions:
             found.append(
                 f"allocator.objective: {self.objective} compares the budgets of a case, which a predicted mean score "
                 "does not tell; set allocator.form to policy"
+            )
+        if self.share == "split" and (self.form, self.objective) != ("value", "linear"):
+            found.append(
+                "allocator.share: split predicts the score of each division and takes what it costs from it; leave "
+                "allocator.form at value and allocator.objective at linear"
             )
         if (self.objective == "dual") != (self.target is not None):
             found.append(
@@ -298,10 +309,11 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
     if not set(run.allocator.look) <= set(ladder):
         raise InputError(f"allocator.look: {run.allocator.look} must be budgets of the ladder {ladder}")
     glances = {b for b in (run.allocator.look_state, run.allocator.look_confidence) if b is not None}
-    if glances and (len(glances) > 1 or run.allocator.form != "value" or not glances <= set(ladder)):
+    plain = run.allocator.form == "value" and run.allocator.share != "split"
+    if glances and (len(glances) > 1 or not plain or not glances <= set(ladder)):
         raise InputError(
-            f"allocator.look_state, look_confidence: {sorted(glances)} must be one budget of the ladder {ladder}, and "
-            "allocator.form value"
+            f"allocator.look_state, look_confidence: {sorted(glances)} must be one budget of the ladder {ladder}, "
+            "with allocator.form value and no allocator.share split"
         )
     return run
 

@@ -54,6 +54,8 @@ NEUTRAL = {
 
 AFTER = ("form", "weight_decay", "look_state", "look_confidence")
 """Keys of the allocator that the joint step does not read; so do those that begin with `fit_`."""
+UNEVEN = {"equal": (), "attention": (1, 2, 3, 4), "split": (0, 1, 4, 16)}
+"""Weights by which the supervised stages divide a budget among slides, so that the performer knows uneven ones."""
 
 
 PERFORMER = "grpo_performer"
@@ -230,7 +232,7 @@ class Stages:
 
     def shares(self, performer: Performer, cases: Sequence[Case]) -> list[list[float] | None] | None:
         """Shares of a budget for the slides of each case after GRPO; None where a budget is divided evenly."""
-        if self.run.allocator.share == "equal":
+        if self.run.allocator.share != "attention":
             return None
         allocator = self.network.from_pretrained(self.run.folder / "grpo" / "allocator")
         return CheapLook(performer, allocator.config).divide(allocator, cases)
@@ -256,7 +258,8 @@ class Stages:
         """The network of the allocator's form; forms that have none of their own learn values."""
         return PolicyAllocator if self.run.allocator.form == "policy" else ValueAllocator
 
-    def _new_allocator(self, performer: Performer) -> LookNetwork:
+    def new_allocator(self, performer: Performer) -> LookNetwork:
+        """An allocator that has learnt nothing yet."""
         options = self.run.allocator
         torch.manual_seed(self.run.grpo.seed)
         shape: dict[str, Any] = {
@@ -276,7 +279,7 @@ class Stages:
 
     def _learner(self, performer: Performer, explore: float | None = None) -> AllocatorLearner:
         """A new allocator that learns online; `explore` takes the place of the recipe's."""
-        options, allocator = self.run.allocator, self._new_allocator(performer)
+        options, allocator = self.run.allocator, self.new_allocator(performer)
         look, objective = CheapLook(performer, allocator.config), self.objective(performer)
         shared: dict[str, Any] = {
             "price": options.price,
@@ -300,8 +303,8 @@ class Stages:
         return self._load(stage.name)
 
     @property
-    def _uneven(self) -> bool:
-        return self.run.allocator.share != "equal"
+    def _uneven(self) -> tuple[int, ...]:
+        return UNEVEN[self.run.allocator.share]
 
     def _finish(
         self,
@@ -340,7 +343,7 @@ class Stages:
             "sft": [dataclasses.asdict(stage) for stage in run.sft[:count]],
             "balance": run.balance,
             "seed": run.grpo.seed,
-            **({"uneven": True} if self._uneven else {}),
+            **({"uneven": list(self._uneven) if 0 in self._uneven else True} if self._uneven else {}),
             **({"form": "text"} if run.allocator.form == "text" else {}),
             **({"missing_slides": sorted(self.bank.missing)} if self.bank.missing else {}),
         }

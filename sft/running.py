@@ -34,7 +34,7 @@ class Supervision:
         train, val: cases.
         questions: kinds of question that a stage trains on unless it names others; None is all.
         ladder: budgets. config: of the performer. seed: of everything that is drawn.
-        uneven: budgets are not always divided evenly among the slides of a case.
+        uneven: weights by which budgets are divided among the slides of a case, where not evenly always.
     """
 
     train: Sequence[Case]
@@ -43,7 +43,7 @@ class Supervision:
     ladder: Sequence[int]
     config: PerformerConfig
     seed: int
-    uneven: bool = False
+    uneven: Sequence[int] = ()
 
     def run(
         self,

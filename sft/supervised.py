@@ -114,7 +114,8 @@ class BudgetCollator:
     Args:
         ladder: budgets to draw from.
         text_only: share of batches without visual tokens.
-        uneven: divide the budget at random among the slides of a case in half of the batches.
+        uneven: weights by which the budget is divided at random among the slides of a case in half of the batches; a
+            slide of weight 0 is not shown. None of them is an even division always.
     """
 
     def __init__(
@@ -124,10 +125,10 @@ class BudgetCollator:
         ladder: Sequence[int],
         text_only: float,
         seed: int,
-        uneven: bool = False,
+        uneven: Sequence[int] = (),
     ):
         self.performer, self.cases, self.ladder, self.text_only = performer, cases, list(ladder), text_only
-        self.seed, self.uneven = seed, uneven
+        self.seed, self.uneven = seed, list(uneven)
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         # The draw depends on the rows alone (each epoch shuffles them anew), so that a resumed run sees the same.
@@ -137,10 +138,11 @@ class BudgetCollator:
         if not self.uneven or draw.random() < 0.5:
             return self.batch(cases, budget)
         # Few different shares, as each is made from the slide's patches and kept.
-        return self.batch(cases, budget, [[draw.randint(1, 4) for _ in self.performer.sources(c)] for c in cases])
+        drawn = [[draw.choice(self.uneven) for _ in self.performer.sources(c)] for c in cases]
+        return self.batch(cases, budget, [row if any(row) else None for row in drawn])
 
     def batch(
-        self, cases: Sequence[Case], budget: int, weights: Sequence[Sequence[float]] | None = None
+        self, cases: Sequence[Case], budget: int, weights: Sequence[Sequence[float] | None] | None = None
     ) -> dict[str, torch.Tensor]:
         """Model inputs of the cases at one budget, right-padded, with labels (B, T).
 
@@ -176,7 +178,7 @@ def train_sft(
     resume: str | None = None,
     lora: LoraConfig | None = None,
     rates: Mapping[str, float] | None = None,
-    uneven: bool = False,
+    uneven: Sequence[int] = (),
 ) -> SFTTrainer:
     """Fine-tune the performer in place on the gold answers of `cases`; returns the trainer with its log.
 

@@ -43,7 +43,8 @@ class AllocatorConfig(PreTrainedConfig):
         feature_dim: width d of the patch features.
         width: hidden width; buckets: size of the hashed vocabulary of question tokens.
         dropout: before the hidden layer; look_dropout: of the standardised features of the look.
-        share: how a budget is divided among the slides of a case: `equal`, or `attention` by what they show.
+        share: how a budget is divided among the slides of a case: `equal`, `attention` by what they show, or `split`:
+            equally here, and each slide has its own budget from `SplitAllocator`.
         look_state, look_confidence: budget at which the performer is asked for its hidden state, and for how sure it
             is, see `models.allocators.glance`; None does not ask. state_dim: numbers that this gives.
     """
@@ -67,9 +68,9 @@ class AllocatorConfig(PreTrainedConfig):
     ):
         if share not in SHARES:
             raise InputError(f"allocator.share: {share!r} is not known; known are {', '.join(SHARES)}")
-        if share == "attention" and not look:
+        if share != "equal" and not look:
             raise InputError(
-                "allocator.look: it is empty, and share attention divides by what is looked at; name a budget"
+                f"allocator.look: it is empty, and share {share} divides by what is looked at; name a budget"
             )
         self.ladder, self.look = list(ladder), list(look)
         self.feature_dim, self.width, self.buckets = feature_dim, width, buckets

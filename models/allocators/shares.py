@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-SHARES = ("equal", "attention")
+SHARES = ("equal", "attention", "split")
 
 
 class SlideShares(nn.Module):

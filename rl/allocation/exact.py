@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from models.allocators.policy import PolicyAllocator
-from rl.allocation.fitting import Aim
+from rl.allocation.fitting import Aim, Inputs
 from rl.allocation.objectives import Objective
 
 GRID = 13
@@ -39,21 +39,14 @@ class ExpectedReward(Aim[PolicyAllocator]):
         self.objective, self.entropy, self.decay = objective, entropy, decay
         self.grid = np.unique(np.geomspace(*prices, GRID))
 
-    def loss(
-        self,
-        allocator: PolicyAllocator,
-        look: torch.Tensor,
-        question: torch.Tensor,
-        scores: torch.Tensor,
-        epoch: int,
-    ) -> torch.Tensor:
+    def loss(self, allocator: PolicyAllocator, inputs: Inputs, scores: torch.Tensor, epoch: int) -> torch.Tensor:
         price = allocator.draw_prices(len(scores))
         reward = self.objective(scores, price[:, None])
-        return -expected_reward(allocator(look, question, price), reward, self.entropy * self.decay**epoch)
+        return -expected_reward(allocator(*inputs, price), reward, self.entropy * self.decay**epoch)
 
-    def predict(self, allocator: PolicyAllocator, look: torch.Tensor, question: torch.Tensor) -> np.ndarray:
+    def predict(self, allocator: PolicyAllocator, inputs: Inputs) -> np.ndarray:
         """Probabilities (B, prices of the grid, rungs)."""
-        return allocator.sweep(look, question, self.grid.tolist()).numpy()
+        return allocator.sweep(*inputs, self.grid.tolist()).numpy()
 
     def held_out(self, predicted: np.ndarray, scores: np.ndarray) -> float:
         """Minus the expected reward, in the mean over cases and prices."""

@@ -5,32 +5,31 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.model_selection import GroupKFold
 
-from models.allocators.network import LookNetwork
-from models.allocators.value import ValueAllocator
+from models.allocators.network import Look, LookNetwork
 
 FOLDS = 5
 
 Network = TypeVar("Network", bound=LookNetwork)
+Inputs: TypeAlias = Sequence[torch.Tensor | Look]
+"""Looks (B, K, tokens, d), questions (B, T), and what else a network reads, (B, ...)."""
 
 
 class Aim(ABC, Generic[Network]):
-    """What a fit is after, on looks (B, K, tokens, d), questions (B, T) and scores (B, rungs) in 0..1."""
+    """What a fit is after, on the network's inputs and scores (B, rungs or what else is asked) in 0..1."""
 
     @abstractmethod
-    def loss(
-        self, allocator: Network, look: torch.Tensor, question: torch.Tensor, scores: torch.Tensor, epoch: int
-    ) -> torch.Tensor:
+    def loss(self, allocator: Network, inputs: Inputs, scores: torch.Tensor, epoch: int) -> torch.Tensor:
         """What a step makes smaller."""
 
     @abstractmethod
-    def predict(self, allocator: Network, look: torch.Tensor, question: torch.Tensor) -> np.ndarray:
+    def predict(self, allocator: Network, inputs: Inputs) -> np.ndarray:
         """What the allocator says of cases, (B, ...)."""
 
     @abstractmethod
@@ -38,25 +37,24 @@ class Aim(ABC, Generic[Network]):
         """How far predictions (N, ...) miss the scores (N, rungs) of cases that were held out; less is better."""
 
 
-class Regression(Aim[ValueAllocator]):
-    """The aim of the form `value`: predicted scores, by cross-entropy."""
+class Regression(Aim[LookNetwork]):
+    """Predicted scores, by cross-entropy; scores are NaN where nothing was answered."""
 
-    def loss(
-        self, allocator: ValueAllocator, look: torch.Tensor, question: torch.Tensor, scores: torch.Tensor, epoch: int
-    ) -> torch.Tensor:
-        return F.binary_cross_entropy_with_logits(allocator(look, question), scores)
+    def loss(self, allocator: LookNetwork, inputs: Inputs, scores: torch.Tensor, epoch: int) -> torch.Tensor:
+        known = ~scores.isnan()
+        return F.binary_cross_entropy_with_logits(allocator(*inputs)[known], scores[known])
 
-    def predict(self, allocator: ValueAllocator, look: torch.Tensor, question: torch.Tensor) -> np.ndarray:
-        return predict(allocator, look, question)
+    def predict(self, allocator: LookNetwork, inputs: Inputs) -> np.ndarray:
+        return predict(allocator, *inputs)
 
     def held_out(self, predicted: np.ndarray, scores: np.ndarray) -> float:
         sure = predicted.clip(1e-6, 1 - 1e-6)
-        return float(-(scores * np.log(sure) + (1 - scores) * np.log(1 - sure)).mean())
+        return float(-np.nanmean(scores * np.log(sure) + (1 - scores) * np.log(1 - sure)))
 
 
 def fit_table(
     allocator: Network,
-    look: torch.Tensor,
+    look: torch.Tensor | Look,
     question: torch.Tensor,
     scores: torch.Tensor,
     epochs: int,
@@ -66,20 +64,24 @@ def fit_table(
     seed: int = 0,
     after_epoch: Callable[[int], None] | None = None,
     aim: Aim | None = None,
+    further: Sequence[torch.Tensor] = (),
+    learn_shares: bool = False,
 ) -> list[float]:
     """Fit the allocator on score[case, rung] of a frozen performer; returns the mean loss of each epoch.
 
     Args:
         look: (N, K, tokens, d). question: (N, T). scores: (N, rungs) in 0..1, of answers at the allocator's own
-            shares, which therefore stay as they are.
+            shares, which therefore stay as they are; NaN where nothing was answered.
         seed: of the order of the cases and of dropout.
         after_epoch: called with the number of each epoch, from 0.
         aim: regression by default.
+        further: inputs (N, ...) of the allocator after these two.
+        learn_shares: fit the shares too, for answers at equal ones.
     """
     aim = aim or Regression()
     torch.manual_seed(seed)
     allocator.standardise(look)
-    fitted = [p for name, p in allocator.named_parameters() if not name.startswith("shares.")]
+    fitted = [p for name, p in allocator.named_parameters() if learn_shares or not name.startswith("shares.")]
     optimizer = torch.optim.AdamW(fitted, learning_rate, weight_decay=weight_decay)
     generator = torch.Generator().manual_seed(seed)
     losses = []
@@ -87,7 +89,7 @@ def fit_table(
         allocator.train()
         total = 0.0
         for rows in torch.randperm(len(scores), generator=generator).split(batch_size):
-            loss = aim.loss(allocator, look[rows], question[rows], scores[rows], epoch)
+            loss = aim.loss(allocator, [each[rows] for each in (look, question, *further)], scores[rows], epoch)
             allocator.zero_grad()
             loss.backward()
             optimizer.step()
@@ -99,53 +101,65 @@ def fit_table(
     return losses
 
 
+def by_patient(patients: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Rows to fit on and rows held out, of each of at most five folds; those of a patient are held out together."""
+    return list(GroupKFold(min(FOLDS, len(set(patients)))).split(patients, groups=patients))
+
+
 def fit_by_patient(
     start: Network,
-    look: torch.Tensor,
+    look: torch.Tensor | Look,
     question: torch.Tensor,
     scores: torch.Tensor,
     patients: Sequence[str],
     epochs: int,
     seed: int = 0,
     aim: Aim | None = None,
+    further: Sequence[torch.Tensor] = (),
     **options: Any,
 ) -> tuple[Network, np.ndarray, list[float]]:
     """Fit for as many epochs as held-out patients profit from.
 
     Args:
         start: what every fit starts from; it is not changed.
-        patients: of the N cases; those of one patient are held out together, in at most five folds.
+        patients: of the N cases, see `by_patient`.
         epochs: at most so many; the one that does best on held-out patients is taken.
-        aim: regression by default. options: of `fit_table`.
+        aim: regression by default. further, options: of `fit_table`.
 
     Returns:
         The allocator fitted on all cases; what the aim predicts of them (N, ...), each by a fit that had not seen the
         patient; how far each epoch missed held-out patients.
     """
     aim = aim or Regression()
-    values: list[np.ndarray] = []
-    for seen, held in GroupKFold(min(FOLDS, len(set(patients)))).split(look, groups=patients):
+    inputs, values = (look, question, *further), list[np.ndarray]()
+    for seen, held in by_patient(patients):
         fold = copy.deepcopy(start)
 
         def record(epoch: int, fold: Network = fold, held: np.ndarray = held) -> None:
-            own = aim.predict(fold, look[held], question[held])
+            own = aim.predict(fold, [each[held] for each in inputs])
             if epoch == len(values):
                 values.append(np.zeros((len(scores), *own.shape[1:]), own.dtype))
             values[epoch][held] = own
 
-        fit_table(
-            fold, look[seen], question[seen], scores[seen], epochs, seed=seed, after_epoch=record, aim=aim, **options
-        )
+        fit_rows(fold, inputs, scores, seen, epochs, seed=seed, after_epoch=record, aim=aim, **options)
     truth = scores.double().numpy()
     losses = [aim.held_out(predicted, truth) for predicted in values]
     best = int(np.argmin(losses))
     allocator = copy.deepcopy(start)
-    fit_table(allocator, look, question, scores, best + 1, seed=seed, aim=aim, **options)
+    fit_table(allocator, look, question, scores, best + 1, seed=seed, aim=aim, further=further, **options)
     return allocator, values[best], losses
 
 
+def fit_rows(
+    allocator: LookNetwork, inputs: Inputs, scores: torch.Tensor, rows: np.ndarray, epochs: int, **options: Any
+) -> None:
+    """`fit_table` on some of the cases."""
+    look, question, *further = (each[rows] for each in inputs)
+    fit_table(allocator, look, question, scores[rows], epochs, further=further, **options)
+
+
 @torch.no_grad()
-def predict(allocator: ValueAllocator, look: torch.Tensor, question: torch.Tensor) -> np.ndarray:
+def predict(allocator: LookNetwork, *inputs: torch.Tensor | Look) -> np.ndarray:
     """Predicted scores (B, rungs)."""
     allocator.eval()
-    return allocator(look, question).sigmoid().double().numpy()
+    return allocator(*inputs).sigmoid().double().numpy()

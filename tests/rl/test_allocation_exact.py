@@ -158,7 +158,7 @@ def test_the_bonus_fades():
     look, question, scores = planted(8)
     allocator = make_policy((0.1, 0.1), dropout=0.0, look_dropout=0.0)
     aim = ExpectedReward(LINEAR, (0.1, 0.1), entropy=0.5, decay=0.5)
-    loss = [aim.loss(allocator, look, question, scores, epoch).item() for epoch in (0, 1, 2)]
+    loss = [aim.loss(allocator, [look, question], scores, epoch).item() for epoch in (0, 1, 2)]
     assert loss[1] - loss[0] == pytest.approx(2 * (loss[2] - loss[1]), rel=1e-3) and loss[0] < loss[1]
 
 
@@ -170,7 +170,7 @@ def test_choices_out_of_fold_hold_at_prices_between_those_of_the_grid():
         make_policy(), look, question, scores, patients, epochs=12, learning_rate=1e-2, aim=aim
     )
     assert values.shape == (120, 13, 3) and len(losses) == 12
-    own = aim.predict(allocator, look, question)
+    own = aim.predict(allocator, [look, question])
     for price in (0.0, 0.01, 0.037, 0.2, 0.66, 1.0, 3.0):
         direct = allocator.choose(look, question, price).numpy()
         assert (aim.rungs(own, price) == direct).mean() > 0.97, price
