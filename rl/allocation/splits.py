@@ -47,7 +47,8 @@ class SplitTable:
         if path.is_file():
             for line in path.read_text().splitlines():
                 row = json.loads(line)
-                self.rows[row.pop("id"), tuple(row.pop("budgets"))] = Scored(**row)
+                key = row.pop("id"), tuple(row.pop("budgets"))
+                self.rows[key] = Scored(**row)
 
     def take(self, table: ScoreTable, rooms: Sequence[Room], ladder: Sequence[int]) -> None:
         """Take over the answers of a table of equal shares, whose cases are those of the rooms."""

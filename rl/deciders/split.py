@@ -169,13 +169,13 @@ def fit_split(stages: Stages, performer: Performer, start: LookNetwork, name: st
     run, options = stages.run, stages.run.allocator
     folder, cases = run.folder / "allocator", stages.splits["val"]
     torch.manual_seed(run.grpo.seed)
-    shape = {
-        k: getattr(start.config, k) for k in ("look", "feature_dim", "width", "buckets", "dropout", "look_dropout")
-    }
+    shape = {k: getattr(start.config, k) for k in ("feature_dim", "width", "buckets", "dropout", "look_dropout")}
     config = SplitConfig(
         slide_ladder=slide_ladder(stages, performer),
         max_slides=run.performer.max_slides,
         ladder=run.ladder,
+        # The coarsest alone: a look at every slide is most of what deciding costs.
+        look=start.config.look[:1],
         share="split",
         **shape,
     )
