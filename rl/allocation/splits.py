@@ -26,10 +26,12 @@ CHUNK = 2048
 
 @dataclass(frozen=True)
 class Scored:
-    """One answer: score in 0..1, realised visual tokens, FLOPs, completion."""
+    """One answer: score in 0..1, realised visual tokens, tokens of prompt and completion, FLOPs, completion."""
 
     score: float
     visual: int
+    prompt: int
+    generated: int
     flops: float
     text: str
 
@@ -55,8 +57,10 @@ class SplitTable:
         table = table.at(ladder)
         for i, (name, room) in enumerate(zip(table.ids, rooms, strict=True)):
             for k, split in enumerate(room.equal):
-                found = (float(table.score[i, k]), int(table.visual[i, k]), float(table.flops[i, k]), table.text[i][k])
-                self.rows.setdefault((name, split), Scored(*found))
+                visual, prompt, written = (int(v[i, k]) for v in (table.visual, table.prompt, table.generated))
+                score, flops = float(table.score[i, k]), float(table.flops[i, k])
+                found = Scored(score, visual, prompt, written, flops, table.text[i][k])
+                self.rows.setdefault((name, split), found)
 
     def ask(
         self,
@@ -87,7 +91,7 @@ class SplitTable:
             if mine:
                 scores = scorer([a.text for a in answers], shown, budgets, [a.visual for a in answers])
                 local = [
-                    (cases[i].id, split, Scored(float(score), a.visual, a.flops, a.text))
+                    (cases[i].id, split, Scored(float(score), a.visual, a.prompt, a.generated, a.flops, a.text))
                     for (i, split), score, a in zip(mine, scores, answers, strict=True)
                 ]
             for name, split, row in gather_object(local) if state.num_processes > 1 else local:

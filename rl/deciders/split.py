@@ -67,7 +67,17 @@ class SplitDecider(Decider):
         chosen, look = self.decided(split, price)
         found = [row for (row,) in self.answers(split, [[s] for s in chosen])]
         score, visual, flops = (np.array([getattr(f, k) for f in found]) for k in ("score", "visual", "flops"))
-        return Decisions(price, self._rungs(chosen), score, visual, flops, look)
+        details = [
+            {
+                "budget": sum(s),
+                "budgets": list(s),
+                "completion": f.text,
+                "prompt_tokens": f.prompt,
+                "generated_tokens": f.generated,
+            }
+            for s, f in zip(chosen, found, strict=True)
+        ]
+        return Decisions(price, self._rungs(chosen), score, visual, flops, look, details=details)
 
     def decided(self, split: str, price: float) -> tuple[list[Split], np.ndarray]:
         """Splits of the cases of `val` or `test` and the FLOPs (N,) of choosing them."""
@@ -167,7 +177,7 @@ def fit_split(stages: Stages, performer: Performer, start: LookNetwork, name: st
             fit starts from.
     """
     run, options = stages.run, stages.run.allocator
-    folder, cases = run.folder / "allocator", stages.splits["val"]
+    folder, cases = run.folder / ("allocator" if name == "grpo" else f"{name}_allocator"), stages.splits["val"]
     torch.manual_seed(run.grpo.seed)
     shape = {k: getattr(start.config, k) for k in ("feature_dim", "width", "buckets", "dropout", "look_dropout")}
     config = SplitConfig(

@@ -40,6 +40,14 @@ def test_budgets_per_slide_from_slides_to_report(slides, tmp_path):
         assert row["visual"] <= sum(row["budgets"]) + markers * sum(b > 0 for b in row["budgets"])
     summary = json.loads((run / "report" / "summary.json").read_text())
     assert len(summary["allocator"]) == 13 and summary["operating_point"]["flops_stage1"] > 0
+    asked = {
+        (row["id"], tuple(row["budgets"])): row
+        for row in map(json.loads, (run / "tables" / "grpo.test.splits.jsonl").read_text().splitlines())
+    }
+    for row in map(json.loads, (run / "report" / "cases.jsonl").read_text().splitlines()):
+        answer = asked[row["id"], tuple(row["budgets"])]
+        assert (row["completion"], row["score"], row["tokens"]) == (answer["text"], answer["score"], answer["visual"])
+        assert row["budget"] == sum(row["budgets"]) <= 20
     times = {p: p.stat().st_mtime_ns for p in (run / "allocator" / "done.json", run / "grpo" / "done.json")}
     found = call("benchmarks/case_budgets.py", path, "--prices", "0.01", "0.3")
     assert found.returncode == 0, found.stderr[-3000:]

@@ -13,7 +13,7 @@ import torch
 from models.allocators.split import SplitAllocator, SplitConfig
 from rewards.registry import get_rewards
 from rl.allocation.choice import Room
-from rl.allocation.fitting import fit_by_patient, predict
+from rl.allocation.fitting import fit_by_patient, fit_table, predict
 from rl.allocation.splits import SplitTable, draw_splits
 from rl.scoring import Scorer
 from tests.conftest import WIDTH
@@ -24,8 +24,8 @@ ROOM = Room((LEVELS,) * 3, 48, tuple((b,) * 3 for b in (1, 4, 16)))
 SPLITS = ROOM.all()
 
 
-def fitted(look: torch.Tensor, score, epochs: int = 16) -> SplitAllocator:
-    """An allocator fitted on 12 random splits of each case; `score(case, split)` is the performer's."""
+def planted(look: torch.Tensor, score) -> tuple[SplitAllocator, list[torch.Tensor], dict]:
+    """A new allocator, its inputs and the scores of 12 random splits of each case; `score(case, split)` is true."""
     torch.manual_seed(0)
     config = SplitConfig(
         slide_ladder=LEVELS, look=(1,), feature_dim=WIDTH, width=32, buckets=8, dropout=0.1, look_dropout=0.1
@@ -34,21 +34,9 @@ def fitted(look: torch.Tensor, score, epochs: int = 16) -> SplitAllocator:
     drawn = [ROOM.draw(12, rng)[:12] for _ in look]
     scores = torch.tensor([[score(i, s) for s in own] for i, own in enumerate(drawn)])
     scores[::5, -2:] = torch.nan  # some were not answered
-    patients = [f"p{i // 2}" for i in range(len(look))]
     question = torch.ones(len(look), 3, dtype=torch.long)
-    allocator, values, losses = fit_by_patient(
-        SplitAllocator(config),
-        look,
-        question,
-        scores,
-        patients,
-        epochs,
-        batch_size=24,
-        learning_rate=5e-3,
-        further=(torch.tensor(drawn),),
-    )
-    assert values.shape == scores.shape and np.isfinite(losses).all()
-    return allocator
+    options = {"batch_size": 16, "learning_rate": 1e-2, "further": (torch.tensor(drawn),)}
+    return SplitAllocator(config), [look, question, scores], options
 
 
 def best(allocator: SplitAllocator, look: torch.Tensor, price: float) -> list[tuple[int, ...]]:
@@ -63,7 +51,10 @@ def test_the_slide_whose_look_says_that_it_matters_gets_the_tokens():
     look = torch.randn(160, 3, 1, WIDTH) * 0.3
     at = torch.randint(3, (160,))
     look[torch.arange(160), at, :, 0] += 4.0
-    allocator = fitted(look[:120], lambda i, s: {0: 0.0, 1: 0.3, 4: 0.6, 16: 1.0}[s[at[i]]])
+    start, inputs, options = planted(look[:120], lambda i, s: {0: 0.0, 1: 0.3, 4: 0.6, 16: 1.0}[s[at[i]]])
+    patients = [f"p{i // 2}" for i in range(120)]
+    allocator, values, losses = fit_by_patient(start, *inputs, patients, 20, **options)
+    assert values.shape == (120, 12) and np.isfinite(losses).all()
     found = best(allocator, look[120:], 0.3)
     own = [s[k] for s, k in zip(found, at[120:], strict=True)]
     assert np.mean([o == max(s) and o >= 4 for o, s in zip(own, found, strict=True)]) > 0.9
@@ -73,7 +64,8 @@ def test_the_slide_whose_look_says_that_it_matters_gets_the_tokens():
 def test_slides_that_are_alike_get_the_same():
     """The slide that is seen worst decides, whichever it is."""
     look = torch.randn(100, 1, 1, WIDTH).expand(-1, 3, -1, -1) * 0.3 + 1
-    allocator = fitted(look[:80], lambda i, s: {0: 0.0, 1: 0.3, 4: 0.7, 16: 0.9}[min(s)])
+    allocator, inputs, options = planted(look[:80], lambda i, s: {0: 0.0, 1: 0.3, 4: 0.7, 16: 0.9}[min(s)])
+    fit_table(allocator, *inputs, epochs=60, **options)
     found = best(allocator, look[80:], 0.3)
     assert np.mean([s in ROOM.equal for s in found]) > 0.9
     assert np.mean([s == (4, 4, 4) for s in found]) > 0.9
