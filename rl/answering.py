@@ -54,6 +54,7 @@ def _row(case: Case, answered: Answered) -> dict[str, Any]:
         "completion": answered.text,
         "budget": answered.budgets[-1],
         "looks": list(answered.budgets),
+        **({} if answered.split is None else {"budgets": list(answered.split)}),
         "tokens": answered.visual,
         "prompt_tokens": answered.prompt,
         "generated_tokens": answered.generated,

@@ -8,7 +8,6 @@ and `encoder`.
 from __future__ import annotations
 
 import logging
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,7 @@ from rl.checkpoints import is_done
 from rl.evaluation.trial import Trial
 from rl.prepare import load_features, load_rewards
 from rl.recipe import Run, parse_recipe
-from rl.report.pictures import Pictures
-from rl.report.writing import missing_slides, provenance, write_outcome
+from rl.report.writing import missing_slides, pictures_of, provenance, write_outcome
 from rl.scoring import Scorer
 from rl.stages import Stages
 from rl.table import score_table
@@ -48,6 +46,7 @@ def transfer(stages: Stages, recipe: Path) -> tuple[dict[str, Any], Path]:
     _check_encoder(run, other, recipe)
     cases = _test_cases(stages, other, recipe)
     folder = run.folder / f"transfer_{recipe.stem}"
+    tables = folder / "tables"
     bank = load_features(cases, other.encoder, other.feature_folder)
     stages.bank.add(bank)
     performer, start = stages.joint()
@@ -60,13 +59,13 @@ def transfer(stages: Stages, recipe: Path) -> tuple[dict[str, Any], Path]:
         scorer,
         stages.max_new_tokens,
         run.evaluation.batch_size,
-        folder / "tables" / "grpo.test.jsonl",
+        tables / "grpo.test.jsonl",
         label=f"{recipe.stem} test",
         weights=stages.shares(performer, cases),
     )
     if table.ids != [c.id for c in cases]:
         raise InputError(f"{folder}: holds a table of other cases than {recipe} has now; delete the folder")
-    outcome = trial.on(cases, table, scorer)
+    outcome = trial.on(cases, table, scorer, tables)
     shared = len({c.patient for c in cases} & {c.patient for s in ("train", "val") for c in stages.all_splits[s]})
     if shared:
         logger.warning("%d test patients of %s are named as patients that the run learnt from", shared, recipe)
@@ -76,7 +75,7 @@ def transfer(stages: Stages, recipe: Path) -> tuple[dict[str, Any], Path]:
         "missing_slides": missing_slides(cases, bank.missing),
         **provenance(run),
     }
-    write_outcome(folder, outcome, summary, Pictures(performer, cases, partial(stages.shares, performer)))
+    write_outcome(folder, outcome, summary, pictures_of(stages, performer, outcome))
     return summary, folder
 
 

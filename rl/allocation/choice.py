@@ -6,14 +6,17 @@ A split is a tuple of tokens, one a slide; 0 does not show it.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
 from envs.case import Case
 from models.performer import Performer, share_out
+from slides.whole import write_text
 
 Split = tuple[int, ...]
 EXHAUSTIVE = 4096
@@ -141,6 +144,16 @@ class SplitCost:
         coefficients = np.linalg.lstsq(within / scale, centred, rcond=None)[0] / scale
         offset = float(np.mean([c.mean() - m @ coefficients for c, m in zip(costs, means, strict=True)]))
         return cls(coefficients, offset, largest)
+
+    def save(self, path: Path) -> None:
+        """Write as JSON, whole or not at all."""
+        write_text(path, json.dumps(vars(self), default=np.ndarray.tolist) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> SplitCost:
+        """Read what `save` wrote."""
+        kept = json.loads(path.read_text())
+        return cls(np.array(kept["coefficients"]), kept["offset"], kept["largest"])
 
     @staticmethod
     def _terms(splits: Sequence[Split]) -> np.ndarray:

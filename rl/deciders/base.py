@@ -6,6 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from models.performer import Performer
 from rl.frontier import chosen
 
 if TYPE_CHECKING:
+    from rl.scoring import Scorer
     from rl.stages import Stages
 
 
@@ -64,6 +66,7 @@ class Answered:
         look_flops, flops: of the look, earlier budgets included, and of the answer.
         look_ms, ms: wall milliseconds of both, at batch size 1.
         confidence: see `models.performer.Answer`.
+        split: tokens asked for of each image and slide, where each has a budget of its own.
     """
 
     text: str
@@ -76,6 +79,7 @@ class Answered:
     look_ms: float
     ms: float
     confidence: float
+    split: tuple[int, ...] | None = None
 
 
 class Decider(ABC):
@@ -109,6 +113,17 @@ class Decider(ABC):
     def decide(self, split: str, price: float) -> Decisions:
         """Decisions about the cases of `val` or `test`; those of `val` by fits that had not seen the patient."""
 
+    def decide_on(
+        self, cases: Sequence[Case], price: float, table: ScoreTable, scorer: Scorer, folder: Path
+    ) -> Decisions:
+        """Decisions about other cases, whose images the performer can see.
+
+        Args:
+            table: of these cases, the ladder's columns.
+            scorer: of answers that the table does not have; folder: where such answers are kept.
+        """
+        return Decisions.from_table(price, table, *self.choose(cases, price))
+
     @property
     def rung_cost(self) -> Sequence[float]:
         """Cost of an answer at each rung that it decides by, the largest = 1."""
@@ -137,8 +152,10 @@ class Decider(ABC):
         """Answer one case alone at a budget that nothing chooses; dividing it among slides may still take a look."""
         return self._answered(case, budget, float(self.share_look([case])[0]), time.perf_counter())
 
-    def _answered(self, case: Case, budget: int, look_flops: float, start: float) -> Answered:
-        weights = self.divide([case])
+    def _answered(
+        self, case: Case, budget: int, look_flops: float, start: float, split: tuple[int, ...] | None = None
+    ) -> Answered:
+        weights = self.divide([case]) if split is None else [split]
         look_ms = 1000 * (time.perf_counter() - start)
         (found,) = self.performer.answer([case], [budget], self.stages.max_new_tokens, 1, weights)
         return Answered(
@@ -152,6 +169,7 @@ class Decider(ABC):
             look_ms=look_ms,
             ms=1000 * found.seconds,
             confidence=found.confidence,
+            split=split,
         )
 
     def divide(self, cases: Sequence[Case]) -> list[list[float] | None]:

@@ -9,6 +9,7 @@ from models.performer import Performer
 from rl.deciders.base import Decider
 from rl.deciders.escalate import load_escalate
 from rl.deciders.policy import load_policy
+from rl.deciders.split import load_split
 from rl.deciders.text import load_text
 from rl.deciders.value import load_value
 from rl.stages import Stages
@@ -23,6 +24,7 @@ LOADERS: dict[str, Callable[[Stages, Performer], Decider]] = {
     "policy": load_policy,
     "text": load_text,
     "escalate": load_escalate,
+    "split": load_split,
 }
 """How each form is read from the folder `allocator` of a run."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -11,6 +12,7 @@ import numpy as np
 import torch
 
 from envs.case import Case
+from envs.score_table import ScoreTable
 from models.allocators.look import CheapLook
 from models.allocators.network import LookNetwork
 from models.allocators.split import SplitAllocator, SplitConfig
@@ -18,10 +20,13 @@ from models.performer import Performer
 from rl.allocation.choice import EXHAUSTIVE, Room, Split, SplitCost, greedy
 from rl.allocation.fitting import by_patient, fit_by_patient, fit_rows, predict
 from rl.allocation.splits import Scored, SplitTable, draw_splits
-from rl.checkpoints import is_done, mark_done
-from rl.deciders.base import Decider, Decisions
+from rl.checkpoints import Clock, is_done, mark_done
+from rl.deciders.base import Answered, Decider, Decisions
+from rl.scoring import Scorer
 from rl.stages import Stages
 
+COST = "cost.json"
+"""File beside a fit's own with the cost of a split."""
 BATCH = 16
 """Cases of a step of the fit; each comes with all of its splits."""
 
@@ -31,8 +36,8 @@ class SplitDecider(Decider):
 
     Args:
         stages: the run. performer: the trained performer of the stage `name`.
-        allocator: fitted on the validation cases. folds: those that each had not seen some of their patients.
-        cost: of a split.
+        allocator: fitted on the validation cases. cost: of a split.
+        folds: fits that each had not seen some of the validation patients; for new cases there need be none.
     """
 
     form = "split"
@@ -43,8 +48,8 @@ class SplitDecider(Decider):
         performer: Performer,
         name: str,
         allocator: SplitAllocator,
-        folds: Sequence[SplitAllocator],
         cost: SplitCost,
+        folds: Sequence[SplitAllocator],
     ):
         self.stages, self.performer, self.name = stages, performer, name
         self.allocator, self.folds, self.cost = allocator, folds, cost
@@ -65,7 +70,22 @@ class SplitDecider(Decider):
 
     def decide(self, split: str, price: float) -> Decisions:
         chosen, look = self.decided(split, price)
-        found = [row for (row,) in self.answers(split, [[s] for s in chosen])]
+        return self._decisions(price, chosen, look, self.answers(split, [[s] for s in chosen]))
+
+    def decide_on(
+        self, cases: Sequence[Case], price: float, table: ScoreTable, scorer: Scorer, folder: Path
+    ) -> Decisions:
+        chosen, look = self.splits(cases, price)
+        path, asked = folder / f"{self.name}.splits.jsonl", [[s] for s in chosen]
+        return self._decisions(
+            price, chosen, look, _ask(self.stages, self.performer, path, cases, table, scorer, asked)
+        )
+
+    def _decisions(
+        self, price: float, chosen: Sequence[Split], look: np.ndarray, answers: Sequence[Sequence[Scored]]
+    ) -> Decisions:
+        """Of each case (N,) the split that was chosen, FLOPs of choosing it, and the only answer."""
+        found = [row for (row,) in answers]
         score, visual, flops = (np.array([getattr(f, k) for f in found]) for k in ("score", "visual", "flops"))
         details = [
             {
@@ -91,9 +111,19 @@ class SplitDecider(Decider):
         return ask(self.stages, self.performer, self.name, split, splits)
 
     def predicted(self, split: str) -> np.ndarray:
-        cases = self.stages.splits[split]
+        return self._even(self._models(split), self.stages.splits[split])
+
+    def values(self, cases: Sequence[Case]) -> np.ndarray:
+        return self._even([self.allocator] * len(cases), cases)
+
+    def answer(self, case: Case, price: float) -> Answered:
+        start = time.perf_counter()
+        (split,), flops = self.splits([case], price)
+        return self._answered(case, sum(split), float(flops[0]), start, split)
+
+    def _even(self, models: Sequence[SplitAllocator], cases: Sequence[Case]) -> np.ndarray:
+        """Predicted scores (N, rungs) of even splits."""
         rooms = rooms_of(self.performer, cases, self.allocator.config)
-        models = self._models(split)
         return np.stack([self._value(m, c)(list(r.equal)) for m, c, r in zip(models, cases, rooms, strict=True)])
 
     def _models(self, split: str) -> list[SplitAllocator]:
@@ -159,12 +189,24 @@ def ask(
 
     Those of equal shares are in the stage's score table already.
     """
-    run, cases = stages.run, stages.splits[split]
-    table = SplitTable(run.folder / "tables" / f"{name}.{split}.splits.jsonl")
-    rooms = [Room.of(performer, c, [0], run.ladder) for c in cases]
-    table.take(stages.table(name, performer, split), rooms, run.ladder)
-    label = f"{name} on splits of {split}"
-    return table.ask(performer, cases, splits, stages.scorer, stages.max_new_tokens, run.evaluation.batch_size, label)
+    path, table = stages.run.folder / "tables" / f"{name}.{split}.splits.jsonl", stages.table(name, performer, split)
+    return _ask(stages, performer, path, stages.splits[split], table, stages.scorer, splits)
+
+
+def _ask(
+    stages: Stages,
+    performer: Performer,
+    path: Path,
+    cases: Sequence[Case],
+    table: ScoreTable,
+    scorer: Scorer,
+    splits: Sequence[Sequence[Split]],
+) -> list[list[Scored]]:
+    """Answers from a file or a score table of equal shares; those that neither has are made, and kept in the file."""
+    run, kept = stages.run, SplitTable(path)
+    kept.take(table, [Room.of(performer, c, [0], run.ladder) for c in cases], run.ladder)
+    label = path.name.removesuffix(".jsonl")
+    return kept.ask(performer, cases, splits, scorer, stages.max_new_tokens, run.evaluation.batch_size, label)
 
 
 def fit_split(stages: Stages, performer: Performer, start: LookNetwork, name: str = "grpo") -> SplitDecider:
@@ -176,8 +218,15 @@ def fit_split(stages: Stages, performer: Performer, start: LookNetwork, name: st
         performer: of the stage `name`. start: the jointly trained allocator, whose reading of look and question the
             fit starts from.
     """
-    run, options = stages.run, stages.run.allocator
-    folder, cases = run.folder / ("allocator" if name == "grpo" else f"{name}_allocator"), stages.splits["val"]
+    run, options, cases = stages.run, stages.run.allocator, stages.splits["val"]
+    folder = run.folder / ("allocator" if name == "grpo" else f"{name}_allocator")
+    parts = {**stages.grpo_parts(), "fit": options.settings(), "stage": name}
+    patients = [c.patient for c in cases]
+    folds = by_patient(patients)
+    if is_done(folder, parts):
+        saved = [SplitAllocator.from_pretrained(_fold(folder, k)) for k in range(len(folds))]
+        return SplitDecider(stages, performer, name, *_read(folder), saved)
+    clock = Clock()
     torch.manual_seed(run.grpo.seed)
     shape = {k: getattr(start.config, k) for k in ("feature_dim", "width", "buckets", "dropout", "look_dropout")}
     config = SplitConfig(
@@ -189,21 +238,14 @@ def fit_split(stages: Stages, performer: Performer, start: LookNetwork, name: st
         share="split",
         **shape,
     )
-    allocator = SplitAllocator(config)
-    allocator.see.load_state_dict(start.see.state_dict())
-    allocator.question.load_state_dict(start.question.state_dict())
+    fresh = SplitAllocator(config)
+    fresh.see.load_state_dict(start.see.state_dict())
+    fresh.question.load_state_dict(start.question.state_dict())
     rooms = rooms_of(performer, cases, config)
     splits = draw_splits(cases, rooms, options.fit_splits, run.grpo.seed)
     found = ask(stages, performer, name, "val", splits)
     largest = float(np.mean([row[splits[i].index(rooms[i].equal[-1])].flops for i, row in enumerate(found)]))
     cost = SplitCost.fit(splits, [[f.flops for f in row] for row in found], largest)
-    patients = [c.patient for c in cases]
-    parts = {**stages.grpo_parts(), "fit": options.settings(), "stage": name}
-    folds = by_patient(patients)
-    if is_done(folder, parts):
-        saved = [folder, *(_fold(folder, k) for k in range(len(folds)))]
-        allocator, *held_out = (SplitAllocator.from_pretrained(f) for f in saved)
-        return SplitDecider(stages, performer, name, allocator, held_out, cost)
     budgets = torch.zeros(len(cases), max(map(len, splits)), max(len(r.levels) for r in rooms), dtype=torch.long)
     scores = torch.full(budgets.shape[:2], torch.nan)
     for i, (own, rows) in enumerate(zip(splits, found, strict=True)):
@@ -216,19 +258,28 @@ def fit_split(stages: Stages, performer: Performer, start: LookNetwork, name: st
         "batch_size": BATCH,
         "seed": run.grpo.seed,
     }
-    start_again = copy.deepcopy(allocator)
     allocator, _, losses = fit_by_patient(
-        allocator, *inputs[:2], scores, patients, options.fit_epochs, further=inputs[2:], **fit
+        fresh, *inputs[:2], scores, patients, options.fit_epochs, further=inputs[2:], **fit
     )
-    held_out = [copy.deepcopy(start_again) for _ in folds]
+    held_out = [copy.deepcopy(fresh) for _ in folds]
     for fold, (seen, _) in zip(held_out, folds, strict=True):
         fit_rows(fold, inputs, scores, seen, int(np.argmin(losses)) + 1, **fit)
     if stages.is_main:
         allocator.save_pretrained(folder)
         for k, fold in enumerate(held_out):
             fold.save_pretrained(_fold(folder, k))
-        mark_done(folder, parts, n=len(cases), splits=int((~scores.isnan()).sum()), loss=losses)
-    return SplitDecider(stages, performer, name, allocator, held_out, cost)
+        cost.save(folder / COST)
+        mark_done(folder, parts, n=len(cases), splits=int((~scores.isnan()).sum()), loss=losses, seconds=clock.seconds)
+    return SplitDecider(stages, performer, name, allocator, cost, held_out)
+
+
+def load_split(stages: Stages, performer: Performer) -> SplitDecider:
+    """Read a finished fit from the run's folder, for new cases; it decides about none that it was fitted on."""
+    return SplitDecider(stages, performer, "grpo", *_read(stages.run.folder / "allocator"), [])
+
+
+def _read(folder: Path) -> tuple[SplitAllocator, SplitCost]:
+    return SplitAllocator.from_pretrained(folder), SplitCost.load(folder / COST)
 
 
 def _fold(folder: Path, number: int) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -57,14 +58,15 @@ class Trial:
         predicted = self.decider.predicted("test")
         return self._outcome(self.stages.splits["test"], table, decided, predicted, self.stages.scorer)
 
-    def on(self, cases: Sequence[Case], table: ScoreTable, scorer: Scorer) -> Outcome:
+    def on(self, cases: Sequence[Case], table: ScoreTable, scorer: Scorer, folder: Path) -> Outcome:
         """What came of other cases, whose images the performer's bank has.
 
         Args:
             table: of these cases, budget 0 and the ladder's columns.
+            folder: where answers are kept that the table does not have.
         """
         prices, ladder = (*self.prices, self.preferred.operating["price"]), table.at(self.ladder)
-        decided = [Decisions.from_table(p, ladder, *self.decider.choose(cases, p)) for p in prices]
+        decided = [self.decider.decide_on(cases, p, ladder, scorer, folder) for p in prices]
         return self._outcome(cases, table, decided, self.decider.values(cases), scorer)
 
     def _outcome(

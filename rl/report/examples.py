@@ -19,6 +19,11 @@ OPEN = "open answer, not shown"
 """Stands for the text of open answers and reports, which may name people."""
 
 
+def rung_of(row: Row) -> int:
+    """Budget of the ladder that a case was answered at, the nearest one where it was another."""
+    return row["rung"] if "rung" in row else row["budget"]
+
+
 def ladder_of(rows: Sequence[Row]) -> list[int]:
     """Budgets above 0 that the cases were answered at, ascending."""
     return sorted({int(b) for row in rows for b in row["score_by_budget"]} - {0})
@@ -56,7 +61,7 @@ def helps(rows: Sequence[Row], ladder: Sequence[int]) -> list[Row]:
     """Whether more is spent where it helps: for the cases of each chosen budget, their mean score at every budget."""
     made = []
     for budget in ladder:
-        own = [row for row in rows if row["budget"] == budget]
+        own = [row for row in rows if rung_of(row) == budget]
         if own:
             at = {b: float(np.mean([row["score_by_budget"][str(b)] for row in own])) for b in ladder}
             made.append({"budget": budget, "n": len(own), "at": at, "gain": at[ladder[-1]] - at[ladder[0]]})
@@ -86,7 +91,7 @@ def mistakes(rows: Sequence[Row], ladder: Sequence[int], most: int) -> list[Row]
         return max(row["score_by_budget"][str(b)] for b in ladder) - row["score"]
 
     def key(row: Row) -> tuple:
-        return regret(row), (row.get("predicted") or {}).get(str(row["budget"]), 0.0)
+        return regret(row), (row.get("predicted") or {}).get(str(rung_of(row)), 0.0)
 
     return _in_turn([row for row in rows if regret(row) >= 0.5], key, most)
 
@@ -106,7 +111,7 @@ def _by(rows: Sequence[Row], of: Callable[[Row], str]) -> dict[str, list[Row]]:
 
 
 def _group(name: str, level: int, rows: Sequence[Row], ladder: Sequence[int]) -> Row:
-    count = Counter(row["budget"] for row in rows)
+    count = Counter(map(rung_of, rows))
     return {
         "name": name,
         "level": level,

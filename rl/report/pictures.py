@@ -66,7 +66,8 @@ class Pictures:
         case = self.cases[name]
         (weights,) = (self.divide([case]) if self.divide else None) or (None,)
         made = []
-        for number, view in enumerate(self.performer.see(case, budget, weights)[:MOST_SHOWN], 1):
+        order = {str(source): number for number, source in enumerate((*case.images, *case.slides), 1)}
+        for view in self.performer.see(case, budget, weights)[:MOST_SHOWN]:
             assert isinstance(view, VisualTokens | ImageView)
             source = str(view.source)
             kind = "image" if source in case.images else "slide"
@@ -74,7 +75,7 @@ class Pictures:
             if pixels is None:
                 continue
             seen, note = as_seen(view, pixels)
-            made.append(Shown(f"{kind} {number}", jpeg(pixels), jpeg(seen), view.tokens, note))
+            made.append(Shown(f"{kind} {order[source]}", jpeg(pixels), jpeg(seen), view.tokens, note))
         return made
 
 

@@ -59,9 +59,16 @@ def write_report(stages: Stages, performer: Performer, outcome: Outcome, summary
         "reproduce": reproduce(summary, sys.argv[1:]),
         **provenance(stages.run),
     }
-    pictures = Pictures(performer, outcome.cases, partial(stages.shares, performer))
-    write_outcome(stages.run.folder / "report", outcome, summary, pictures)
+    write_outcome(stages.run.folder / "report", outcome, summary, pictures_of(stages, performer, outcome))
     return summary
+
+
+def pictures_of(stages: Stages, performer: Performer, outcome: Outcome) -> Pictures:
+    """What makes the pictures of an outcome's cases, as they were answered at the operating price."""
+    pairs = zip(outcome.cases, outcome.decisions.details or (), strict=False)
+    split = {case.id: own["budgets"] for case, own in pairs if "budgets" in own}
+    divide = (lambda cases: [split[c.id] for c in cases]) if split else partial(stages.shares, performer)
+    return Pictures(performer, outcome.cases, divide)
 
 
 def write_outcome(folder: Path, outcome: Outcome, summary: dict[str, Any], pictures: Pictured | None = None) -> None:
@@ -143,7 +150,7 @@ def _cases(outcome: Outcome) -> str:
             values = zip(outcome.ladder, outcome.predicted[i], strict=True)
             row["predicted"] = {str(b): round(float(v), 4) for b, v in values}
         if decisions.details is not None:
-            row |= decisions.details[i]
+            row |= {"rung": table.budgets[k], **decisions.details[i]}
         lines.append(json.dumps(row))
     return "\n".join(lines) + "\n"
 
