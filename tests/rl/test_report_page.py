@@ -144,6 +144,16 @@ def test_text_of_open_answers_is_not_shown(summary, rows):
     assert "cases" in page.ids() and "Smith" not in page.text + str(page.tags)
 
 
+def test_budgets_of_single_slides_are_told(summary, rows):
+    for row in rows:
+        row |= {"rung": LADDER[1], "budget": 6, "budgets": [5, 0, 1], "score": 1.0}
+    page = Elements(render(summary, rows, "run"))
+    assert "5 + 0 + 1, score 1; below, even shares" in page.text
+    assert not [a for tag, a in page.tags if tag == "li" and "own" in a.get("class", "")]
+    assert spread(rows, LADDER)[0]["shares"] == [0, 1, 0, 0, 0]
+    assert [row["n"] for row in helps(rows, LADDER)] == [len(rows)]
+
+
 def test_the_page_can_be_made_again_from_its_files(folder, tmp_path):
     for name in ("summary.json", "cases.jsonl"):
         (tmp_path / name).write_text((folder / name).read_text())
