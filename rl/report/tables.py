@@ -71,7 +71,8 @@ def measures(summary: Mapping[str, Any]) -> dict[str, list[Table]]:
 def _frontier(part: Mapping[str, Any]) -> list[Table]:
     rows = [[name, figure(part[a][b])] for (a, b), name in AREAS.items() if a in part and b in part[a]]
     if "chosen_on_val" in part:
-        rows.append(["area between lines through points chosen on validation cases", figure(part["chosen_on_val"])])
+        chosen = part["chosen_on_val"]["linear"]
+        rows.append(["area between lines through points chosen on validation cases", figure(chosen)])
     caption = (
         "Mean height in accuracy above the static frontier over the costs that both have, and hypervolumes [95 %]"
     )
