@@ -27,6 +27,9 @@ from rl.recipe import parse_recipe
 from rl.stages import Stages
 from slides.errors import entry
 
+FITS = {"value": fit_value, "escalate": fit_escalate}
+"""Forms for which the joint step learns values."""
+
 
 def make_decider(stages: Stages, performer: Performer, start: LookNetwork) -> Decider:
     """An allocator of the recipe's form that is ready to decide; what it takes for new cases is kept in the folder.
@@ -48,9 +51,8 @@ def _fitted(stages: Stages, performer: Performer, start: LookNetwork) -> Decider
     table = stages.table("grpo", performer, "val")
     if form == "policy" and isinstance(start, PolicyAllocator):
         return fit_policy(stages, performer, start, table)
-    if isinstance(start, ValueAllocator):
-        fit = fit_escalate if form == "escalate" else fit_value
-        return fit(stages, performer, start, table)
+    if form in FITS and isinstance(start, ValueAllocator):
+        return FITS[form](stages, performer, start, table)
     raise TypeError(f"no decider of the form {form} starts from a {type(start).__name__}")
 
 

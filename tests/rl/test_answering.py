@@ -12,6 +12,7 @@ import torch
 from models.allocators.network import AllocatorConfig
 from models.allocators.value import ValueAllocator
 from rewards.registry import get_rewards
+from rl.allocation.objectives import Objective
 from rl.answering import answer_all, closing, head, line, totals
 from rl.deciders.value import ValueDecider
 from rl.scoring import Scorer
@@ -32,7 +33,10 @@ def make_decider(performer):
             allocator.head[-1].weight.zero_()
             allocator.head[-1].bias.copy_(torch.tensor([0.4, 0.6, 0.8]).logit())
         stages = SimpleNamespace(
-            run=SimpleNamespace(ladder=list(LADDER)), rung_cost=lambda performer: COST, max_new_tokens=4
+            run=SimpleNamespace(ladder=list(LADDER)),
+            rung_cost=lambda performer: COST,
+            objective=lambda performer: Objective("linear", LADDER, tuple(COST)),
+            max_new_tokens=4,
         )
         return ValueDecider(stages, performer, allocator, np.zeros((0, 3)))
 

@@ -229,7 +229,7 @@ def test_it_decides_once_whatever_the_price(make_taught, make_stages, cases, mon
     assert decisions.look[0] > performer.shape.prefill(len(prompt)), "the whole pass of the allocator is paid for"
     rungs, flops = decider.choose(cases[4:], 0.3)
     assert rungs.tolist() == decisions.rungs.tolist() and flops.tolist() == decisions.look.tolist()
-    assert decider.look_ms() > 0
+    assert (decider.look_ms(decider.stages.splits["test"][:2], 0.1) > 0).all()
     monkeypatch.setattr(TextAllocator, "ask", lambda *rest: pytest.fail("what was decided is kept"))
     later = text_decider(make_stages(text=quick), make_taught()).decide("test", 0.3)
     assert np.array_equal(later.score, decisions.score) and later.details == decisions.details
