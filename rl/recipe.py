@@ -176,7 +176,7 @@ class EvaluationOptions:
         default_factory=lambda: [0.0, 0.003, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.27, 0.4, 0.6, 1.0]
     )
     operating: str = "one_error"
-    tolerance: float = 0.01
+    tolerance: float = 0.005
     price: float | None = None
     max_new_tokens: int | None = None
     bootstrap: int = 2000
