@@ -19,7 +19,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-TEXT = {"allocator.form": "text", "allocator.text.look": "16"}
+TEXT = {
+    "allocator.form": "text",
+    "allocator.text.look": "16",
+    # A model made from nothing cannot write a number.
+    "allocator.text.warm_start": "{max_steps: 300, learning_rate: 1.0e-3}",
+}
 RUNS: dict[str, tuple[str, dict[str, str]]] = {
     "joint": ("joint", {}),
     "sequential": ("sequential", {}),
