@@ -38,7 +38,11 @@ def parse_boxes(text: str) -> np.ndarray | None:
     """
     if not _BOXES.fullmatch(text):
         return None
-    boxes = np.array(json.loads(text, parse_int=float), dtype=np.float64).reshape(-1, 4)
+    try:
+        read = json.loads(text, parse_int=float)
+    except json.JSONDecodeError:  # before Python 3.11.5 possessive groups match too much (gh-106052)
+        return None
+    boxes = np.array(read, dtype=np.float64).reshape(-1, 4)
     return boxes if np.isfinite(boxes).all() else None  # 1e999 is valid JSON
 
 
