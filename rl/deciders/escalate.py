@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from models.reuse import Reader, look_flops
 from rl.allocation.escalation import Experience, Plan, Seen, fit_forecast_by_patient, walk
 from rl.deciders.base import Answered, Decider, Decisions
 from rl.frontier import chosen
+from rl.scoring import Scorer
 from rl.stages import Stages
 from slides.whole import write_text
 
@@ -117,10 +119,24 @@ class EscalateDecider(Decider):
     def decide(self, split: str, price: float) -> Decisions:
         table = self.stages.table("grpo", self.performer, split).at(self.ladder)
         fold = self.known.fold if split == "val" else self.known.whole(len(table.ids))
-        known, cost = self.known.forecast, self.known.cost
-        looks = self.looks(split)
-        rungs, spent, looked = walk(self.plan(price), known, Seen.of_table(table), fold, looks, cost, price)
-        divided = np.array([self._dividing_flops(c) for c in self.stages.splits[split]])
+        return self._decided(price, table, fold, self.looks(split), self.stages.splits[split])
+
+    def decide_on(
+        self, cases: Sequence[Case], price: float, table: ScoreTable, scorer: Scorer, folder: Path
+    ) -> Decisions:
+        # The table has every answer that looking would give.
+        key = str(folder)
+        if key not in self._flops:
+            self._flops[key] = _all_looks(self.performer, cases, self.divide, table)
+        return self._decided(price, table, self.known.whole(len(cases)), self._flops[key], cases)
+
+    def _decided(
+        self, price: float, table: ScoreTable, fold: np.ndarray, looks: np.ndarray, cases: Sequence[Case]
+    ) -> Decisions:
+        known = self.known
+        seen = Seen.of_table(table)
+        rungs, spent, looked = walk(self.plan(price), known.forecast, seen, fold, looks, known.cost, price)
+        divided = np.array([self._dividing_flops(c) for c in cases])
         found = Decisions.from_table(price, table, rungs, spent + divided - chosen(table.flops, rungs))
         return replace(found, look_tokens=(table.visual * looked).sum(1) - found.visual)
 

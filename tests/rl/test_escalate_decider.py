@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,6 +26,10 @@ def test_what_is_decided_from_the_table_is_what_happens(decider):
         decided = decider.decide("test", price)
         rungs, look = decider.choose(cases, price)
         np.testing.assert_array_equal(rungs, decided.rungs)
+        table = decider.stages.table("grpo", decider.performer, "test")
+        other = decider.decide_on(cases, price, table, None, Path("elsewhere"))
+        np.testing.assert_array_equal(other.rungs, decided.rungs)
+        np.testing.assert_allclose(other.cost, decided.cost)
         np.testing.assert_allclose(look, decided.look, rtol=1e-9, atol=1e-3)
         told = [decider.answer(case, price) for case in cases]
         assert [a.budgets[-1] for a in told] == [BUDGETS[r] for r in rungs]
