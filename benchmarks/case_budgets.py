@@ -36,7 +36,8 @@ import torch
 from models.allocators.look import CheapLook
 from models.allocators.network import AllocatorConfig
 from models.allocators.value import ValueAllocator
-from models.performer import Performer, share_out
+from models.performer import Performer
+from models.share_out import share_out
 from rewards.bootstrap import Bootstrap
 from rl.allocation.choice import Split
 from rl.allocation.fitting import fit_by_patient, predict

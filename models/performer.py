@@ -24,6 +24,7 @@ from models.generation import generate_sure
 from models.image_view import ImageView
 from models.processor import SlideProcessor, ViewProcessor
 from models.qwen_vl import QwenProcessor, freeze_vision, load_qwen
+from models.share_out import share_out
 from models.sight import Prompt, View, read_prompt
 from models.slide_vlm import SlideVLM, SlideVLMConfig
 from models.visual import FeatureBank, VisualTokens
@@ -367,35 +368,6 @@ class QwenPerformer(Performer):
         if frozen:
             freeze_vision(model)
         return cls(model, QwenProcessor.load(folder), bank, **options)
-
-
-def share_out(budget: int, weights: Sequence[float], room: Sequence[float]) -> list[int]:
-    """A budget in whole shares by weight; what is left over goes by largest remainder, to the first of equals.
-
-    Weights that are whole numbers and sum to the budget are the shares themselves.
-
-    Args:
-        weights: a share without weight is nought.
-        room: what each can take at most; what is more goes to the others.
-    """
-    total = sum(weights)
-    if not budget or not total:
-        return [0] * len(weights)
-    quotas = [budget * weight / total for weight in weights]
-    full = [at for at, quota in enumerate(quotas) if quota >= room[at]]
-    if full:
-        shares = [int(room[at]) if at in full else 0 for at in range(len(weights))]
-        rest = [at for at in range(len(weights)) if at not in full]
-        if rest:
-            others = share_out(budget - sum(shares), [weights[at] for at in rest], [room[at] for at in rest])
-            for at, share in zip(rest, others, strict=True):
-                shares[at] = share
-        return shares
-    shares = [math.floor(quota + 1e-9) for quota in quotas]
-    order = sorted(range(len(quotas)), key=lambda at: shares[at] - quotas[at])
-    for at in order[: budget - sum(shares)]:
-        shares[at] += 1
-    return shares
 
 
 def _shape(view: Any) -> tuple[int, ...]:

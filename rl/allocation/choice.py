@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 
 from envs.case import Case
-from models.performer import Performer, share_out
+from models.performer import Performer
+from models.share_out import share_out
 from slides.whole import write_text
 
 Split = tuple[int, ...]

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from scipy.special import expit, logit
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import GroupKFold
 
 from envs.score_table import ScoreTable
-from rl.allocation.fitting import FOLDS
+from rl.allocation.fitting import by_patient
+from rl.frontier import chosen
 from slides.whole import whole
 
 SURE = 1e-4
@@ -134,11 +135,10 @@ def fit_forecast(seen: Seen, score: np.ndarray, kinds: list[str], answers: list[
 
 def fit_forecast_by_patient(seen: Seen, score: np.ndarray, patients: Sequence[str]) -> tuple[Forecast, np.ndarray]:
     """Fits that have not seen a patient, and the fold (N,) of each case; the last fold's fit has seen all."""
-    folds = min(FOLDS, len(set(patients)))
     fold = np.zeros(len(score), dtype=int)
     fits = []
     kinds, answers = sorted(set(seen.questions.tolist())), common_answers(seen)
-    for number, (known, held) in enumerate(GroupKFold(folds).split(score, groups=patients)):
+    for number, (known, held) in enumerate(by_patient(patients)):
         fold[held] = number
         fits.append(fit_forecast(seen.at(known), score[known], kinds, answers))
     fits.append(fit_forecast(seen, score, kinds, answers))
@@ -232,7 +232,7 @@ def best_plan(
 
     def worth(plan: Plan) -> float:
         rungs, spent, _ = walk(plan, forecast, seen, fold, flops, cost, price)
-        return float((score[np.arange(len(rungs)), rungs] - price * spent / largest).mean())
+        return float((chosen(score, rungs) - price * spent / largest).mean())
 
     return max(plans, key=worth)
 
@@ -266,7 +266,7 @@ def best_threshold(
 
     def worth(candidate: tuple[float, int]) -> float:
         rungs, spent = stop_when_sure(confidence, flops, *candidate)
-        return float((score[np.arange(len(rungs)), rungs] - price * spent / largest).mean())
+        return float((chosen(score, rungs) - price * spent / largest).mean())
 
     return max(candidates, key=worth)
 
@@ -286,12 +286,12 @@ class Experience:
     score: np.ndarray
     flops: np.ndarray
 
-    @property
+    @cached_property
     def largest(self) -> float:
         """FLOPs that a cost of 1 stands for."""
         return float(self.flops[:, 0, -1].mean())
 
-    @property
+    @cached_property
     def cost(self) -> np.ndarray:
         """Mean cost (K + 1, K) of looks, the largest fresh one = 1."""
         return self.flops.mean(0) / self.largest

@@ -19,7 +19,8 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from envs.case import Case
-from models.performer import Answer, Performer, share_out
+from models.performer import Answer, Performer
+from models.share_out import share_out
 from rl.allocation.online import AllocatorLearner
 from rl.checkpoints import Clock
 from rl.processes import shared_out

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from models.allocators.split import SplitAllocator, SplitConfig
 from models.build import PerformerConfig, build_performer
-from models.performer import share_out
+from models.share_out import share_out
 from slides.errors import InputError
 from tests.conftest import WIDTH, grid_features
 

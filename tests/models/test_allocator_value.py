@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models.allocators.look import CheapLook
 from models.allocators.network import AllocatorConfig
 from models.allocators.value import ValueAllocator
-from models.performer import share_out
+from models.share_out import share_out
 from models.visual import COLUMNS
 from slides.errors import InputError
 from tests.conftest import LADDER, WIDTH

@@ -5,22 +5,23 @@ import pytest
 from rewards.cost import birr
 from rewards.registry import get_reward
 
+VECTORS = [
+    (2142, "128", 1.0, 1.0),
+    (2142, "255", 0.8, 0.8),
+    (2142, "256", 1.0, 0.5),
+    (2142, "4000", 1.0, 0.5),
+    (100, "99", 1.0, 1.0),
+    (100, "100", 1.0, 0.5),
+    (2142, "12 or 300", 1.0, 1.0),  # n = 12
+    (2142, "1", 1.0, 0.0),
+    (2142, "many", 1.0, 0.0),
+]
+"""Published vectors of the token reward (methods 1.11): native tokens, answer, score, worth."""
+
 
 @pytest.mark.parametrize(
     ("native", "answer", "score", "expected"),
-    [
-        (2142, "128", 1.0, 1.0),
-        (2142, "255", 0.8, 0.8),
-        (2142, "256", 1.0, 0.5),
-        (2142, "4000", 1.0, 0.5),
-        (100, "99", 1.0, 1.0),
-        (100, "100", 1.0, 0.5),
-        (2142, "12 or 300", 1.0, 1.0),  # n = 12
-        (2142, "1", 1.0, 0.0),
-        (2142, "many", 1.0, 0.0),
-        (2142, "", 1.0, 0.0),
-        (2142, None, 1.0, 0.0),
-    ],
+    [*VECTORS, (2142, "", 1.0, 0.0), (2142, None, 1.0, 0.0)],
 )
 def test_token_reward_of_birr4cpath(native, answer, score, expected):
     assert birr(answer, native, score) == expected

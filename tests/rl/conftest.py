@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -91,3 +92,24 @@ def make_trainer(cases, make_learner, tmp_path) -> Callable[..., FrugalTrainer]:
 def even_tokens(completions, completion_ids, **columns) -> list[float]:
     """A reward that tells apart what an untrained performer writes: the share of even tokens."""
     return [sum(t % 2 == 0 for t in ids) / max(1, len(ids)) for ids in completion_ids]
+
+
+def whole_and_resumed(make: Callable[..., FrugalTrainer], folder: Path, at: int, **options) -> list[FrugalTrainer]:
+    """Two trainers after 4 steps: one that ran them, one that went on from another's checkpoint at a step."""
+    ends = []
+    for cut in (False, True):
+        own = {"output_dir": str(folder / f"cut{cut}"), "max_steps": 4, "save_strategy": "steps", **options}
+        if cut:
+            make(**{**own, "max_steps": at}).train()
+        trainer = make(**own)
+        trainer.train(resume_from_checkpoint=f"{own['output_dir']}/checkpoint-{at}" if cut else None)
+        ends.append(trainer)
+    return ends
+
+
+def assert_same_weights(whole: FrugalTrainer, resumed: FrugalTrainer) -> None:
+    """Of performer and allocator."""
+    for end, again in ((whole.model, resumed.model), (whole.learner.allocator, resumed.learner.allocator)):
+        for name, value in end.state_dict().items():
+            found = again.state_dict()[name]
+            torch.testing.assert_close(found, value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")

@@ -11,7 +11,7 @@ from rewards.registry import gold_completion
 from rl.config import FrugalConfig
 from slides.errors import InputError
 from tests.conftest import LADDER
-from tests.rl.conftest import even_tokens
+from tests.rl.conftest import assert_same_weights, even_tokens, whole_and_resumed
 
 
 @pytest.mark.parametrize(
@@ -118,22 +118,8 @@ def test_a_batch_that_splits_an_image_is_refused(tmp_path):
 
 
 def test_a_resumed_run_ends_where_the_whole_run_ends(make_performer, make_trainer, tmp_path):
-    ends = []
-    for cut in (False, True):
-        options = {
-            "output_dir": str(tmp_path / f"cut{cut}"),
-            "max_steps": 4,
-            "save_strategy": "steps",
-            "save_steps": 2,
-        }
-        if cut:
-            make_trainer(make_performer(), **{**options, "max_steps": 2}).train()
-        trainer = make_trainer(make_performer(), **options)
-        trainer.train(resume_from_checkpoint=f"{options['output_dir']}/checkpoint-2" if cut else None)
-        ends.append((trainer.model.state_dict(), trainer.learner.allocator.state_dict()))
-    for whole, resumed in zip(*ends, strict=True):
-        for name, value in whole.items():
-            torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    ends = whole_and_resumed(lambda **own: make_trainer(make_performer(), **own), tmp_path, 2, save_steps=2)
+    assert_same_weights(*ends)
 
 
 def test_slides_of_a_case_are_shown_at_the_shares_of_the_allocator(cases, make_performer, make_trainer, monkeypatch):

@@ -14,6 +14,7 @@ from rl.checkpoints import Clock, last_whole
 from rl.config import FrugalConfig
 from rl.scoring import Scorer
 from tests.conftest import LADDER
+from tests.rl.conftest import assert_same_weights, whole_and_resumed
 
 
 class Watch(TrainerCallback):
@@ -77,24 +78,9 @@ def test_in_turns_one_learns_and_the_other_stays_bit_for_bit(make_performer, mak
 
 @pytest.mark.parametrize("mode", ["alternating", "sequential"])
 def test_a_resumed_run_ends_where_the_whole_run_ends(make_performer, make_trainer, tmp_path, mode):
-    ends = []
-    for cut in (False, True):
-        options = {
-            "output_dir": str(tmp_path / f"cut{cut}"),
-            "max_steps": 4,
-            "save_strategy": "steps",
-            "save_steps": 1,
-            "mode": mode,
-            "alternate_every": 2,
-        }
-        if cut:
-            make_trainer(make_performer(), **{**options, "max_steps": 3}).train()
-        trainer = make_trainer(make_performer(), **options)
-        trainer.train(resume_from_checkpoint=f"{options['output_dir']}/checkpoint-3" if cut else None)
-        ends.append((trainer.model.state_dict(), trainer.learner.allocator.state_dict()))
-    for whole, resumed in zip(*ends, strict=True):
-        for name, value in whole.items():
-            torch.testing.assert_close(resumed[name], value, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    options = {"save_steps": 1, "mode": mode, "alternate_every": 2}
+    ends = whole_and_resumed(lambda **own: make_trainer(make_performer(), **own), tmp_path, 3, **options)
+    assert_same_weights(*ends)
 
 
 def test_in_sequence_the_allocator_does_not_learn_with_the_performer(make_performer, make_trainer):

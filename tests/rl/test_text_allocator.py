@@ -27,6 +27,7 @@ from rl.scoring import Scorer
 from sft.supervised import sft_config, train_sft
 from slides.errors import InputError
 from tests.conftest import LADDER
+from tests.rewards.test_vectors import VECTORS
 from tests.rl.qwen import SHORT_RUN
 
 HARDLY = {
@@ -109,17 +110,7 @@ def sees_enough(completions, tokens, **columns) -> list[float]:
 
 @pytest.mark.parametrize(
     ("native", "answer", "score", "worth"),
-    [
-        (2142, "128", 1.0, 1.0),
-        (2142, "255", 0.8, 0.8),
-        (2142, "256", 1.0, 0.5),
-        (2142, "4000", 1.0, 0.5),
-        (100, "99", 1.0, 1.0),
-        (100, "100", 1.0, 0.5),
-        (2142, "12 or 300", 1.0, 1.0),
-        (2142, "1", 1.0, 0.0),
-        (2142, "many", 1.0, 0.0),
-    ],
+    VECTORS,
 )
 def test_the_published_vectors(performer, cases, monkeypatch, native, answer, score, worth):
     """Methods 1.11."""
