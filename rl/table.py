@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 from accelerate import PartialState
-from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from envs.case import Case
 from envs.score_table import COLUMNS, ScoreTable
 from models.performer import Answer, Performer
+from rl.processes import shared_out
 from rl.scoring import Scorer
 
 
@@ -37,15 +37,15 @@ def score_table(
     if path is not None and Path(path).is_file():
         return ScoreTable.load(path)
     state = PartialState()
-    mine = list(range(len(cases)))[state.process_index :: state.num_processes]
-    columns: list[list[Answer]] = []
-    for budget in tqdm(budgets, desc=label, disable=not state.is_main_process, unit="budget"):
+
+    def answer(mine: list[int]) -> list[list[Answer]]:
+        shown, columns = [cases[i] for i in mine], []
         own = [weights[i] for i in mine] if weights else None
-        shown = [cases[i] for i in mine]
-        columns.append(performer.answer(shown, [budget] * len(mine), max_new_tokens, batch_size, own))
-    local = [(i, [column[k] for column in columns]) for k, i in enumerate(mine)]
-    rows = sorted(gather_object(local) if state.num_processes > 1 else local, key=lambda item: item[0])
-    answers = [row for _, row in rows]
+        for budget in tqdm(budgets, desc=label, disable=not state.is_main_process, unit="budget"):
+            columns.append(performer.answer(shown, [budget] * len(mine), max_new_tokens, batch_size, own))
+        return [[column[k] for column in columns] for k in range(len(mine))]
+
+    answers = shared_out(range(len(cases)), answer)
     score = np.stack(
         [
             scorer([row[k].text for row in answers], cases, [b] * len(cases), [row[k].visual for row in answers])

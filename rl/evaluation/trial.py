@@ -77,8 +77,7 @@ class Trial:
         predicted: np.ndarray | None,
         scorer: Scorer,
     ) -> Outcome:
-        bank = self.performer.bank
-        shown = [tuple(s for s in (*c.images, *c.slides) if s not in bank.missing) for c in cases]
+        shown = [self.performer.sources(c) for c in cases]
         val = self.val.at(self.ladder)
         return Outcome(
             ladder=self.ladder,
@@ -92,6 +91,6 @@ class Trial:
             bootstrap=self.bootstrap(table),
             predicted=predicted,
             base=base_rates(val.score, val.questions, table.questions),
-            kinds=image_kinds(mean_features(list(cases), bank), shown),
+            kinds=image_kinds(mean_features(list(cases), self.performer.bank), shown),
             majority=majority_scores(self.stages.splits["train"], cases, scorer),
         )
