@@ -8,7 +8,7 @@ paid for. The forecast is fitted once and serves every price.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -23,6 +23,9 @@ from slides.whole import whole
 
 SURE = 1e-4
 """Confidences are taken as within this of 0 and 1, so that their logits are bounded."""
+
+ENOUGH = 100
+"""Validation cases of a kind of question from which on it has a plan of its own."""
 
 
 @dataclass(frozen=True)
@@ -273,11 +276,15 @@ def best_threshold(
 
 @dataclass(frozen=True)
 class Experience:
-    """What escalation learnt from N validation cases; it makes a plan for any price.
+    """What escalation learnt from N validation cases; it makes a plan for any price and kind of question.
+
+    The question is known before the first look, so that each kind may start elsewhere.
 
     Args:
         forecast: fitted on them. fold: (N,) the fit that had not seen a case's patient.
         seen: what the performer said. score: (N, K). flops: (N, K + 1, K) of looks, see `walk`.
+        kind: of question, where these are the cases of one kind alone.
+        largest: FLOPs that a cost of 1 stands for; by default of a fresh look at the largest budget.
     """
 
     forecast: Forecast
@@ -285,11 +292,27 @@ class Experience:
     seen: Seen
     score: np.ndarray
     flops: np.ndarray
+    kind: str | None = None
+    largest: float = field(default=0.0)
+
+    def __post_init__(self) -> None:
+        if not self.largest:
+            object.__setattr__(self, "largest", float(self.flops[:, 0, -1].mean()))
 
     @cached_property
-    def largest(self) -> float:
-        """FLOPs that a cost of 1 stands for."""
-        return float(self.flops[:, 0, -1].mean())
+    def kinds(self) -> dict[str, Experience]:
+        """Its part about each kind of question that has `ENOUGH` cases."""
+        found = {}
+        for kind in self.forecast.kinds:
+            at = np.flatnonzero(self.seen.questions == kind)
+            if len(at) >= ENOUGH:
+                own = self.fold[at], self.seen.at(at), self.score[at], self.flops[at]
+                found[kind] = Experience(self.forecast, *own, kind, self.largest)
+        return found
+
+    def about(self, kind: str) -> Experience:
+        """Its part about a kind of question, or all of it where there are too few of the kind."""
+        return self.kinds.get(kind, self)
 
     @cached_property
     def cost(self) -> np.ndarray:

@@ -56,13 +56,14 @@ class EscalateDecider(Decider):
         self.ladder = stages.run.ladder
         self.look = CheapLook(performer, dividing.config)
         self._flops = {"val": known.flops}
-        self._plans: dict[float, Plan] = {}
+        self._plans: dict[tuple[float, str | None], Plan] = {}
 
-    def plan(self, price: float) -> Plan:
-        """What is best on validation cases at a price."""
-        if price not in self._plans:
-            self._plans[price] = self.known.plan(price)
-        return self._plans[price]
+    def plan(self, price: float, known: Experience) -> Plan:
+        """What is best at a price on validation cases, all or of one kind."""
+        key = price, known.kind
+        if key not in self._plans:
+            self._plans[key] = known.plan(price)
+        return self._plans[key]
 
     def choose(self, cases: Sequence[Case], price: float) -> tuple[np.ndarray, np.ndarray]:
         found = [self._look_on(case, price) for case in cases]
@@ -90,7 +91,8 @@ class EscalateDecider(Decider):
         return 1000 * np.array([self._look_on(case, price).seconds for case in cases])
 
     def _look_on(self, case: Case, price: float) -> _Looks:
-        plan, rungs = self.plan(price), len(self.ladder)
+        known, rungs = self.known.about(case.question), len(self.ladder)
+        plan = self.plan(price, known)
         start = time.perf_counter()
         (shares,) = self.divide([case])
         reader = Reader(self.performer, case, self.stages.max_new_tokens, shares)
@@ -105,9 +107,9 @@ class EscalateDecider(Decider):
             spent += answer.flops
             if rung + 1 < rungs:
                 seen = Seen.of(confidence, [text], [case.question])
-                expected = self.known.forecast.expected(seen, rung, looked, self.known.whole(1))
-                to = int(plan.move(expected, rung, self.known.cost, price)[0])
-                spent += self.known.forecast.flops
+                expected = known.forecast.expected(seen, rung, looked, known.whole(1))
+                to = int(plan.move(expected, rung, known.cost, price)[0])
+                spent += known.forecast.flops
         return _Looks(order, spent, time.perf_counter() - start - answer.seconds, answer)
 
     def _fresh(self, case: Case, looks: _Looks) -> float:
@@ -133,9 +135,12 @@ class EscalateDecider(Decider):
     def _decided(
         self, price: float, table: ScoreTable, fold: np.ndarray, looks: np.ndarray, cases: Sequence[Case]
     ) -> Decisions:
-        known = self.known
         seen = Seen.of_table(table)
-        rungs, spent, looked = walk(self.plan(price), known.forecast, seen, fold, looks, known.cost, price)
+        rungs, spent, looked = np.zeros(len(looks), dtype=int), np.zeros(len(looks)), np.zeros(table.score.shape, bool)
+        for kind in np.unique(seen.questions).tolist():
+            at, known = np.flatnonzero(seen.questions == kind), self.known.about(kind)
+            own = walk(self.plan(price, known), known.forecast, seen.at(at), fold[at], looks[at], known.cost, price)
+            rungs[at], spent[at], looked[at] = own
         divided = np.array([self._dividing_flops(c) for c in cases])
         found = Decisions.from_table(price, table, rungs, spent + divided - chosen(table.flops, rungs))
         return replace(found, look_tokens=(table.visual * looked).sum(1) - found.visual)
@@ -175,8 +180,12 @@ def fit_escalate(stages: Stages, performer: Performer, dividing: ValueAllocator,
     if stages.is_main:
         folder = stages.run.folder / "allocator"
         folder.mkdir(parents=True, exist_ok=True)
-        plans = [(price, decider.plan(price)) for price in stages.run.evaluation.prices]
-        rows = [{"price": p, "start": stages.run.ladder[plan.start], "jump": plan.jump} for p, plan in plans]
+        known = (decider.known, *decider.known.kinds.values())
+        plans = [(p, part.kind, decider.plan(p, part)) for p in stages.run.evaluation.prices for part in known]
+        rows = [
+            {"price": p, "question": kind, "start": stages.run.ladder[plan.start], "jump": plan.jump}
+            for p, kind, plan in plans
+        ]
         write_text(folder / "escalate.json", json.dumps(rows, indent=1) + "\n")
         decider.known.save(folder / KEPT)
     return decider

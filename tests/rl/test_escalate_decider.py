@@ -12,9 +12,12 @@ from rl.deciders.escalate import EscalateDecider, fit_escalate, load_escalate
 from tests.rl.planted import BUDGETS, PRICES, planted
 
 
-@pytest.fixture(params=["equal", "attention"])
-def decider(request, make_performer, cases, tmp_path) -> EscalateDecider:
-    stages, performer, allocator = planted(make_performer, cases, tmp_path, request.param)
+@pytest.fixture(params=["equal", "equal, by kind", "attention"])
+def decider(request, make_performer, cases, tmp_path, monkeypatch) -> EscalateDecider:
+    share, _, by_kind = request.param.partition(", ")
+    if by_kind:
+        monkeypatch.setattr("rl.allocation.escalation.ENOUGH", 1)
+    stages, performer, allocator = planted(make_performer, cases, tmp_path, share)
     allocator.save_pretrained(tmp_path / "grpo" / "allocator")
     return fit_escalate(stages, performer, allocator, stages.table("grpo", performer, "val"))
 
@@ -45,12 +48,14 @@ def test_deciding_costs_what_the_looks_before_the_last_took(decider):
     """Of every case that went from rung 0 straight to the last, by hand."""
     table = decider.stages.table("grpo", decider.performer, "test")
     for price in PRICES:
-        plan, decided = decider.plan(price), decider.decide("test", price)
+        decided = decider.decide("test", price)
+        plans = [decider.plan(price, decider.known.about(kind)) for kind in table.questions]
+        start = np.array([plan.start for plan in plans])
         divided = decider.share_look(decider.stages.splits["test"])
-        stayed = decided.rungs == plan.start
-        asked = 0 if plan.start == 2 else decider.known.forecast.flops
-        np.testing.assert_allclose(decided.look[stayed], divided[stayed] + asked, rtol=1e-6)
-        first = table.flops[:, plan.start]
+        stayed = decided.rungs == start
+        asked = np.where(start == 2, 0, decider.known.forecast.flops)
+        np.testing.assert_allclose(decided.look[stayed], (divided + asked)[stayed], rtol=1e-6)
+        first = np.take_along_axis(table.flops, start[:, None], 1)[:, 0]
         # Less than both answers in full, as both read the same text and visual tokens.
         assert (decided.look[~stayed] < divided[~stayed] + first[~stayed] + 2 * decider.known.forecast.flops).all()
         np.testing.assert_allclose(decided.cost, decided.flops + decided.look)
@@ -58,8 +63,10 @@ def test_deciding_costs_what_the_looks_before_the_last_took(decider):
 
 def test_plans_are_written(decider):
     rows = json.loads((decider.stages.run.folder / "allocator" / "escalate.json").read_text())
-    assert [r["price"] for r in rows] == PRICES
-    assert all(r["start"] == BUDGETS[decider.plan(r["price"]).start] for r in rows)
+    kinds = [None, *decider.known.kinds]
+    assert [(r["price"], r["question"]) for r in rows] == [(p, k) for p in PRICES for k in kinds]
+    starts = [decider.plan(r["price"], decider.known.about(r["question"])).start for r in rows]
+    assert [r["start"] for r in rows] == [BUDGETS[start] for start in starts]
     assert rows[-1]["start"] == 1, "at a high price the smallest"
 
 
@@ -74,7 +81,9 @@ def test_what_was_learnt_is_read_again_and_decides_alike(decider):
     again = load_escalate(decider.stages, decider.performer)
     cases = decider.stages.splits["test"]
     for price in (*PRICES, 0.07):
-        assert again.plan(price) == decider.plan(price)
+        for kind in ("diagnosis", "never asked"):
+            plan = decider.plan(price, decider.known.about(kind))
+            assert again.plan(price, again.known.about(kind)) == plan
         np.testing.assert_array_equal(again.choose(cases, price)[0], decider.choose(cases, price)[0])
     written = set(again.known.seen.text.ravel().tolist()) - {a.split(": ", 1)[1] for a in again.known.forecast.answers}
     assert all(t.startswith("~") for t in written), "rare answers may be of one patient alone"

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 
 from rl.allocation.escalation import (
+    ENOUGH,
+    Experience,
     Forecast,
     Plan,
     Seen,
@@ -181,3 +183,20 @@ def test_an_answer_that_is_often_wrong_makes_it_go_on():
     flops = np.tile(COST, (400, 1, 1))
     rungs, *_ = walk(Plan(0, True), forecast, seen, fold, flops, COST / 10, 0.3)
     np.testing.assert_array_equal(rungs, np.where(wrong, 2, 0))
+
+
+def test_a_kind_of_question_has_a_plan_of_its_own_where_there_are_enough():
+    """One kind is right at once, the other with the last rung alone: one start for both would lose on either."""
+    n = 2 * ENOUGH
+    easy = np.arange(n) % 2 == 0
+    score = np.stack([easy, easy, np.ones(n, dtype=bool)], 1).astype(float)
+    kinds = ["easy" if e else "hard" for e in easy]
+    seen = Seen.of(np.full((n, 3), 0.8), [["same"] * 3] * n, kinds)
+    forecast, fold = fit_forecast_by_patient(seen, score, patients(n))
+    flops = np.tile(COST * 1e6, (n, 1, 1))
+    known = Experience(forecast, fold, seen, score, flops)
+    assert set(known.kinds) == {"easy", "hard"} and known.about("other") is known
+    assert [known.about(kind).plan(0.3).start for kind in ("easy", "hard")] == [0, 2]
+    assert known.about("hard").largest == known.largest
+    few = Experience(forecast, fold[:-2], seen.at(np.arange(n - 2)), score[:-2], flops[:-2])
+    assert few.kinds == {} and few.about("hard") is few
