@@ -2,157 +2,25 @@
 
 After an answer at one rung, the scores that it and every later rung may be expected to reach are forecast from what
 the performer said so far. It goes on while some later rung is worth more than its price, with every look on the way
-paid for. The forecast is fitted once and serves every price.
+paid for, and keeps the answer that is most likely right of all that it was given. The forecast is fitted once and
+serves every price.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from scipy.special import expit, logit
-from sklearn.linear_model import LogisticRegression
 
-from envs.score_table import ScoreTable
-from rl.allocation.fitting import by_patient
+from rl.allocation.forecast import Forecast
+from rl.allocation.seen import Seen
 from rl.frontier import chosen
 from slides.whole import whole
 
-SURE = 1e-4
-"""Confidences are taken as within this of 0 and 1, so that their logits are bounded."""
-
 ENOUGH = 100
 """Validation cases of a kind of question from which on it has a plan of its own."""
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What a performer said about N cases at K rungs; what has not been asked yet is never read.
-
-    Args:
-        confidence: (N, K) in 0..1. text: (N, K) answers. questions: (N,) kinds.
-    """
-
-    confidence: np.ndarray
-    text: np.ndarray
-    questions: np.ndarray
-
-    @classmethod
-    def of(cls, confidence: np.ndarray, text: Sequence[Sequence[str]], questions: Sequence[str]) -> Seen:
-        """From the texts of the answers, N lists of K."""
-        return cls(
-            confidence, np.array([list(row) for row in text], dtype=np.str_), np.array(questions, dtype=np.str_)
-        )
-
-    @classmethod
-    def of_table(cls, table: ScoreTable) -> Seen:
-        """From a table whose columns are the rungs."""
-        return cls.of(table.confidence, table.text, table.questions)
-
-    def at(self, cases: np.ndarray) -> Seen:
-        """Some of the cases."""
-        return Seen(self.confidence[cases], self.text[cases], self.questions[cases])
-
-    def features(self, last: int, looked: np.ndarray, kinds: Sequence[str], answers: Sequence[str]) -> np.ndarray:
-        """Inputs (N, F) of a forecast after a look at rung `last`.
-
-        Args:
-            looked: (N, K) rungs that were looked at, `last` or not. kinds: of question; others are none of them.
-            answers: those that are told apart, see `common_answers`.
-        """
-        sure = logit(self.confidence.clip(SURE, 1 - SURE)) / logit(1 - SURE)
-        earlier = looked & (np.arange(looked.shape[1]) != last)
-        count = earlier.sum(1)
-        before = np.where(earlier, sure, 0).sum(1) / count.clip(1)
-        agree = (earlier & (self.text == self.text[:, last, None])).sum(1) / count.clip(1)
-        kind = (self.questions[:, None] == np.array(kinds)).astype(float)
-        answer = (self.answers(last)[:, None] == np.array(answers, dtype=np.str_)).astype(float)
-        now = sure[:, last, None]
-        any_before = count[:, None] > 0
-        own = np.concatenate([now, any_before, before[:, None], agree[:, None], any_before * now], 1)
-        return np.concatenate([np.ones((len(own), 1)), own, kind, kind * now, answer, answer * now], 1)
-
-    def answers(self, rung: int) -> np.ndarray:
-        """Answers (N,) at a rung, with the kind of question that they answer."""
-        return np.char.add(np.char.add(self.questions, ": "), self.text[:, rung])
-
-
-def common_answers(seen: Seen, least: int = 10) -> list[str]:
-    """Answers that at least so many cases got at some rung; what is written once tells nothing."""
-    common: set[str] = set()
-    for rung in range(seen.text.shape[1]):
-        found, count = np.unique(seen.answers(rung), return_counts=True)
-        common |= set(found[count >= least].tolist())
-    return sorted(common)
-
-
-@dataclass(frozen=True)
-class Forecast:
-    """Expected scores of the rungs, given the answers so far: a logistic regression for each pair of rungs.
-
-    Args:
-        kinds, answers: of questions and answers that it tells apart.
-        weights: (folds, K, K, F): of a fold's fit, after a look at one rung, the score of another, not earlier one.
-    """
-
-    kinds: list[str]
-    answers: list[str]
-    weights: np.ndarray
-
-    @property
-    def flops(self) -> float:
-        """FLOPs of a forecast after one look, at most (a multiply-add counts 2)."""
-        return 2.0 * self.weights.shape[2] * self.weights.shape[3]
-
-    def expected(self, seen: Seen, last: int, looked: np.ndarray, fold: np.ndarray) -> np.ndarray:
-        """Scores (N, K - last) to be expected of the rungs from `last` on, each case by the fit of its fold (N,)."""
-        weights = self.weights[fold, last, last:]
-        return expit(np.einsum("nf,nkf->nk", seen.features(last, looked, self.kinds, self.answers), weights))
-
-
-def fit_forecast(seen: Seen, score: np.ndarray, kinds: list[str], answers: list[str]) -> Forecast:
-    """Fit on all cases: a score of (N, K) in 0..1 is the share of a case that counts as solved."""
-    n, rungs = score.shape
-    weights: list[list[np.ndarray]] = []
-    for last in range(rungs):
-        ways = _ways(last, rungs)
-        inputs = np.concatenate([seen.features(last, np.tile(w, (n, 1)), kinds, answers) for w in ways])
-        rows = []
-        for target in range(rungs):
-            if target < last:
-                rows.append(np.zeros(inputs.shape[1]))
-                continue
-            share = np.tile(score[:, target].clip(1e-3, 1 - 1e-3), len(ways))
-            label = np.repeat([1, 0], len(share))
-            # The ways to get there are the same cases: together they weigh as one.
-            weight = np.concatenate([share, 1 - share]) / len(ways)
-            fit = LogisticRegression(max_iter=200)
-            fit.fit(np.concatenate([inputs, inputs])[:, 1:], label, sample_weight=weight)
-            rows.append(np.concatenate([fit.intercept_, fit.coef_[0]]))
-        weights.append(rows)
-    return Forecast(kinds, answers, np.array(weights)[None])
-
-
-def fit_forecast_by_patient(seen: Seen, score: np.ndarray, patients: Sequence[str]) -> tuple[Forecast, np.ndarray]:
-    """Fits that have not seen a patient, and the fold (N,) of each case; the last fold's fit has seen all."""
-    fold = np.zeros(len(score), dtype=int)
-    fits = []
-    kinds, answers = sorted(set(seen.questions.tolist())), common_answers(seen)
-    for number, (known, held) in enumerate(by_patient(patients)):
-        fold[held] = number
-        fits.append(fit_forecast(seen.at(known), score[known], kinds, answers))
-    fits.append(fit_forecast(seen, score, kinds, answers))
-    return Forecast(kinds, answers, np.concatenate([f.weights for f in fits])), fold
-
-
-def _ways(last: int, rungs: int) -> list[np.ndarray]:
-    """Which rungs (K,) may have been looked at before: none, all, or one of them."""
-    rung = np.arange(rungs)
-    ways = [rung == last, rung <= last, *((rung == last) | (rung == one) for one in range(last))]
-    return [np.array(way) for way in {tuple(w): None for w in ways}]
 
 
 @dataclass(frozen=True)
@@ -190,13 +58,13 @@ def walk(
     cost: np.ndarray,
     price: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Where N cases stop, and what all their looks cost.
+    """What N cases are answered with, and what all their looks cost.
 
     Args:
         fold: (N,) which fit forecasts a case. flops: (N, K + 1, K) of looks, as `cost` of `Plan.move`, which decides.
 
     Returns:
-        Rungs (N,), FLOPs (N,), and which rungs (N, K) were looked at, the last one with them.
+        Rungs (N,) whose answer is kept, FLOPs (N,), and which rungs (N, K) were looked at.
     """
     n, rungs = seen.confidence.shape
     at, looked = np.full(n, plan.start), np.zeros((n, rungs), dtype=bool)
@@ -213,7 +81,7 @@ def walk(
         spent[on] += flops[on, 1 + last, to[to > last]]
         at[here] = to
     looked[np.arange(n), at] = True
-    return at, spent, looked
+    return forecast.best(seen, looked, fold), spent, looked
 
 
 def best_plan(
@@ -337,6 +205,7 @@ class Experience:
             row[:] = [t or names[o] for t, o in zip(row, own, strict=True)]
         arrays = {
             "weights": self.forecast.weights,
+            "kept": self.forecast.kept,
             "kinds": np.array(self.forecast.kinds, dtype=np.str_),
             "answers": np.array(self.forecast.answers, dtype=np.str_),
             "fold": self.fold,
@@ -353,6 +222,6 @@ class Experience:
     def load(cls, path: Path) -> Experience:
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as kept:
-            forecast = Forecast(kept["kinds"].tolist(), kept["answers"].tolist(), kept["weights"])
+            forecast = Forecast(kept["kinds"].tolist(), kept["answers"].tolist(), kept["weights"], kept["kept"])
             seen = Seen(kept["confidence"], kept["text"], kept["questions"])
             return cls(forecast, kept["fold"], seen, kept["score"], kept["flops"])

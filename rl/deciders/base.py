@@ -29,7 +29,7 @@ class Decisions:
         price: lambda.
         rungs: (N,) rung of the ladder, the nearest one where the form is not bound to the ladder.
         score: (N,) in 0..1. visual: (N,) realised tokens. flops: (N,) of the answer.
-        look: (N,) FLOPs of deciding, earlier looks included.
+        look: (N,) FLOPs of deciding, other looks included.
         look_tokens: (N,) visual tokens that a language model read to decide; None where it read none.
         details: what is kept of each case where the answers are not those of a table's rungs.
     """
@@ -61,16 +61,18 @@ class Answered:
 
     Args:
         text: completion.
-        budgets: asked for, in tokens, one after another; the answer is that of the last.
+        budget: asked for, in tokens.
+        looks: budgets that were tried, one after another; the answer is that of `budget`, which is one of them.
         visual, prompt, generated: realised visual tokens, text tokens of the prompt and tokens written.
-        look_flops, flops: of the look, earlier budgets included, and of the answer.
+        look_flops, flops: of the look, other budgets tried included, and of the answer.
         look_ms, ms: wall milliseconds of both, at batch size 1.
         confidence: see `models.performer.Answer`.
         split: tokens asked for of each image and slide, where each has a budget of its own.
     """
 
     text: str
-    budgets: tuple[int, ...]
+    budget: int
+    looks: tuple[int, ...]
     visual: int
     prompt: int
     generated: int
@@ -160,7 +162,8 @@ class Decider(ABC):
         (found,) = self.performer.answer([case], [budget], self.stages.max_new_tokens, 1, weights)
         return Answered(
             text=found.text,
-            budgets=(budget,),
+            budget=budget,
+            looks=(budget,),
             visual=found.visual,
             prompt=found.prompt,
             generated=found.generated,

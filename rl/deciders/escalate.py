@@ -16,7 +16,9 @@ from models.allocators.look import CheapLook
 from models.allocators.value import ValueAllocator
 from models.performer import Answer, Performer
 from models.reuse import Reader, look_flops
-from rl.allocation.escalation import Experience, Plan, Seen, fit_forecast_by_patient, walk
+from rl.allocation.escalation import Experience, Plan, walk
+from rl.allocation.forecast import fit_forecast_by_patient
+from rl.allocation.seen import Seen
 from rl.deciders.base import Answered, Decider, Decisions
 from rl.frontier import chosen
 from rl.scoring import Scorer
@@ -29,19 +31,22 @@ KEPT = "escalation.npz"
 
 @dataclass(frozen=True)
 class _Looks:
-    """Looks at one case: rungs in order, FLOPs of all with those of deciding, seconds but of the last, its answer."""
+    """Looks at one case: rungs in order, FLOPs of all with those of deciding, the answer that is kept and its rung,
+    and the seconds of everything else."""
 
     rungs: list[int]
     flops: float
-    seconds: float
+    best: int
     answer: Answer
+    seconds: float
 
 
 class EscalateDecider(Decider):
     """Looks at one budget after another.
 
     What consecutive prompts begin with is read once, see `models.reuse`; decisions count what is really read and
-    written. FLOPs of deciding are those of all looks beyond a fresh answer at the rung where it stops.
+    written. It decides for the budget whose answer it keeps, which need not be the last; FLOPs of deciding are those
+    of all looks beyond a fresh answer at that one.
 
     Args:
         stages: the run. performer: its trained performer.
@@ -68,15 +73,15 @@ class EscalateDecider(Decider):
     def choose(self, cases: Sequence[Case], price: float) -> tuple[np.ndarray, np.ndarray]:
         found = [self._look_on(case, price) for case in cases]
         fresh = [self._fresh(case, looks) for case, looks in zip(cases, found, strict=True)]
-        rungs = np.array([looks.rungs[-1] for looks in found])
-        return rungs, np.array([looks.flops for looks in found]) - np.array(fresh)
+        return np.array([looks.best for looks in found]), np.array([looks.flops for looks in found]) - np.array(fresh)
 
     def answer(self, case: Case, price: float) -> Answered:
         looks = self._look_on(case, price)
         found, fresh = looks.answer, self._fresh(case, looks)
         return Answered(
             text=found.text,
-            budgets=tuple(self.ladder[rung] for rung in looks.rungs),
+            budget=self.ladder[looks.best],
+            looks=tuple(self.ladder[rung] for rung in looks.rungs),
             visual=found.visual,
             prompt=found.prompt,
             generated=found.generated,
@@ -97,25 +102,25 @@ class EscalateDecider(Decider):
         (shares,) = self.divide([case])
         reader = Reader(self.performer, case, self.stages.max_new_tokens, shares)
         confidence, text, looked = np.full((1, rungs), np.nan), [""] * rungs, np.zeros((1, rungs), dtype=bool)
-        order: list[int] = []
+        given: dict[int, Answer] = {}
         spent, to = self._dividing_flops(case), plan.start
-        while not order or to > order[-1]:
+        while to not in given:
             rung = to
-            order.append(rung)
-            answer = reader.answer(self.ladder[rung])
+            answer = given[rung] = reader.answer(self.ladder[rung])
             confidence[0, rung], text[rung], looked[0, rung] = answer.confidence, answer.text, True
             spent += answer.flops
+            seen = Seen.of(confidence, [text], [case.question])
             if rung + 1 < rungs:
-                seen = Seen.of(confidence, [text], [case.question])
                 expected = known.forecast.expected(seen, rung, looked, known.whole(1))
                 to = int(plan.move(expected, rung, known.cost, price)[0])
                 spent += known.forecast.flops
-        return _Looks(order, spent, time.perf_counter() - start - answer.seconds, answer)
+        best = int(known.forecast.best(seen, looked, known.whole(1))[0])
+        return _Looks(list(given), spent, best, given[best], time.perf_counter() - start - given[best].seconds)
 
     def _fresh(self, case: Case, looks: _Looks) -> float:
-        """FLOPs of the last answer alone, without what earlier looks spare it."""
+        """FLOPs of the kept answer alone, without what earlier looks spare it."""
         (shares,) = self.divide([case])
-        prompt = self.performer.prompt(case, self.ladder[looks.rungs[-1]], shares)
+        prompt = self.performer.prompt(case, self.ladder[looks.best], shares)
         return self.performer.flops(prompt, looks.answer.generated)
 
     def decide(self, split: str, price: float) -> Decisions:

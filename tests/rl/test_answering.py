@@ -48,7 +48,7 @@ def test_the_price_chooses_and_both_stages_are_counted(make_decider, cases):
     # Predicted score minus price times cost: .8 - 1 p, .6 - .3 p, .4 - .1 p.
     for price, budget in ((0.0, 16), (0.2, 16), (0.5, 4), (1.1, 1)):
         answered = decider.answer(cases[0], price)
-        assert answered.budgets == (budget,) and answered.visual == budget
+        assert (answered.budget, answered.looks) == (budget, (budget,)) and answered.visual == budget
         (alone,) = decider.performer.answer(cases[:1], [budget], 4, 1)
         assert (answered.text, answered.flops, answered.prompt) == (alone.text, alone.flops, alone.prompt)
         assert answered.confidence == pytest.approx(alone.confidence)
@@ -57,7 +57,7 @@ def test_the_price_chooses_and_both_stages_are_counted(make_decider, cases):
 
 def test_a_fixed_budget_takes_no_look(make_decider, cases):
     answered = make_decider().answer_at(cases[0], 9)
-    assert answered.budgets == (9,) and answered.visual == 9 and answered.look_flops == 0
+    assert answered.looks == (9,) and answered.visual == 9 and answered.look_flops == 0
 
 
 def test_a_budget_is_divided_among_slides_as_the_allocator_divides_it(make_decider, cases):

@@ -3,20 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rl.allocation.escalation import (
-    ENOUGH,
-    Experience,
-    Forecast,
-    Plan,
-    Seen,
-    best_plan,
-    best_threshold,
-    common_answers,
-    fit_forecast,
-    fit_forecast_by_patient,
-    stop_when_sure,
-    walk,
-)
+from rl.allocation.escalation import ENOUGH, Experience, Plan, best_plan, best_threshold, stop_when_sure, walk
+from rl.allocation.forecast import Forecast, fit_forecast, fit_forecast_by_patient
+from rl.allocation.seen import Seen, common_answers
 
 FRESH = np.array([1.0, 3.0, 10.0])
 """FLOPs of an answer at each rung; a look before it saves half a unit."""
@@ -56,7 +45,7 @@ def test_forecasts_follow_what_was_seen(fitted):
         for group in np.unique(score[:, 0] * 2 + (seen.questions == "colour")):
             here = (score[:, 0] * 2 + (seen.questions == "colour")) == group
             assert expected[here, rung].mean() == pytest.approx(score[here, rung].mean(), abs=0.12)
-    assert forecast.flops == 2 * 3 * forecast.weights.shape[-1]
+    assert forecast.flops == 2 * 3 * (forecast.weights.shape[-1] + forecast.kept.shape[-1])
 
 
 def test_a_fit_that_has_not_seen_a_patient_does_not_hang_on_it():
@@ -200,3 +189,22 @@ def test_a_kind_of_question_has_a_plan_of_its_own_where_there_are_enough():
     assert known.about("hard").largest == known.largest
     few = Experience(forecast, fold[:-2], seen.at(np.arange(n - 2)), score[:-2], flops[:-2])
     assert few.kinds == {} and few.about("hard") is few
+
+
+def test_the_answer_that_is_most_likely_right_is_kept():
+    """The first rung is right where it is sure, the last where the first was not, and the last is never unsure."""
+    rng = np.random.default_rng(0)
+    first = rng.random(600) < 0.5
+    score = np.stack([first, first, ~first], 1).astype(float)
+    sure = np.stack([np.where(first, 0.99, 0.4), np.where(first, 0.99, 0.4), np.full(600, 0.9)], 1)
+    seen = Seen.of(sure, [["a", "a", "b"]] * 600, ["shape"] * 600)
+    forecast, fold = fit_forecast_by_patient(seen, score, patients(600))
+    everything = np.ones((600, 3), dtype=bool)
+    assert (score[np.arange(600), forecast.best(seen, everything, fold)] == 1).all()
+    alone = np.tile([False, True, False], (600, 1))
+    np.testing.assert_array_equal(forecast.best(seen, alone, fold), 1)
+    unseen = Seen(np.where(alone, sure, np.nan), seen.text, seen.questions)
+    np.testing.assert_array_equal(forecast.best(unseen, alone, fold), 1)
+    flops = np.tile(COST * 1e6, (600, 1, 1))
+    rungs, *_ = walk(Plan(0, False), forecast, seen, fold, flops, COST / 10, 0.0)
+    assert (score[np.arange(600), rungs] == 1).all(), "though it may go on where the first was right"
