@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from envs.case import Case
+from models.gemma_vl import MARKS, GemmaPerformer, small_gemma
 from models.language_model import load_tokenizer
 from models.performer import Performer, QwenPerformer, SlidePerformer, question_text
 from models.processor import SlideProcessor, ViewProcessor
@@ -23,7 +24,7 @@ from models.tokenizer import IMAGE_TOKEN, train_tokenizer
 from models.visual import COLUMNS, FeatureBank
 from slides.errors import InputError
 
-FAMILIES = ("slide_vlm", "qwen_vl")
+FAMILIES = ("slide_vlm", "qwen_vl", "gemma_vl")
 SEEING = (
     "compressors", "aligner", "aligner_width", "aligner_dropout", "markers", "max_slides", "fusion", "cross_layers",
     "cross_heads",
@@ -33,6 +34,8 @@ ASKING = ("show_options", "repeat_prompt", "system")
 """Keys of the performer that say how a question is put."""
 SEEING_PARTS = ("compressor", "aligner", "markers", "routes")
 """Modules of `SlideVLM` beside the language model."""
+MARKS_OF = {"qwen_vl": VISION_MARKS, "gemma_vl": MARKS}
+"""Special tokens that a family puts around its images."""
 LORA_TARGETS = r".*language_model\.layers.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 
 
@@ -41,13 +44,14 @@ class PerformerConfig:
     """The `performer` part of a recipe.
 
     Args:
-        family: "slide_vlm" (stored features, an aligner, any causal language model) or "qwen_vl" (Qwen2.5-VL, which
-            sees the image itself).
+        family: "slide_vlm" (stored features, an aligner, any causal language model), "qwen_vl" (Qwen2.5-VL) or
+            "gemma_vl" (Gemma 3), which see the image itself.
         checkpoint: folder that a run wrote, or that `Performer.save` wrote; nothing else is read then.
         language_model: of slide_vlm: a causal language model's name on a hub, its folder, its GGUF file, or
             `package:NAME/FILE.gguf`, a file inside an installed package; null builds a small one.
-        pretrained: of qwen_vl: anything `from_pretrained` takes; null builds a small one from nothing.
-        freeze_vision: of qwen_vl: the vision tower is not trained, and sees each image and budget once.
+        pretrained: of qwen_vl and gemma_vl: anything `from_pretrained` takes; null builds a small one from nothing.
+        freeze_vision: the vision tower is not trained, and sees each image (qwen_vl: and budget) once; gemma_vl has
+            no other.
         lora: keys of peft's `LoraConfig`; the language model is trained through adapters, which are merged when a
             stage ends. Null trains all its weights.
         layers, hidden, heads, kv_heads, ffn, vocab_size: shape of the small language model (a Qwen2), and of the
@@ -85,6 +89,8 @@ class PerformerConfig:
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
             raise InputError(f"performer.family: {self.family!r} is not known; known are {', '.join(FAMILIES)}")
+        if self.family == "gemma_vl" and not self.freeze_vision:
+            raise InputError("performer.freeze_vision: gemma_vl pools what a frozen tower sees; set it to true")
 
 
 def build_performer(
@@ -104,6 +110,8 @@ def build_performer(
     torch.manual_seed(seed)
     if config.family == "qwen_vl":
         return _build_qwen(config, cases, bank, texts)
+    if config.family == "gemma_vl":
+        return _build_gemma(config, cases, bank, texts)
     return _build_slide(config, cases, bank, texts)
 
 
@@ -114,8 +122,11 @@ def load_performer(folder: str | Path, config: PerformerConfig, bank: FeatureBan
         InputError: it reads features of another width than the cases have.
     """
     options: dict[str, Any] = {key: getattr(config, key) for key in ASKING}
-    if AutoConfig.from_pretrained(folder).model_type == "qwen2_5_vl":
+    kind = AutoConfig.from_pretrained(folder).model_type
+    if kind == "qwen2_5_vl":
         return QwenPerformer.load(folder, bank, frozen=config.freeze_vision, **options)
+    if kind == "gemma3":
+        return GemmaPerformer.load(folder, bank, **options)
     performer = SlidePerformer.load(folder, bank, **options)
     if performer.model.config.feature_dim != bank.dim:
         raise InputError(
@@ -136,6 +147,8 @@ def make_sight(model: Any, processor: Any) -> Sight:
     kind = model.config.model_type
     if kind == "qwen2_5_vl":
         return QwenSight(model.config.image_token_id, processor.image_processor)
+    if kind == "gemma3":
+        raise InputError("model: gemma3 pools its image tokens; pass a `models.gemma_vl.GemmaProcessor` with it")
     if hasattr(model.config, "vision_config"):
         raise InputError(
             f"model: the family {kind} is not known here; known are {', '.join(FAMILIES)} and text models"
@@ -187,7 +200,7 @@ def _small_text(config: PerformerConfig, tokenizer: Any, **more: Any) -> dict[st
 
 def _tokenizer_for(config: PerformerConfig, cases: list[Case], others: Sequence[str]) -> Any:
     texts = [t for c in cases for t in (question_text(c, config.show_options), c.answer, *(c.options or ()))]
-    return train_tokenizer([*texts, *others], config.vocab_size, VISION_MARKS if config.family == "qwen_vl" else ())
+    return train_tokenizer([*texts, *others], config.vocab_size, MARKS_OF.get(config.family, ()))
 
 
 def _build_qwen(config: PerformerConfig, cases: list[Case], bank: FeatureBank, texts: Sequence[str]) -> QwenPerformer:
@@ -201,6 +214,18 @@ def _build_qwen(config: PerformerConfig, cases: list[Case], bank: FeatureBank, t
     if config.freeze_vision:
         freeze_vision(model)
     return QwenPerformer(model, QwenProcessor(Qwen2VLImageProcessorPil(), tokenizer), bank, **options)
+
+
+def _build_gemma(
+    config: PerformerConfig, cases: list[Case], bank: FeatureBank, texts: Sequence[str]
+) -> GemmaPerformer:
+    options: dict[str, Any] = {key: getattr(config, key) for key in ASKING}
+    if config.pretrained:
+        return GemmaPerformer.load(
+            config.pretrained, bank, torch.float32 if config.lora is None else "auto", **options
+        )
+    tokenizer = _tokenizer_for(config, cases, texts)
+    return GemmaPerformer(*small_gemma(tokenizer, _small_text(config, tokenizer)), bank, **options)
 
 
 def _build_slide(

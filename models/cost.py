@@ -15,6 +15,8 @@ class DecoderShape:
     kv_width: int
     ffn: int
     vocab: int
+    query_width: int = 0
+    """Of all heads; 0 where it is that of the hidden states."""
 
     @classmethod
     def from_config(cls, config: Any) -> DecoderShape:
@@ -23,17 +25,23 @@ class DecoderShape:
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         kv = getattr(config, "num_key_value_heads", None) or heads
         ffn = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-        return cls(config.num_hidden_layers, config.hidden_size, kv * head_dim, ffn, config.vocab_size)
+        own = heads * head_dim if heads * head_dim != config.hidden_size else 0
+        return cls(config.num_hidden_layers, config.hidden_size, kv * head_dim, ffn, config.vocab_size, own)
+
+    @property
+    def queries(self) -> int:
+        """Width of the queries of all heads."""
+        return self.query_width or self.hidden
 
     @property
     def per_token(self) -> float:
-        """FLOPs of all matrices of all layers for one token: 2 l (2 d^2 + 2 d d_kv + 3 d m)."""
+        """FLOPs of all matrices of all layers for one token: 2 l (2 d d_q + 2 d d_kv + 3 d m)."""
         d = self.hidden
-        return 2.0 * self.layers * (2 * d * d + 2 * d * self.kv_width + 3 * d * self.ffn)
+        return 2.0 * self.layers * (2 * d * self.queries + 2 * d * self.kv_width + 3 * d * self.ffn)
 
     def read(self, n: float) -> float:
         """FLOPs of all layers for n tokens (causal attention); what a KV cache of the first n of a prompt saves."""
-        return n * self.per_token + 2.0 * self.layers * n * n * self.hidden
+        return n * self.per_token + 2.0 * self.layers * n * n * self.queries
 
     def prefill(self, n: float, cached: float = 0.0) -> float:
         """FLOPs to read n tokens, of which a KV cache has the first `cached`, to the logits of the last position."""
@@ -43,7 +51,7 @@ class DecoderShape:
         """FLOPs to write `generated` tokens after a prefill of n; the first comes with the prefill."""
         steps = max(0.0, generated - 1)
         context = steps * n + steps * (steps + 1) / 2
-        return steps * (self.per_token + 2.0 * self.hidden * self.vocab) + 4.0 * self.layers * self.hidden * context
+        return steps * (self.per_token + 2.0 * self.hidden * self.vocab) + 4.0 * self.layers * self.queries * context
 
     def answer(self, visual: float, text: float, generated: float) -> float:
         """FLOPs of one answer: prefill of visual and prompt tokens, then decoding."""
@@ -52,7 +60,7 @@ class DecoderShape:
     def train(self, tokens: float, length: float) -> float:
         """FLOPs of forward and backward (3 forwards) over `tokens` in rows of mean `length`, with all logits."""
         forward = tokens * (self.per_token + 2.0 * self.hidden * self.vocab)
-        return 3 * (forward + 2.0 * self.layers * tokens * length * self.hidden)
+        return 3 * (forward + 2.0 * self.layers * tokens * length * self.queries)
 
 
 @dataclass(frozen=True)
@@ -93,3 +101,28 @@ class TowerShape:
         attention = 4.0 * d * n * (windowed + self.full_layers * n)
         wide = self.merge * d
         return layers + attention + 2.0 * n * self.patch * d + 2.0 * tokens * (wide * wide + wide * self.out)
+
+
+@dataclass(frozen=True)
+class SquareTowerShape:
+    """Shape of a vision tower that reads every image as one square (SigLIP of Gemma 3); all layers see all of it."""
+
+    layers: int
+    hidden: int
+    ffn: int
+    patch: int
+    patches: int
+    tokens: int
+
+    @classmethod
+    def from_config(cls, config: Any, tokens: int) -> SquareTowerShape:
+        """Read the shape off a vision configuration whose output is projected as so many tokens."""
+        patches = (config.image_size // config.patch_size) ** 2
+        pixels = config.num_channels * config.patch_size**2
+        return cls(config.num_hidden_layers, config.hidden_size, config.intermediate_size, pixels, patches, tokens)
+
+    def read(self, out: int) -> float:
+        """FLOPs to see one image and project its tokens to width `out`."""
+        n, d = self.patches, self.hidden
+        layers = 2.0 * self.layers * n * (4 * d * d + 2 * d * self.ffn) + 4.0 * self.layers * n * n * d
+        return layers + 2.0 * n * self.patch * d + 2.0 * self.tokens * d * out

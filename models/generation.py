@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig
 
 from models.attention import as_mask, check_window, dense_attention
 from models.sight import Prompt, Sight, stack_positions
@@ -81,11 +81,13 @@ def read_ends(model: Any, sight: Sight, prompts: Sequence[Prompt], cap: int = 64
     try:
         for chunk in by_length([len(p) for p in prompts], cap=cap):
             rows = [prompts[i] for i in chunk]
+            ids = _left([p.ids for p in rows], 0).to(device)
             out = model(
-                input_ids=_left([p.ids for p in rows], 0).to(device),
+                input_ids=ids,
                 attention_mask=_left([torch.ones_like(p.ids) for p in rows], 0).to(device),
                 position_ids=stack_positions([p.positions for p in rows], "left").to(device),
                 logits_to_keep=1,
+                **sight.typed(ids),
                 **to_device(sight.inputs(model, [p.views for p in rows]), device),
             )
             for i, state, logit in zip(chunk, read.pop()[:, -1], out.logits[:, -1], strict=True):
@@ -107,8 +109,11 @@ def _write(
         input_ids=ids,
         attention_mask=prefix,
         position_ids=places,
+        # Of full layers: all completions of a prompt stand side by side in it, more than a sliding window holds.
+        past_key_values=DynamicCache(),
         use_cache=True,
         logits_to_keep=1,
+        **sight.typed(ids),
         **to_device(sight.inputs(model, [p.views for p in prompts]), device),
     )
     return write_on(model, sight, prompts, ids, prefix, out, width, config, sure)

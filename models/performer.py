@@ -318,10 +318,11 @@ class SlidePerformer(Performer):
         return cls(model, SlideProcessor(AutoTokenizer.from_pretrained(folder)), bank, **options)
 
 
-class QwenPerformer(Performer):
-    """A Qwen2.5-VL: it is shown the image itself, resized to the budget."""
+class ImagePerformer(Performer):
+    """A model with a vision tower: it is shown the image itself, as its sight's `view_at` has it at the budget."""
 
-    processor: QwenProcessor
+    family: str
+    processor: Any
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -334,8 +335,8 @@ class QwenPerformer(Performer):
     def see(self, case: Case, budget: int, weights: Sequence[float] | None = None) -> list[View]:
         if case.slides:
             raise InputError(
-                f"case {case.id}: it shows slides, and qwen_vl reads images; use performer.family slide_vlm, or cut "
-                "fields of view from the slides"
+                f"case {case.id}: it shows slides, and {self.family} reads images; use performer.family slide_vlm, or "
+                "cut fields of view from the slides"
             )
         return super().see(case, budget, weights)
 
@@ -344,6 +345,13 @@ class QwenPerformer(Performer):
 
     def native(self, source: str) -> int:
         return len(self.processor.sight.view_at(source, UNCAPPED))
+
+
+class QwenPerformer(ImagePerformer):
+    """A Qwen2.5-VL: an image is resized to the budget."""
+
+    family = "qwen_vl"
+    processor: QwenProcessor
 
     def seeing(self, views: Sequence[View]) -> float:
         tower = TowerShape.from_config(self.model.config.vision_config)

@@ -69,11 +69,13 @@ class ViewProcessor(ProcessorMixin):
         single = isinstance(conversation[0], dict)
         conversations = [conversation] if single else conversation
         texts = [
-            self.tokenizer.apply_chat_template(
-                [{**m, "content": self._flatten(m["content"])} for m in messages],
-                chat_template=chat_template or self.chat_template,
-                tokenize=False,
-                **kwargs,
+            self._rendered(
+                self.tokenizer.apply_chat_template(
+                    [{**m, "content": self._flatten(m["content"])} for m in messages],
+                    chat_template=chat_template or self.chat_template,
+                    tokenize=False,
+                    **kwargs,
+                )
             )
             for messages in conversations
         ]
@@ -82,6 +84,10 @@ class ViewProcessor(ProcessorMixin):
         images = [images_of(messages) for messages in conversations]
         out = self(images=images if any(images) else None, text=texts)
         return out if return_dict else out["input_ids"]
+
+    def _rendered(self, text: str) -> str:
+        """What becomes of a rendered conversation."""
+        return text
 
     def _flatten(self, content: str | list[dict]) -> str:
         if isinstance(content, str):

@@ -132,7 +132,8 @@ class Reader:
         performer, model = self.performer, self.performer.model
         if kept == 0:
             shown = performer.processor.sight.inputs(model, [prompt.views])
-            return to_device({"input_ids": prompt.ids[None], **shown}, model.device)
+            ids = prompt.ids[None]
+            return to_device({"input_ids": ids, **performer.processor.sight.typed(ids), **shown}, model.device)
         assert isinstance(performer, SlidePerformer)
         cache.crop(kept - cache.get_seq_length())  # negative: so many are taken off
         return {"inputs_embeds": embed(performer, prompt, kept)}

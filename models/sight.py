@@ -39,6 +39,10 @@ class Sight:
 
     typed_tokens = False
     """Whether the family's own forward asks for `mm_token_type_ids`."""
+    bidirectional = False
+    """Whether the image tokens of a view see each other, also those that come later."""
+    stock = True
+    """Whether the family's stock processor shows a view as it is shown here, so that another engine can write."""
 
     def __init__(self, image_token_id: int | None):
         self.image_token_id = image_token_id
@@ -69,6 +73,10 @@ class Sight:
     def inputs(self, model: Any, shown: Sequence[Sequence[View]]) -> dict[str, Any]:
         """Arguments of the model's forward that show each row of a batch its views, in the order of their tokens."""
         return dict(self.fields(flat(shown)))
+
+    def typed(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Arguments of a forward over whole rows (B, T), under a mask of padding alone, that their token ids give."""
+        return {}
 
     def again(self, out: Any) -> dict[str, Any]:
         """Arguments of the forward over the tokens that follow, from what the one before it gave."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from models.sight import stack_positions
@@ -93,25 +94,37 @@ def prefix_length(segment: torch.Tensor) -> int:
     return int((segment == 0).sum(1).min())
 
 
-def block_mask(segment: torch.Tensor, start: int = 0) -> torch.Tensor:
+def runs_of(ids: torch.Tensor, token_id: int) -> torch.Tensor:
+    """Number of the unbroken run of a token that each position of ids (b, T) belongs to, -1 for other tokens."""
+    here = ids == token_id
+    begins = here & ~F.pad(here, (1, 0))[:, :-1]
+    return (begins.cumsum(1) - 1).masked_fill(~here, -1)
+
+
+def block_mask(segment: torch.Tensor, start: int = 0, runs: torch.Tensor | None = None) -> torch.Tensor:
     """Mask (b, 1, T - start, T), True where a query may look, from segments (b, T); padding sees only itself.
 
     Args:
         start: queries before it are left out.
+        runs: (b, T) of positions in the prefix that see all of their own run, see `runs_of`; None for none.
     """
     query, key = segment[:, start:, None], segment[:, None, :]
     place = torch.arange(segment.shape[1], device=segment.device)
     before, here = place[None, :] <= place[start:, None], place[None, :] == place[start:, None]
-    return ((before & (query >= 0) & ((key == 0) | (key == query))) | here)[:, None]
+    allowed = (before & (query >= 0) & ((key == 0) | (key == query))) | here
+    if runs is not None:
+        allowed |= (runs[:, start:, None] == runs[:, None, :]) & (runs[:, None, :] >= 0)
+    return allowed[:, None]
 
 
-def flex_mask(segment: torch.Tensor) -> Any:
+def flex_mask(segment: torch.Tensor, runs: torch.Tensor | None = None) -> Any:
     """The same as a `BlockMask` of FlexAttention, which skips blocks where nothing may look."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     def allowed(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         own, seen = segment[b, q], segment[b, k]
-        return ((q >= k) & (own >= 0) & ((seen == 0) | (seen == own))) | (q == k)
+        plain = ((q >= k) & (own >= 0) & ((seen == 0) | (seen == own))) | (q == k)
+        return plain if runs is None else plain | ((runs[b, q] == runs[b, k]) & (runs[b, k] >= 0))
 
     count, length = segment.shape
     return create_block_mask(allowed, count, None, length, length, device=str(segment.device))

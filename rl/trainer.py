@@ -24,8 +24,11 @@ from models.generation import by_length, generate, to_device
 from models.processor import token_types
 from models.sight import Prompt, read_prompt
 from rl.batches import LoadedOnce, share, shuffle_groups, split_silent, take
-from rl.packing import block_mask, flex_mask, groups_of, pack, prefix_length
+from rl.packing import block_mask, flex_mask, groups_of, pack, prefix_length, runs_of
 from slides.errors import InputError
+
+SEEING = ("visual", "vision_tower", "multi_modal_projector")
+"""Parts of models that are not the language model."""
 
 
 class GroupTrainer(GRPOTrainer):
@@ -46,6 +49,8 @@ class GroupTrainer(GRPOTrainer):
             self.args.see_once = False  # only our generation sees while weights are gathered
         own = self.accelerator.unwrap_model(self.model)
         self.sight = make_sight(own, self.processing_class)
+        if self.use_vllm and not self.sight.stock:
+            raise ValueError(f"vLLM does not show what a {type(self.sight).__name__} does; set use_vllm to false")
         self.sight.configure(own, self.args.see_once, self._vision_cache(), self.accelerator.autocast)
         if self.sight.image_token_id is not None:
             self._ban(self.sight.image_token_id)
@@ -57,8 +62,9 @@ class GroupTrainer(GRPOTrainer):
             self.data_collator = self._prefetch
         # Of a partitioned parameter (ZeRO-3) `numel` is 0.
         sizes = {n: (getattr(p, "ds_numel", p.numel()), p.requires_grad) for n, p in own.named_parameters()}
-        self._parameters = sum(size for n, (size, _) in sizes.items() if "visual" not in n and "embed_tokens" not in n)
-        trained = sum(size for n, (size, is_trained) in sizes.items() if "visual" not in n and is_trained)
+        sizes = {n: size for n, size in sizes.items() if not any(part in n for part in SEEING)}
+        self._parameters = sum(size for n, (size, _) in sizes.items() if "embed_tokens" not in n)
+        trained = sum(size for size, is_trained in sizes.values() if is_trained)
         self._trained = min(1.0, trained / max(1, self._parameters))
         self._flops = 0.0
         self._prompts: list[Prompt] = []
@@ -305,7 +311,7 @@ class GroupTrainer(GRPOTrainer):
                     position_ids=packed.position_ids,
                     labels=packed.labels,
                     fused_lm_head=True,
-                    **self._mask(packed.segment, self._dtype()),
+                    **self._mask(packed.segment, self._dtype(), self._runs(packed.input_ids)),
                     **to_device(seen, input_ids.device),
                 )
             shape = (len(rows), logits_to_keep)
@@ -320,12 +326,19 @@ class GroupTrainer(GRPOTrainer):
         device = self.accelerator.device.type
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.model.dtype
 
-    def _mask(self, segment: torch.Tensor, dtype: torch.dtype) -> dict[str, Any]:
+    def _runs(self, ids: torch.Tensor) -> torch.Tensor | None:
+        """Image tokens of packed rows that see each other, where the family has such."""
+        token = self.sight.image_token_id
+        return runs_of(ids, token) if self.sight.bidirectional and token is not None else None
+
+    def _mask(self, segment: torch.Tensor, dtype: torch.dtype, runs: torch.Tensor | None = None) -> dict[str, Any]:
         """What keeps the completions of packed rows apart, in the form that the model's attention takes."""
         if self._attention == FLEX:
-            return {"attention_mask": flex_mask(segment)}
-        n = prefix_length(segment) if self._attention == SHARED_PREFIX else 0
-        return {"attention_mask": as_mask(block_mask(segment, n), dtype), **({"prefix_length": n} if n else {})}
+            return {"attention_mask": flex_mask(segment, runs)}
+        # A prefix that is read in one piece is plainly causal.
+        n = prefix_length(segment) if self._attention == SHARED_PREFIX and runs is None else 0
+        mask = as_mask(block_mask(segment, n, runs), dtype)
+        return {"attention_mask": mask, **({"prefix_length": n} if n else {})}
 
     def _packed_length(self, group: Sequence[int], prompts: Sequence[int], written: Sequence[int]) -> int:
         """Tokens of a group's packed row, from the prompt of every row and the length of its completion."""

@@ -165,7 +165,7 @@ class BudgetCollator:
         fill = {"input_ids": tokenizer.pad_token_id, "attention_mask": 0, "labels": -100}
         inputs = {k: pad_sequence(v, batch_first=True, padding_value=fill[k]) for k, v in rows.items()}
         seen = sight.inputs(performer.model, [p.views for p in prompts])
-        return {**inputs, "position_ids": stack_positions(places), **seen}
+        return {**inputs, "position_ids": stack_positions(places), **sight.typed(inputs["input_ids"]), **seen}
 
 
 def train_sft(

@@ -1,4 +1,4 @@
-"""A whole run of a small Qwen2.5-VL, which sees the images themselves."""
+"""A whole run of a small Qwen2.5-VL, and of a small Gemma 3, which see the images themselves."""
 
 from __future__ import annotations
 
@@ -52,3 +52,35 @@ def test_slides_are_not_for_qwen(tmp_path, slides, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         rl.grpo.main()
     assert stopped.value.code == 2 and "qwen_vl reads images" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_gemma_runs_to_the_report(tmp_path, fields, monkeypatch, capsys, lora):
+    recipe = write_recipe(
+        tmp_path,
+        tmp_path,
+        cases=fields,
+        encoder={"field_side": 112},
+        performer={**PERFORMER, "family": "gemma_vl", "lora": lora},
+        ladder=[1, 4, 16],
+        sft={**RECIPE["sft"], "max_steps": 20},
+        max_steps=4,
+        max_completion_length=16,
+        gold_rollout=True,  # so that there is something to learn from
+        vision_cache=str(tmp_path / "vision"),
+    )
+    monkeypatch.setattr(sys, "argv", command("rl/grpo.py", recipe)[3:])
+    rl.grpo.main()
+    summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
+    assert [p["tokens"] for p in summary["static"]] == [1.0, 4.0, 16.0]
+    costs = [p["flops"] for p in summary["static"]]
+    assert costs == sorted(costs)
+    # One grid an image, which all budgets are pooled from.
+    shown = len(list((tmp_path / "run" / "features" / "fields").rglob("*.h5")))
+    assert len(list((tmp_path / "vision").rglob("*.safetensors"))) <= shown
+    states = {name: load_file(tmp_path / "run" / name / "model.safetensors") for name in ("sft", "grpo")}
+    moved = {key for key, value in states["sft"].items() if not value.equal(states["grpo"][key])}
+    assert moved and all("language_model" in key or "lm_head" in key for key in moved), (
+        "tower and projector are frozen"
+    )
+    assert "report:" in capsys.readouterr().out

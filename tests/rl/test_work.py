@@ -297,7 +297,7 @@ def test_a_vision_language_model_of_another_family_is_refused(tmp_path):
     trainer = make_trainer(GRPOTrainer, str(tmp_path))
     trainer.model.config.model_type = "other_vl"
     with pytest.raises(
-        InputError, match=r"the family other_vl is not known here; known are .*qwen_vl and text models"
+        InputError, match=r"the family other_vl is not known here; known are .*qwen_vl, gemma_vl and text models"
     ):
         rl.trainer.make_sight(trainer.model, trainer.processing_class.tokenizer)
     assert backbone(trainer.model).visual is not None

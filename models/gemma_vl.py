@@ -1,0 +1,328 @@
+"""Gemma 3 (MedGemma), which sees a square of fixed size: the grid of its tokens is pooled to the budget.
+
+The frozen vision tower reads an image once, whatever the budgets; its grid of projected tokens (16 x 16) is kept in
+memory and, if wanted, on disk. Image tokens of one view see each other, also those that come later. Works without
+torchvision; loads by `from_pretrained` or is made from a configuration.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from cachetools import LRUCache
+from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+from models.cost import SquareTowerShape
+from models.feature_cache import FeatureCache, cache_key, content_hash, module_revision
+from models.image_view import ImageView
+from models.performer import ImagePerformer
+from models.processor import ViewProcessor
+from models.qwen_vl import is_frozen, takes_features
+from models.sight import Sight, View, flat
+from models.visual import FeatureBank
+from slides.errors import InputError
+
+START, SOFT, END = MARKS = ("<start_of_image>", "<image_soft_token>", "<end_of_image>")
+TOWER_IMAGES = 16
+"""Images that the vision tower reads at a time."""
+
+
+class GemmaSight(Sight):
+    """Of Gemma 3 with a frozen vision tower.
+
+    Args:
+        side: of the grid of tokens that the model makes of an image.
+    """
+
+    bidirectional = True
+    stock = False
+
+    def __init__(self, image_token_id: int, image_processor: Any, side: int):
+        super().__init__(image_token_id)
+        self.processor, self.side = image_processor, side
+        self.once = True
+        self.cache: FeatureCache | None = None
+        self.held: LRUCache = LRUCache(2e9, getsizeof=lambda grid: grid.nbytes)
+        """Grids (side², hidden) of the images seen last, in bytes."""
+        self.autocast: Callable[[], AbstractContextManager] = nullcontext
+        self.pool = ThreadPoolExecutor(max_workers=max(1, min(4, (os.cpu_count() or 2) - 1)))
+        self.seen = 0
+        """Images that the tower has read."""
+        self._revision = ""
+        self._lock = Lock()
+
+    def configure(
+        self, model: Any, once: bool, cache: FeatureCache | None, autocast: Callable[[], AbstractContextManager]
+    ) -> None:
+        """As its base.
+
+        Raises:
+            InputError: the vision tower is trained, or this transformers hands Gemma 3 no ready features.
+        """
+        base = gemma_backbone(model)
+        if not all(map(is_frozen, vision_parts(base))):
+            raise InputError("gemma_vl pools what a frozen vision tower sees: call `freeze_gemma` on the model first")
+        if not takes_features(base):
+            raise InputError(
+                "gemma_vl: this transformers hands Gemma 3 no ready features; pip install -U transformers"
+            )
+        self.once, self.cache, self.autocast = once, cache, autocast
+        self.held.clear()
+        self._revision = self._made_by(base, cache) if cache is not None else ""
+
+    def _made_by(self, base: Any, cache: FeatureCache) -> str:
+        """What grids on disk depend on beside the image: weights, preprocessing and precision."""
+        weight = base.multi_modal_projector.mm_input_projection_weight
+        with self.autocast():
+            kind = weight.device.type
+            lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+        settings = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
+        digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
+        return "-".join([*map(module_revision, vision_parts(base)), digest, str(lower), str(cache.dtype)])
+
+    def __deepcopy__(self, memo: dict) -> GemmaSight:
+        # Whoever copies a processor, to print it for instance, gets by with this one's threads and features.
+        return self
+
+    def view(self, image: Any) -> View:
+        """The view of an image with all its tokens."""
+        return image if isinstance(image, ImageView) else self.view_at(image, self.side**2)
+
+    def view_at(self, source: Any, budget: int) -> ImageView:
+        """The view of an image at a budget of at least 1 token: the largest square of tokens within it."""
+        side = min(self.side, math.isqrt(budget))
+        return ImageView(source, (1, side, side), 1, None, budget)
+
+    def prefetch(self, views: Sequence[View]) -> None:
+        """Begin to look up, or else read and resize the images on other threads."""
+        for view in views:
+            assert isinstance(view, ImageView)
+            if view.job is None and view.features is None:
+                view.job = self.pool.submit(self._ready, view)
+
+    def fields(self, views: Sequence[View]) -> dict[str, torch.Tensor]:
+        """As its base.
+
+        Raises:
+            InputError: there are views, and the stock processor knows no pooled ones.
+        """
+        if views:
+            raise InputError(
+                "gemma_vl pools its image tokens to the budget, which only our own passes do: leave shared_prefix and "
+                "prefill_once on, and use_vllm off"
+            )
+        return {}
+
+    def typed(self, ids: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"token_type_ids": (ids == self.image_token_id).long()}
+
+    def inputs(self, model: Any, shown: Sequence[Sequence[Any]]) -> dict[str, Any]:
+        views = flat(shown)
+        if not views:
+            return {}
+        if not self.once or any(v.features is None for v in views):
+            self.see(gemma_backbone(model), views)
+        tokens = torch.cat([v.features for v in views])
+        return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens[None])}}
+
+    @torch.no_grad()
+    def see(self, base: Any, views: Sequence[ImageView]) -> None:
+        """Give every view its features (n, hidden), pooled from the grid of its image; the tower reads new images."""
+        if not self.once:
+            for view in views:
+                view.features = view.job = None
+        self.prefetch(views)
+        grids: dict[str, torch.Tensor] = {}
+        unseen: dict[str, torch.Tensor] = {}
+        for view in (v for v in views if v.features is None):
+            assert view.job is not None
+            pixels, grid = view.job.result()
+            grid = self._found(view.key) if grid is None else grid  # seen for another view meanwhile
+            if grid is None:
+                unseen.setdefault(view.key, pixels)
+            else:
+                grids[view.key] = grid
+        weight = base.multi_modal_projector.mm_input_projection_weight
+        for keys in _chunks(unseen):
+            pixels = torch.stack([unseen[key] for key in keys]).to(weight.device)
+            with self.autocast():
+                out = base.get_image_features(pixels.to(weight.dtype), return_dict=True).pooler_output
+            for key, grid in zip(keys, out, strict=True):
+                # Its own memory: a slice would keep the features of the whole batch alive.
+                grids[key] = grid.clone()
+                self.seen += 1
+                self._hold(key, grids[key])
+                if self.once and self.cache is not None:
+                    self.cache.put(key, grids[key])
+        for view in (v for v in views if v.features is None):
+            view.features, view.job = self._pooled(grids[view.key], view.grid[1]), None
+
+    def _pooled(self, grid: torch.Tensor, side: int) -> torch.Tensor:
+        """A grid (side², hidden) as the means of `side` x `side` of its regions."""
+        if side == self.side:
+            return grid
+        plane = grid.T.reshape(1, -1, self.side, self.side).float()
+        return F.adaptive_avg_pool2d(plane, side).flatten(2)[0].T.contiguous().to(grid.dtype)
+
+    def _ready(self, view: ImageView) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Pixels (3, height, width) of a view's image, or its grid where that is there already."""
+        view.key = cache_key(content_hash(view.source), (1, self.side, self.side), self._revision)
+        grid = self._found(view.key)
+        if grid is None and self.once and self.cache is not None:
+            grid = self.cache.get(view.key)
+            if grid is not None:
+                self._hold(view.key, grid)
+        if grid is not None:
+            return None, grid
+        return self.processor(images=[view.image()], return_tensors="pt")["pixel_values"][0], None
+
+    def _found(self, key: str) -> torch.Tensor | None:
+        with self._lock:
+            return self.held.get(key) if self.once else None
+
+    def _hold(self, key: str, grid: torch.Tensor) -> None:
+        if self.once and grid.nbytes < self.held.maxsize:
+            with self._lock:
+                self.held[key] = grid
+
+
+class GemmaProcessor(ViewProcessor):
+    """Processor of Gemma 3 that needs no torchvision.
+
+    Args:
+        image_processor: a `Gemma3ImageProcessorPil`. side: see `GemmaSight`.
+    """
+
+    sight: GemmaSight
+    attributes = ("image_processor", "tokenizer")
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+    image_token = SOFT
+    image_text = START
+
+    def __init__(
+        self, image_processor: Any = None, tokenizer: Any = None, side: int = 16, chat_template: str | None = None
+    ):
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        self.sight = GemmaSight(self.image_token_id, image_processor, side)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
+
+    def _rendered(self, text: str) -> str:
+        # After the template, as in the stock processor: the template strips what stands around a message.
+        return text.replace(START, f"\n\n{START}{SOFT}{END}\n\n")
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Write the stock parts, so that any tool reads the folder."""
+        self.image_processor.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+class GemmaPerformer(ImagePerformer):
+    """A Gemma 3: it is shown the image itself, its tokens pooled to the budget."""
+
+    family = "gemma_vl"
+    processor: GemmaProcessor
+
+    def seeing(self, views: Sequence[View]) -> float:
+        config = self.model.config
+        tower = SquareTowerShape.from_config(config.vision_config, config.mm_tokens_per_image)
+        return len(views) * tower.read(config.get_text_config().hidden_size)
+
+    @classmethod
+    def load(
+        cls, folder: str | Path, bank: FeatureBank, dtype: torch.dtype | str = "auto", **options: Any
+    ) -> GemmaPerformer:
+        """From a folder that `save` wrote, or anything that `from_pretrained` takes.
+
+        Args:
+            dtype: of the weights; "auto" keeps what was saved.
+        """
+        model = freeze_gemma(Gemma3ForConditionalGeneration.from_pretrained(folder, dtype=dtype))
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        side = math.isqrt(model.config.mm_tokens_per_image)
+        return cls(
+            model, GemmaProcessor(Gemma3ImageProcessorPil.from_pretrained(folder), tokenizer, side), bank, **options
+        )
+
+
+def gemma_backbone(model: Any) -> Any:
+    """The `Gemma3Model` within wrappers of training and adapters."""
+    if hasattr(model, "vision_tower"):
+        return model
+    if hasattr(model, "get_base_model"):  # adapters
+        return gemma_backbone(model.get_base_model())
+    return gemma_backbone(model.module if hasattr(model, "module") else model.model)
+
+
+def vision_parts(base: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """What makes an image's grid of tokens: the tower and the projector."""
+    return base.vision_tower, base.multi_modal_projector
+
+
+def freeze_gemma(model: Any) -> Any:
+    """Exclude the vision tower and its projector from training; returns the model."""
+    for part in vision_parts(gemma_backbone(model)):
+        part.requires_grad_(False)
+    return model
+
+
+def small_gemma(
+    tokenizer: Any, text: dict[str, Any], vision: dict[str, Any] | None = None, attention: str = "sdpa"
+) -> tuple[Gemma3ForConditionalGeneration, GemmaProcessor]:
+    """A Gemma 3 from nothing, which sees 128 x 128 px as 8 x 8 tokens, and its processor.
+
+    Args:
+        tokenizer: with `MARKS`.
+        text: keys of its text configuration. vision: keys of its vision configuration; widths and depth follow the
+            language model's where they are not given.
+    """
+    tower = {
+        "hidden_size": text["hidden_size"],
+        "intermediate_size": text["intermediate_size"],
+        "num_hidden_layers": text["num_hidden_layers"],
+        "num_attention_heads": text["num_attention_heads"],
+        "image_size": 128,
+        "patch_size": 8,
+        "vision_use_head": False,
+        **(vision or {}),
+    }
+    start, image, end = tokenizer.convert_tokens_to_ids(list(MARKS))
+    config = Gemma3Config(
+        text_config={
+            "head_dim": text["hidden_size"] // text["num_attention_heads"],
+            "query_pre_attn_scalar": text["hidden_size"] // text["num_attention_heads"],
+            **text,
+        },
+        vision_config={"model_type": "siglip_vision_model", **tower},
+        mm_tokens_per_image=64,
+        image_token_index=image,
+        boi_token_index=start,
+        eoi_token_index=end,
+        tie_word_embeddings=text.get("tie_word_embeddings", False),
+    )
+    model = Gemma3ForConditionalGeneration._from_config(config, attn_implementation=attention)
+    # It is made of zeros, so that no image would be told from another.
+    std = text.get("initializer_range", 0.02)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight, std=std)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    size = {"height": tower["image_size"], "width": tower["image_size"]}
+    return freeze_gemma(model), GemmaProcessor(Gemma3ImageProcessorPil(size=size), tokenizer, 8)
+
+
+def _chunks(keys: Iterable[str]) -> list[list[str]]:
+    listed = list(keys)
+    return [listed[at : at + TOWER_IMAGES] for at in range(0, len(listed), TOWER_IMAGES)]
