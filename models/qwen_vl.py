@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForCondition
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
+from models.adapters import adapter_of, base_name, merge_adapter
 from models.feature_cache import FeatureCache, cache_key, content_hash, module_revision
 from models.image_view import ImageView, fit, open_image
 from models.processor import ViewProcessor
@@ -275,8 +276,12 @@ def freeze_vision(model: Any) -> None:
 
 
 def load_qwen(name: str | Path, **options: Any) -> Qwen2_5_VLForConditionalGeneration:
-    """A Qwen2.5-VL by `from_pretrained`."""
-    return Qwen2_5_VLForConditionalGeneration.from_pretrained(name, **options)
+    """A Qwen2.5-VL by `from_pretrained`; an adapter is merged into the base that it names."""
+    adapter = adapter_of(name)
+    if adapter is None:
+        return Qwen2_5_VLForConditionalGeneration.from_pretrained(name, **options)
+    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(base_name(adapter), **options)
+    return merge_adapter(base, adapter)
 
 
 def small_qwen(

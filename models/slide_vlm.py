@@ -17,12 +17,14 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    GenerationConfig,
     GenerationMixin,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from models.adapters import adapter_of, grown_base, merge_adapter
 from models.compressors.aligner import MARKER_STD, MARKERS, Markers, make_aligner
 from models.compressors.base import PatchEmbedding, Tokens
 from models.compressors.chain import Chain
@@ -325,6 +327,17 @@ class SlideVLM(SlideVLMPreTrainedModel, GenerationMixin):
         model = cls(SlideVLMConfig(text_config=text.config, attn_implementation=attention, **config), text)
         model.generation_config = text.generation_config
         return model
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> SlideVLM:
+        """As its base; a folder that holds an adapter is read over the language model that the adapter names."""
+        adapter = adapter_of(name)
+        if adapter is None:
+            return super().from_pretrained(name, *args, **kwargs)
+        config = SlideVLMConfig.from_pretrained(name)
+        model = cls(config, grown_base(adapter, config.text_config.vocab_size))
+        model.generation_config = GenerationConfig.from_pretrained(name)
+        return merge_adapter(model, adapter).eval()
 
     @property
     def language_model(self) -> nn.Module:

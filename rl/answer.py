@@ -4,6 +4,7 @@
     python rl/answer.py --config RECIPE --slide a.svs b.svs --question "What is the diagnosis?" --budget 16
     python rl/answer.py --config RECIPE --manifest new.jsonl --price 0.1 --json --out answers.jsonl
     python rl/answer.py --config RECIPE --split test
+    python rl/answer.py --model FOLDER --image field.png --question "Does this show metastasis?"
 
 Only the recipe and the run's folders `grpo`, `allocator` and `report` are needed, except for `--split`. Without
 --price and --budget the price is the one that the report chose. Both stages are shown: the look that chooses a budget,
@@ -29,7 +30,7 @@ from envs.case import TASKS, Case
 from envs.new_cases import new_case, read_new_cases
 from rl.answering import answer_all, closing, head, line, totals
 from rl.checkpoints import is_done
-from rl.deployed import Deployed, check_finished, operating_price
+from rl.deployed import MARK, Deployed, check_finished, operating_price
 from rl.prepare import load_rewards
 from rl.recipe import Run, parse_recipe
 from rl.scoring import Scorer
@@ -53,6 +54,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     what.add_argument("--slide", nargs="+", default=[], metavar="FILE", help="slides or .h5 feature files of one case")
     what.add_argument("--manifest", metavar="FILE", help="many cases, see docs/data.md; gold answers may be missing")
     what.add_argument("--split", choices=("val", "test"), help="the recipe's own; the allocator was fitted on val")
+    what.add_argument("--model", type=Path, metavar="FOLDER", help="written by rl/publish.py, in place of --config")
     about = parser.add_argument_group("the question (of a manifest: for rows that do not say)")
     about.add_argument("--question", metavar="TEXT", help="as the performer is asked")
     about.add_argument("--options", nargs="+", metavar="TEXT", help="possible answers")
@@ -73,8 +75,15 @@ def check(args: argparse.Namespace, recipe: Sequence[str]) -> None:
     """Refuse arguments that do not go together, all at once."""
     single = bool(args.image or args.slide)
     problems = []
-    if "--config" not in recipe:
-        problems.append("--config: name the recipe that the run was trained by")
+    if args.model is not None:
+        if "--config" in recipe or "--output_dir" in recipe:
+            problems.append("--model: has its recipe with it; leave out --config and --output_dir")
+        if args.split:
+            problems.append("--split: a published run has no cases; name a manifest")
+        if not (args.model / MARK).is_file():
+            problems.append(f"--model: {args.model} was not written by rl/publish.py")
+    elif "--config" not in recipe:
+        problems.append("--config: name the recipe that the run was trained by, or --model a published one")
     if single + bool(args.manifest) + bool(args.split) != 1:
         problems.append("say what to answer by one of --image/--slide, --manifest and --split")
     if single and not (args.question or "").strip():
@@ -130,6 +139,8 @@ def main() -> None:
     """Answer, and print each answer as it comes."""
     args, rest = parse(sys.argv[1:])
     check(args, rest)
+    if args.model is not None:
+        rest = ["--config", str(args.model / "recipe.yaml"), "--output_dir", str(args.model), *rest]
     run = parse_recipe(rest)
     if PartialState().num_processes > 1:
         raise InputError("cases are answered one by one: start rl/answer.py with python, not with accelerate launch")

@@ -21,6 +21,10 @@ from slides.errors import InputError
 NEEDED = {f"grpo/{DONE}": "rl/grpo.py", f"allocator/{KEPT}": "rl/pareto.py"}
 """Last file of each part that answering takes, and what writes it."""
 SUMMARY = "report/summary.json"
+MARK = "frugalpath.json"
+"""File that makes a folder a published run, with the settings that it was trained by; see `rl.publishing`."""
+EVALUATION = "evaluation.json"
+"""What a published run has of its report."""
 
 
 class Deployed(Stages):
@@ -56,6 +60,15 @@ class Deployed(Stages):
         """Performer and allocator, ready to answer."""
         return load_decider(self, self._load("grpo"))
 
+    def _load(self, name: str) -> Performer:
+        # A published run has the performer at its top, where `from_pretrained` looks for it.
+        return super()._load("" if (self.run.folder / MARK).is_file() else name)
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """What the trained weights can only be used with."""
+    return {"encoder": vars(run.encoder), "performer": dataclasses.asdict(run.performer), "ladder": run.ladder}
+
 
 def check_finished(run: Run) -> None:
     """Refuse a run that has no trained performer and fitted allocator, or that other settings have made.
@@ -63,6 +76,9 @@ def check_finished(run: Run) -> None:
     Raises:
         InputError: with what is missing and what writes it, or what differs.
     """
+    if (run.folder / MARK).is_file():
+        _check_settings(run, json.loads((run.folder / MARK).read_text())["parts"])
+        return
     recipe = f"--config {run.path}" if run.path else "--config RECIPE"
     missing = {name: script for name, script in NEEDED.items() if not (run.folder / name).is_file()}
     if f"grpo/{DONE}" in missing:
@@ -72,9 +88,11 @@ def check_finished(run: Run) -> None:
             f"{run.folder}: the run is not finished, it has no {', '.join(missing)}; run: "
             f"python {next(iter(missing.values()))} {recipe}"
         )
-    kept = json.loads((run.folder / "grpo" / DONE).read_text())["parts"]
-    now = {"encoder": vars(run.encoder), "performer": dataclasses.asdict(run.performer), "ladder": run.ladder}
-    changed = [name for key, value in now.items() for name in _differing(key, kept[key], value)]
+    _check_settings(run, json.loads((run.folder / "grpo" / DONE).read_text())["parts"])
+
+
+def _check_settings(run: Run, kept: dict[str, Any]) -> None:
+    changed = [name for key, value in settings(run).items() for name in _differing(key, kept[key], value)]
     if changed:
         raise InputError(
             f"{run.folder}: was trained with other settings ({', '.join(changed)}); answer with the recipe it was "
@@ -88,7 +106,7 @@ def operating_price(run: Run) -> float:
     Raises:
         InputError: there is no report.
     """
-    path = run.folder / SUMMARY
+    path = run.folder / (EVALUATION if (run.folder / MARK).is_file() else SUMMARY)
     if not path.is_file():
         recipe = f"--config {run.path}" if run.path else "--config RECIPE"
         raise InputError(

@@ -24,6 +24,7 @@ from rl.evaluation.trial import Trial
 from rl.fields import field_results
 from rl.probe import linear_probe
 from rl.recipe import parse_recipe
+from rl.report.card import write_card
 from rl.report.console import print_outcome, print_summary
 from rl.report.writing import write_report
 from rl.stages import Stages
@@ -51,7 +52,10 @@ def evaluate(stages: Stages, performer: Performer, start: LookNetwork) -> dict[s
         "linear_probe": linear_probe(stages, outcome.whole, outcome.decisions.rungs, best, outcome.bootstrap),
         "warnings": collapse(stages, performer, trial.decider),
     }
-    return write_report(stages, performer, outcome, summary)
+    summary = write_report(stages, performer, outcome, summary)
+    if stages.is_main:
+        write_card(run.folder / "grpo" / "README.md", run, summary)
+    return summary
 
 
 @entry

@@ -20,6 +20,7 @@ from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from envs.case import Case
+from models.adapters import ADAPTER
 from models.build import SEEING_PARTS
 from models.performer import Performer
 from models.sight import stack_positions
@@ -237,7 +238,8 @@ def stage_rates(kind: str, given: Mapping[str, float] | None) -> dict[str, float
 
 
 def merged(trainer: Any) -> Any:
-    """The trained model without its adapters, their weights added to its own."""
+    """The trained model without its adapters, their weights added to its own; the adapters are kept in its folder."""
+    trainer.save_model(str(Path(trainer.args.output_dir) / ADAPTER))
     return trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
 
 

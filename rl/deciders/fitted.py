@@ -12,6 +12,8 @@ from rl.allocation.fitting import Aim, Network, fit_by_patient
 from rl.checkpoints import Clock, is_done, mark_done
 from rl.stages import Stages
 
+OUT_OF_FOLD = "out_of_fold.npy"
+
 
 def fitted(
     stages: Stages, performer: Performer, start: Network, table: ScoreTable, aim: Aim[Network]
@@ -39,12 +41,13 @@ def fitted(
     )
     if stages.is_main:
         allocator.save_pretrained(folder)
-        np.save(folder / "out_of_fold.npy", values)
+        np.save(folder / OUT_OF_FOLD, values)
         mark_done(folder, parts, n=len(cases), loss=losses, seconds=clock.seconds)
     return allocator, values
 
 
 def read_fit(stages: Stages, network: type[Network]) -> tuple[Network, np.ndarray]:
-    """What `fitted` left in the run's folder."""
+    """What `fitted` left in the run's folder; a published one has nothing of the validation cases."""
     folder = stages.run.folder / "allocator"
-    return network.from_pretrained(folder), np.load(folder / "out_of_fold.npy")
+    kept = folder / OUT_OF_FOLD
+    return network.from_pretrained(folder), np.load(kept) if kept.is_file() else np.zeros((0, len(stages.run.ladder)))

@@ -55,6 +55,7 @@ def write_report(stages: Stages, performer: Performer, outcome: Outcome, summary
         "warnings": [*joint.get("warnings", []), *summary["warnings"]],
         "missing_slides": missing_slides(stages.cases, stages.bank.missing),
         "splits": {s: len(members) for s, members in stages.splits.items()},
+        "patients": {s: len({c.patient for c in members}) for s, members in stages.splits.items()},
         "seconds": stage_seconds(stages.run.folder),
         "reproduce": reproduce(summary, sys.argv[1:]),
         **provenance(stages.run),
