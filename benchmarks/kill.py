@@ -42,6 +42,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import h5py
 import numpy as np
+import torch
+import transformers
+import trl
 import yaml
 from PIL import Image
 from safetensors import safe_open
@@ -282,7 +285,7 @@ def main() -> None:
     args.out.mkdir(parents=True)
     found = measure(args.config.resolve(), args.out.resolve(), args.phases, args.seed)
     ok = not any(row["problems"] for row in found["trials"])
-    print(json.dumps({"benchmark": "kill", "ok": ok, **found, "machine": machine("cpu"), "versions": versions()}))
+    print(json.dumps({"benchmark": "kill", "ok": ok, **found, "machine": machine("cpu"), "versions": versions(torch, transformers, trl)}))
     sys.exit(0 if ok else 1)
 
 
