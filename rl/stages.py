@@ -52,6 +52,12 @@ NEUTRAL = {
     "generation_batch_size", "use_cpu", "local_rank",
 }  # fmt: skip
 
+LOGGED = {
+    "log_completions": False, "log_multimodal": True, "num_completions_to_print": None, "log_unique_prompts": False,
+    "log_completions_hub_repo": None, "logging_first_step": False,
+}  # fmt: skip
+"""Further such keys; what a stage is known by has them at these values, their defaults."""
+
 AFTER = ("form", "weight_decay", "look_state", "look_confidence")
 """Keys of the allocator that the joint step does not read; so do those that begin with `fit_`."""
 UNEVEN = {"equal": (), "attention": (1, 2, 3, 4), "split": (0, 1, 4, 16)}
@@ -351,6 +357,7 @@ class Stages:
     def grpo_parts(self) -> dict[str, Any]:
         left_out = {*NEUTRAL, *MODE_ALONE[self.run.grpo.mode]}
         grpo = {k: v for k, v in self.run.grpo.to_dict().items() if k not in left_out}
+        grpo |= LOGGED
         online = self.run.allocator.settings()
         online = {k: v for k, v in online.items() if not k.startswith("fit_") and k not in AFTER}
         if self.run.allocator.form == "policy":

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather
-from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
@@ -24,6 +23,7 @@ from models.generation import by_length, generate, to_device
 from models.processor import token_types
 from models.sight import Prompt, read_prompt
 from rl.batches import LoadedOnce, share, shuffle_groups, split_silent, take
+from rl.completion_log import CompletionLog
 from rl.packing import block_mask, flex_mask, groups_of, pack, prefix_length, runs_of
 from slides.errors import InputError
 
@@ -31,7 +31,7 @@ SEEING = ("visual", "vision_tower", "multi_modal_projector")
 """Parts of models that are not the language model."""
 
 
-class GroupTrainer(GRPOTrainer):
+class GroupTrainer(CompletionLog):
     """`GRPOTrainer` that reads, sees and prefills each prompt once for all its completions.
 
     Args:
