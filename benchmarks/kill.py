@@ -285,7 +285,17 @@ def main() -> None:
     args.out.mkdir(parents=True)
     found = measure(args.config.resolve(), args.out.resolve(), args.phases, args.seed)
     ok = not any(row["problems"] for row in found["trials"])
-    print(json.dumps({"benchmark": "kill", "ok": ok, **found, "machine": machine("cpu"), "versions": versions(torch, transformers, trl)}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "kill",
+                "ok": ok,
+                **found,
+                "machine": machine("cpu"),
+                "versions": versions(torch, transformers, trl),
+            }
+        )
+    )
     sys.exit(0 if ok else 1)
 
 

@@ -26,7 +26,7 @@ ADDED = "added_tokens.safetensors"
 def adapter_of(folder: str | Path) -> Path | None:
     """The adapter that a folder holds in place of a model's weights; None where it holds none."""
     found = (place for place in (Path(folder) / ADAPTER, Path(folder)) if (place / CONFIG).is_file())
-    return None if (Path(folder) / "model.safetensors").is_file() else next(found, None)
+    return None if any(Path(folder).glob("model*.safetensors")) else next(found, None)
 
 
 def merge_adapter(model: Any, folder: Path) -> Any:

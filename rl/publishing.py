@@ -75,6 +75,11 @@ def publish(
     try:
         name = base or run.performer.pretrained or run.performer.language_model
         adapters = [] if merge else adapters_of(run)
+        if adapters and (name is None or (base is None and Path(name).exists())):
+            raise InputError(
+                f"performer: the adapters lie over {name or 'a model that this run made'}, which no other machine has; "
+                "name one of the Hub by --base, or publish with --merge"
+            )
         _write_performer(run, part, adapters, name)
         _copy(run.folder / "allocator", part / "allocator", ALLOCATOR)
         _copy(run.folder / "grpo" / "allocator", part / "grpo" / "allocator", ALLOCATOR)
@@ -158,10 +163,7 @@ def _write_performer(run: Run, out: Path, adapters: Sequence[Path], base: str | 
     if not adapters:
         _copy(folder, out, PERFORMER)
         return
-    if base is None:
-        raise InputError("performer: the model under the adapters was made by this run; publish with --merge")
-    if Path(base).exists() and Path(base) != Path(run.performer.pretrained or run.performer.language_model or ""):
-        raise InputError(f"--base: {base} lies on this machine; name a model of the Hub, or publish with --merge")
+    assert base is not None
     _copy(folder, out, [name for name in PERFORMER if "safetensors" not in name])
     slide = run.performer.family == "slide_vlm"
     place = out / ADAPTER if slide else out

@@ -1,0 +1,207 @@
+"""rl/publish.py as a user calls it: the folder answers like the run, alone, and holds nothing of the cases."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+import rl.answer
+import rl.grpo
+import rl.pareto
+import rl.publish
+from envs.score_table import ScoreTable
+from models.slide_vlm import SlideVLM
+from models.tokenizer import train_tokenizer
+from rl.deployed import MARK
+from rl.publishing import uploads
+from tests.cli.conftest import RECIPE, command, write_recipe
+
+TIMES = ("latency_ms_stage1", "latency_ms_stage2")
+
+
+@pytest.fixture
+def called(monkeypatch, capsys):
+    """Calls an entry in this process; gives its status, what it printed and what it told of errors."""
+
+    def run(main, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as stopped:
+            status = stopped.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def question(slides, finished) -> tuple:
+    slide = min((slides / "slides").glob("*.tif"))
+    return "--slide", slide, "--question", "What is the diagnosis?", "--json"
+
+
+@pytest.mark.parametrize("form", ["value", "policy", "escalate"])
+def test_a_published_run_answers_like_the_run(finished, slides, question, called, tmp_path, form):
+    recipe = Path(shutil.copy(finished[0], tmp_path))
+    source = ["--config", recipe, "--output_dir", tmp_path / "run"]
+    if form == "policy":
+        source += ["--set", "allocator.form=policy", "allocator.fit_epochs=1", "evaluation.sft_continued=false"]
+        shutil.copytree(finished[0].parent / "run" / "sft", tmp_path / "run" / "sft")
+        shutil.copytree(finished[0].parent / "run" / "features", tmp_path / "run" / "features")
+        assert called(rl.grpo.main, *source)[0] == 0
+    else:
+        shutil.copytree(finished[0].parent / "run", tmp_path / "run")
+    if form == "escalate":
+        source += ["--set", "allocator.form=escalate"]
+        assert called(rl.pareto.main, *source)[0] == 0
+    status, out, err = called(rl.publish.main, *source, "--to", tmp_path / "published")
+    assert status == 0 and "MB" in out, err
+    asked = {}
+    for budget in ([], ["--price", 0.03], ["--budget", 4]):
+        status, out, err = called(rl.answer.main, *source, *question, *budget)
+        assert status == 0, err
+        asked[tuple(budget)] = json.loads(out)
+    moved = (tmp_path / "run").rename(tmp_path / "away")
+    shutil.rmtree(moved)
+    recipe.unlink()
+    for budget, row in asked.items():
+        status, out, err = called(rl.answer.main, "--model", tmp_path / "published", *question, *budget)
+        assert status == 0, err
+        found = json.loads(out)
+        # Features are encoded anew, in float16.
+        assert found.pop("confidence") == pytest.approx(row.pop("confidence"), rel=1e-3)
+        assert {k: v for k, v in found.items() if k not in TIMES} == {k: v for k, v in row.items() if k not in TIMES}
+    assert isinstance(AutoModelForCausalLM.from_pretrained(tmp_path / "published"), SlideVLM)
+
+
+@pytest.fixture(scope="module")
+def published(finished, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("published") / "model"
+    with pytest.MonkeyPatch.context() as patch:
+        arguments = ["--to", str(folder), "--data", "Made-up slides", "--license", "apache-2.0"]
+        patch.setattr(sys, "argv", [*command("rl/publish.py", finished[0])[3:], *arguments])
+        rl.publish.main()
+    return folder
+
+
+def test_nothing_of_the_cases_and_of_this_machine_is_in_it(finished, published, slides):
+    run = finished[0].parent / "run"
+    tables = [ScoreTable.load(path) for path in (run / "tables").glob("grpo.*.jsonl")]
+    names = {name for table in tables for name in (*table.ids, *table.patients)}
+    assert len(names) > 10
+    places = {str(run), str(slides), str(finished[0].parent), os.path.expanduser("~") + "/"}
+    for path in published.rglob("*"):
+        if path.suffix in (".json", ".yaml", ".md", ".jinja"):
+            text = path.read_text()
+            assert not [name for name in (*names, *places) if name in text], path
+        if path.suffix == ".npz":
+            with np.load(path) as kept:
+                words = {str(w) for key in kept if kept[key].dtype.kind == "U" for w in kept[key].ravel()}
+            assert not words & names
+    assert not list(published.rglob("*.jsonl")) + list(published.rglob("*.npy")) + list(published.rglob("*.h5"))
+
+
+def test_the_card_tells_data_results_and_limits(finished, published):
+    summary = json.loads((finished[0].parent / "run" / "report" / "summary.json").read_text())
+    card = ModelCard.load(published / "README.md")
+    (result,) = card.data.eval_results
+    assert result.dataset_name == "Made-up slides" and card.data.license == "apache-2.0"
+    assert result.metric_value == pytest.approx(summary["operating_point"]["accuracy"], abs=1e-4)
+    text = card.text
+    assert "not a medical device" in text and "For research only" in text
+    low, high = summary["operating_point"]["ci95"]
+    row = f"| {summary['operating_point']['accuracy']:.3f} | [{low:.3f}, {high:.3f}] | {summary['n']} |"
+    assert row in text, "results stand with n and interval"
+    for split in ("train", "val", "test"):
+        assert f"| {split} | {summary['splits'][split]} | {summary['patients'][split]} |" in text
+    for control in ("random", "no image", "commonest answer"):
+        assert f"| {control} | " in text
+    assert summary["versions"]["torch"] in text and "Seed " in text
+    own = (finished[0].parent / "run" / "grpo" / "README.md").read_text()
+    assert "not a medical device" in own and "time machine" not in own, "it takes the place of the trainer's"
+
+
+def test_only_what_was_written_is_uploaded(published, called, monkeypatch):
+    (published / "answers.jsonl").write_text("{}\n")
+    files = uploads(published)
+    assert "answers.jsonl" not in files and {"README.md", "model.safetensors", MARK, "recipe.yaml"} <= set(files)
+    (published / "answers.jsonl").unlink()
+    assert sorted(files) == sorted(str(p.relative_to(published)) for p in published.rglob("*") if p.is_file())
+    monkeypatch.setattr(rl.publish, "get_token", lambda: None)
+    status, _, err = called(rl.publish.main, "--to", published, "--push", "someone/model")
+    assert status == 2 and "no token" in err and "HF_TOKEN" in err
+    monkeypatch.setattr(rl.publish, "get_token", lambda: "hf_none")
+    status, _, err = called(rl.publish.main, "--to", published, "--push", "someone/model")
+    assert status == 2 and "--push someone/model: " in err and "Traceback" not in err, "the Hub is out of reach"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--to", "PUBLISHED"], "--config"),
+        (["--to", "PUBLISHED", "--config", "RECIPE"], "exists"),
+        (["--to", "NEW", "--config", "RECIPE", "--output_dir", "NEW"], "not finished"),
+    ],
+)
+def test_refusals_say_what_to_do(finished, published, called, tmp_path, arguments, message):
+    places = {"PUBLISHED": published, "RECIPE": finished[0], "NEW": tmp_path / "new"}
+    status, _, err = called(rl.publish.main, *[places.get(a, a) for a in arguments])
+    assert status == 2 and message in err
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_published_folder_is_asked_for_what_it_can_answer(published, called, question):
+    for arguments, message in (
+        (["--model", published, "--split", "test"], "has no cases"),
+        (["--model", published, "--config", "x.yaml", *question], "has its recipe with it"),
+        (["--model", published.parent, *question], "was not written by rl/publish.py"),
+        (["--model", published, *question, "--set", "encoder.mpp=1.0"], "encoder.mpp"),
+    ):
+        status, _, err = called(rl.answer.main, *arguments)
+        assert status == 2 and message in err, err
+
+
+def test_adapters_are_published_over_their_base(tmp_path, slides, called, question):
+    tokenizer = train_tokenizer(["What is the diagnosis? normal adenoma carcinoma"], 300)
+    special = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
+    shape = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    # One token fewer than the tokenizer has, so that the performer adds one.
+    config = Qwen2Config(**shape, num_key_value_heads=1, vocab_size=len(tokenizer) - 1, **special)
+    Qwen2ForCausalLM(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    recipe = write_recipe(
+        tmp_path,
+        slides,
+        performer={"language_model": str(tmp_path / "base"), "lora": {"r": 2}, "show_options": False},
+        sft={**RECIPE["sft"], "max_steps": 4},
+        max_steps=2,
+        evaluation={"bootstrap": 20, "linear_probe": False, "sft_continued": False},
+    )
+    assert called(rl.grpo.main, "--config", recipe)[0] == 0
+    status, _, err = called(rl.publish.main, "--config", recipe, "--to", tmp_path / "model")
+    assert status == 2 and "--base" in err and "--merge" in err
+    source = ["--config", recipe, "--to"]
+    status, _, err = called(rl.publish.main, *source, tmp_path / "model", "--base", tmp_path / "base")
+    assert status == 0, err
+    assert not (tmp_path / "model" / "model.safetensors").exists()
+    assert (tmp_path / "model" / "adapter" / "added_tokens.safetensors").is_file()
+    assert called(rl.publish.main, *source, tmp_path / "whole", "--merge")[0] == 0
+    rows = []
+    for name in ("model", "whole"):
+        status, out, err = called(rl.answer.main, "--model", tmp_path / name, *question, "--budget", 4)
+        assert status == 0, err
+        rows.append(json.loads(out))
+    assert rows[0]["completion"] == rows[1]["completion"]
+    assert rows[0]["confidence"] == pytest.approx(rows[1]["confidence"], rel=1e-4)
