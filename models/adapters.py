@@ -92,6 +92,12 @@ def grown_base(folder: Path, vocab_size: int) -> Any:
     return model
 
 
+def config_source(folder: str | Path) -> str:
+    """Folder or name that has a model's configuration: a stock adapter leaves it with its base."""
+    adapter = adapter_of(folder)
+    return str(folder) if adapter is None or (Path(folder) / "config.json").is_file() else base_name(adapter)
+
+
 def base_name(folder: Path) -> str:
     """Name of the model that an adapter was trained over."""
     return json.loads((folder / CONFIG).read_text())["base_model_name_or_path"]

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from envs.case import Case
+from models.adapters import config_source
 from models.gemma_vl import MARKS, GemmaPerformer, small_gemma
 from models.language_model import load_tokenizer
 from models.performer import Performer, QwenPerformer, SlidePerformer, question_text
@@ -122,7 +123,7 @@ def load_performer(folder: str | Path, config: PerformerConfig, bank: FeatureBan
         InputError: it reads features of another width than the cases have.
     """
     options: dict[str, Any] = {key: getattr(config, key) for key in ASKING}
-    kind = AutoConfig.from_pretrained(folder).model_type
+    kind = AutoConfig.from_pretrained(config_source(folder)).model_type
     if kind == "qwen2_5_vl":
         return QwenPerformer.load(folder, bank, frozen=config.freeze_vision, **options)
     if kind == "gemma3":

@@ -77,7 +77,7 @@ def publish(
         adapters = [] if merge else adapters_of(run)
         if adapters and (name is None or (base is None and Path(name).exists())):
             raise InputError(
-                f"performer: the adapters lie over {name or 'a model that this run made'}, which no other machine has; "
+                f"performer: adapters lie over {name or 'a model that this run made'}, which only this machine has; "
                 "name one of the Hub by --base, or publish with --merge"
             )
         _write_performer(run, part, adapters, name)
@@ -164,8 +164,10 @@ def _write_performer(run: Run, out: Path, adapters: Sequence[Path], base: str | 
         _copy(folder, out, PERFORMER)
         return
     assert base is not None
-    _copy(folder, out, [name for name in PERFORMER if "safetensors" not in name])
     slide = run.performer.family == "slide_vlm"
+    # Beside a configuration, stock loaders would take the folder for a whole model.
+    own = [name for name in PERFORMER if "safetensors" not in name and (slide or name != "config.json")]
+    _copy(folder, out, own)
     place = out / ADAPTER if slide else out
     join_adapters(adapters, base, place)
     read = SlideVLM.from_pretrained if slide else load_qwen

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from models.adapters import ADAPTER, CONFIG, WEIGHTS, adapter_of, join_adapters, merge_adapter
+from models.adapters import ADAPTER, CONFIG, WEIGHTS, adapter_of, config_source, join_adapters, merge_adapter
 from models.build import PerformerConfig, lora_config
 from models.qwen_vl import load_qwen
 from slides.errors import InputError
@@ -44,7 +44,7 @@ def test_a_folder_of_an_adapter_is_read_over_its_base(make_qwen, tmp_path):
     base.save_pretrained(tmp_path / "base")
     second = trained(base, tmp_path / "run", r=2)
     join_adapters([tmp_path / "run" / ADAPTER], str(tmp_path / "base"), tmp_path / "model")
-    second.config.save_pretrained(tmp_path / "model")
+    assert config_source(tmp_path / "model") == str(tmp_path / "base")
     ours, stock = load_qwen(tmp_path / "model"), type(second).from_pretrained(tmp_path / "model")
     assert not isinstance(ours, PeftModel) and not any("lora" in name for name in ours.state_dict())
     ids = torch.arange(10, 20)[None]
