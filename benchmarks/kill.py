@@ -200,7 +200,8 @@ def steps_left(folder: Path, reference: Path, whole: dict[str, list[float]]) -> 
     """Phase -> calls that a run may still make, from its last whole checkpoints on."""
     left = {}
     for phase, stages in TRAINED.items():
-        steps = {name: json.loads((reference / name / DONE).read_text())["steps"] for name in stages}
+        done = {name: reference / name / DONE for name in stages}
+        steps = {name: json.loads(path.read_text())["steps"] for name, path in done.items() if path.is_file()}
         still = 0
         for name, total in steps.items():
             if not (folder / name / DONE).is_file():

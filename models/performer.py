@@ -190,11 +190,13 @@ class Performer(ABC):
         max_new_tokens: int = 64,
         batch_size: int = 64,
         weights: Sequence[Sequence[float] | None] | None = None,
+        told: Callable[[int], object] | None = None,
     ) -> list[Answer]:
         """Greedy answers of the cases, each at its own budget; rows of like length share a batch.
 
         Args:
             weights: of each case, see `see`.
+            told: called with the number of answers of each batch, for a progress bar.
         """
         was_training = self.model.training
         self.model.eval()
@@ -215,6 +217,8 @@ class Performer(ABC):
             seconds = (time.perf_counter() - start) / len(chunk)
             for i, prompt, (ids, logp) in zip(chunk, prompts, written, strict=True):
                 answers[i] = self.answered(prompt, ids, logp, self.flops(prompt, len(ids)), seconds)
+            if told is not None:
+                told(len(chunk))
         self.model.train(was_training)
         return [a for a in answers if a is not None]
 

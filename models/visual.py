@@ -52,6 +52,10 @@ class VisualTokens:
         # Trainers deep-copy whole prompts; the tensor is never written to, so one copy serves all completions.
         return self
 
+    def __reduce__(self) -> tuple:
+        # A trainer's log gathers prompts over processes: a description is enough there, features would be many MB.
+        return str, (f"{self.source} as {self.tokens} tokens",)
+
 
 class FeatureBank:
     """Stored features of the cases' images and slides, compressed to a budget; every one is made once.

@@ -5,10 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 import time
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from transformers import TrainerCallback
 
 from slides.errors import InputError
@@ -42,27 +44,46 @@ class Clock:
 class MarkWhole(TrainerCallback):
     """Mark a checkpoint after its last file is written, so that a killed run never resumes from half of one.
 
+    Only then are earlier ones dropped: the trainer itself would do so before, when none may be whole any more.
+
     Args:
         clock: of the stage.
     """
 
     def __init__(self, clock: Clock):
         self.clock = clock
+        self.most: int | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        self.most, args.save_total_limit = args.save_total_limit, None
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer."""
-        if state.is_world_process_zero:
-            self.clock.mark(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        PartialState().wait_for_everyone()  # each writes files of its own
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir)
+        self.clock.mark(folder / f"checkpoint-{state.global_step}")
+        found = {step: path for step, path in checkpoints(folder).items() if step <= state.global_step}
+        whole = [step for step in sorted(found) if (found[step] / WHOLE).is_file()]
+        kept = set(whole[-self.most :] if self.most else whole)
+        for step in found.keys() - kept:
+            if str(found[step]) != state.best_model_checkpoint:
+                (found[step] / WHOLE).unlink(missing_ok=True)  # first, since half of it may stay
+                shutil.rmtree(found[step])
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """Checkpoints of a trainer's folder by their steps, whole ones and others."""
+    found = ((re.fullmatch(r"checkpoint-(\d+)", path.name), path) for path in folder.glob("checkpoint-*"))
+    return {int(match[1]): path for match, path in found if match}
 
 
 def last_whole(folder: Path) -> str | None:
     """The newest whole checkpoint of a trainer's folder."""
-    found = {}
-    for path in folder.glob("checkpoint-*"):
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and (path / WHOLE).is_file():
-            found[int(match[1])] = str(path)
-    return found[max(found)] if found else None
+    found = {step: path for step, path in checkpoints(folder).items() if (path / WHOLE).is_file()}
+    return str(found[max(found)]) if found else None
 
 
 def fingerprint(parts: dict[str, Any]) -> str:

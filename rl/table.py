@@ -41,8 +41,11 @@ def score_table(
     def answer(mine: list[int]) -> list[list[Answer]]:
         shown, columns = [cases[i] for i in mine], []
         own = [weights[i] for i in mine] if weights else None
-        for budget in tqdm(budgets, desc=label, disable=not state.is_main_process, unit="budget"):
-            columns.append(performer.answer(shown, [budget] * len(mine), max_new_tokens, batch_size, own))
+        total = len(mine) * len(budgets)
+        with tqdm(total=total, desc=label, disable=not state.is_main_process, unit="answer") as bar:
+            for budget in budgets:
+                asked = [budget] * len(mine)
+                columns.append(performer.answer(shown, asked, max_new_tokens, batch_size, own, bar.update))
         return [[column[k] for column in columns] for k in range(len(mine))]
 
     answers = shared_out(range(len(cases)), answer)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from rl.checkpoints import Clock, MarkWhole, fingerprint, is_done, last_whole, mark_done
+from rl.checkpoints import Clock, MarkWhole, checkpoints, fingerprint, is_done, last_whole, mark_done
 from slides.errors import InputError
 
 
@@ -17,9 +17,31 @@ def test_only_whole_checkpoints_are_resumed_from(tmp_path):
     assert last_whole(tmp_path) is None
     marker = MarkWhole(Clock())
     for step in (2, 9, 10):
-        state = SimpleNamespace(is_world_process_zero=True, global_step=step)
+        state = SimpleNamespace(is_world_process_zero=True, global_step=step, best_model_checkpoint=None)
         marker.on_save(SimpleNamespace(output_dir=str(tmp_path)), state, None)
     assert last_whole(tmp_path) == str(tmp_path / "checkpoint-10"), "the newest by number, 30 was cut short"
+
+
+@pytest.mark.parametrize(
+    ("most", "best", "kept"), [(1, None, {6}), (2, None, {4, 6}), (1, 2, {2, 6}), (None, None, {2, 4, 6})]
+)
+def test_earlier_checkpoints_are_dropped_when_the_new_one_is_whole(tmp_path, most, best, kept):
+    args, clock = SimpleNamespace(output_dir=str(tmp_path), save_total_limit=most), Clock()
+    marker = MarkWhole(clock)
+    marker.on_train_begin(args, None, None)
+    assert args.save_total_limit is None, "the trainer drops none by itself"
+    (tmp_path / "checkpoint-1").mkdir()  # a killed run's
+    marked = clock.mark
+    clock.mark = lambda path: (before.append(last_whole(tmp_path)), marked(path))
+    before = []
+    for step in (2, 4, 6):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        name = None if best is None else str(tmp_path / f"checkpoint-{best}")
+        marker.on_save(
+            args, SimpleNamespace(is_world_process_zero=True, global_step=step, best_model_checkpoint=name), None
+        )
+    assert before == [None, *(str(tmp_path / f"checkpoint-{step}") for step in (2, 4))], "there always is a whole one"
+    assert set(checkpoints(tmp_path)) == kept and last_whole(tmp_path) == str(tmp_path / "checkpoint-6")
 
 
 def test_other_processes_do_not_mark(tmp_path):
