@@ -1,11 +1,12 @@
 """What SIGKILL costs a run: it is killed at random moments of every phase, and each resumed run must end the same.
 
-    python benchmarks/kill.py --config RECIPE --out FOLDER
-    python benchmarks/kill.py --config RECIPE --out FOLDER --phases rollout "checkpoint write" --seed 3
+    python benchmarks/kill.py --out FOLDER
+    python benchmarks/kill.py --out FOLDER --config RECIPE --phases rollout "checkpoint write" --seed 3
 
-The recipe is run once undisturbed, and then for each phase again, in a folder of its own under `--out`: its whole
-process group is killed at a moment drawn uniformly from the time that the undisturbed run spent in the phase, and the
-same command is given again. Features are kept in the run's folder, so that they are extracted anew each time. Phases:
+The recipe (by default `kill.yaml` beside this file, half a minute on a core) is run once undisturbed, and then for each
+phase again, in a folder of its own under `--out`: its whole process group is killed at a moment drawn uniformly from the
+time that the undisturbed run spent in the phase, and the same command is given again. Features are kept in the run's
+folder, so that they are extracted anew each time. Phases:
 
 - `extraction`, `sft`, `sft checkpoint`, `rollout`, `update`, `checkpoint write`;
 - `stage end` (weights and the mark of a finished stage), `evaluation` (score tables), `fit` (of the allocator);
@@ -112,6 +113,8 @@ def run(recipe: Path, folder: Path, trace: Path, **kill: Any) -> subprocess.Comp
     """The recipe's run in a process group of its own."""
     script = [sys.executable, "-W", "ignore", str(Path(__file__).resolve()), "--watched", str(ROOT / "rl/grpo.py")]
     own = ["--config", str(recipe), "--output_dir", str(folder), "--set", f"encoder.folder={folder / 'features'}"]
+    if recipe == Path(__file__).resolve().with_suffix(".yaml"):
+        own.append(f"cases.folder={folder.parent / 'slides'}")
     env = {**os.environ, PLAN: json.dumps({"trace": str(trace), **kill})}
     return subprocess.run(
         [*script, *own], cwd=ROOT, env=env, capture_output=True, text=True, start_new_session=True, check=False
@@ -276,7 +279,7 @@ def main() -> None:
         watched(sys.argv[1])
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True, metavar="RECIPE")
+    parser.add_argument("--config", type=Path, default=Path(__file__).with_suffix(".yaml"), metavar="RECIPE")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="new, for the runs")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES))
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
