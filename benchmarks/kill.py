@@ -3,10 +3,10 @@
     python benchmarks/kill.py --out FOLDER
     python benchmarks/kill.py --out FOLDER --config RECIPE --phases rollout "checkpoint write" --seed 3
 
-The recipe (by default `kill.yaml` beside this file, half a minute on a core) is run once undisturbed, and then for each
-phase again, in a folder of its own under `--out`: its whole process group is killed at a moment drawn uniformly from the
-time that the undisturbed run spent in the phase, and the same command is given again. Features are kept in the run's
-folder, so that they are extracted anew each time. Phases:
+The recipe (by default `kill.yaml` beside this file, half a minute on a core) is run once undisturbed, and then for
+each phase again, in a folder of its own under `--out`: its whole process group is killed at a moment drawn uniformly
+from the time that the undisturbed run spent in the phase, and the same command is given again. Features are kept in
+the run's folder, so that they are extracted anew each time. Phases:
 
 - `extraction`, `sft`, `sft checkpoint`, `rollout`, `update`, `checkpoint write`;
 - `stage end` (weights and the mark of a finished stage), `evaluation` (score tables), `fit` (of the allocator);
