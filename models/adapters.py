@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
+from models.language_model import load_language_model, located
 from slides.errors import InputError
 
 ADAPTER = "adapter"
@@ -73,7 +74,7 @@ def join_adapters(folders: Sequence[Path], base: str, out: Path) -> None:
 
 def keep_added(model: Any, base: str, out: Path) -> None:
     """Write the embeddings of the tokens that a language model has more than its base."""
-    known = AutoConfig.from_pretrained(base).get_text_config().vocab_size
+    known = AutoConfig.from_pretrained(**located(base)).get_text_config().vocab_size
     parts = {"input": model.get_input_embeddings(), "output": model.get_output_embeddings()}
     added = {name: part.weight[known:].detach().cpu().clone() for name, part in parts.items()}
     if len(added["input"]):
@@ -83,7 +84,7 @@ def keep_added(model: Any, base: str, out: Path) -> None:
 @torch.no_grad()
 def grown_base(folder: Path, vocab_size: int) -> Any:
     """The causal language model under an adapter, in float32, grown to `vocab_size` by what `keep_added` wrote."""
-    model = AutoModelForCausalLM.from_pretrained(base_name(folder), dtype=torch.float32)
+    model = load_language_model(base_name(folder))
     if (folder / ADDED).is_file():
         model.resize_token_embeddings(vocab_size, mean_resizing=False)
         added = load_file(folder / ADDED)

@@ -30,7 +30,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     Raises:
         InputError: see `load_language_model`; or nothing ends a text.
     """
-    tokenizer = AutoTokenizer.from_pretrained(**_where(name), padding_side="left")
+    tokenizer = AutoTokenizer.from_pretrained(**located(name), padding_side="left")
     if tokenizer.eos_token is None:
         raise InputError(f"performer.language_model: the tokenizer of {name} has no eos_token, which ends an answer")
     if tokenizer.pad_token is None:
@@ -50,7 +50,7 @@ def load_language_model(name: str) -> PreTrainedModel:
     Raises:
         InputError: no such file or package, or the library that reads GGUF is missing.
     """
-    where = _where(name)
+    where = located(name)
     if "gguf_file" in where:
         # With kernels at hand the blocks would stay packed, where no adapter or gradient reaches them.
         where["quantization_config"] = GgufConfig(dequantize=True)
@@ -58,8 +58,8 @@ def load_language_model(name: str) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
 
 
-def _where(name: str) -> dict[str, Any]:
-    """Arguments of `from_pretrained` that name what is to be read."""
+def located(name: str) -> dict[str, Any]:
+    """Arguments of any `from_pretrained` that say where a language model is, see `load_language_model`."""
     key = f"performer.language_model: {name}"
     if not name.startswith(PACKAGE):
         if not name.endswith(GGUF):
