@@ -1,0 +1,168 @@
+"""What a recipe runs, as jobs whose memory can be traced: every supervised stage, rollouts, update, evaluation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.build import PerformerConfig
+from models.compressors.chain import Chain
+from rl.doctor.subject import Subject
+from rl.doctor.tracing import Seen, Update, Writing
+from rl.recipe import Run
+from sft.options import Stage
+from sft.supervised import sft_config, stage_rates
+
+OWN_KEYS = ("questions", "learning_rates", "lora", "ladder", "text_only")
+"""Keys of a supervised stage that are not its trainer's."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a recipe does not say: its data do.
+
+    Args:
+        text: tokens of a question with its chat template. answer: of a gold answer; None takes the longest completion.
+        patches: stored features of a slide, which learned compressors read.
+    """
+
+    text: int = 128
+    answer: int | None = None
+    patches: int = 4096
+
+
+@dataclass(frozen=True)
+class Job:
+    """A phase of a run.
+
+    Args:
+        work: of one micro-step, or of one batch of completions.
+        per_step: how often it is done in an optimizer step; 0 where it belongs to none.
+        trains: what is trained in this phase, which has gradients and optimizer states: adapters and rates.
+        optimizer: name of the optimizer; None without one.
+        reference: a second model is kept, for the KL term.
+    """
+
+    name: str
+    work: Update | Writing
+    per_step: float
+    trains: tuple[Mapping[str, Any] | None, Mapping[str, float] | None]
+    optimizer: str | None
+    reference: bool = False
+
+
+def jobs_of(run: Run, subject: Subject, sizes: Sizes) -> list[Job]:
+    """The phases of a recipe, in order; stages that leave the language model out take less than any and are not here."""
+    jobs = [_supervised(run, subject, stage, sizes) for stage in run.sft if not stage.wordless]
+    return [*jobs, *_grpo(run, subject, sizes), _evaluation(run, subject, sizes)]
+
+
+def shown(subject: Subject, budget: int, patches: int) -> tuple[Seen, int]:
+    """What a prompt shows at a budget, and how many positions of the text that takes."""
+    config = subject.config
+    if config.model_type != "slide_vlm":
+        return Seen(budget, budget), budget
+    learned = _learned(config)
+    if learned is None:
+        seen = Seen(budget, budget)
+    else:
+        seen = Seen(min(budget, learned), patches, learned=True)
+    return seen, seen.tokens + config.marker_tokens if config.in_text else 0
+
+
+def _learned(config: Any) -> int | None:
+    """Tokens that learned compressors give at most; None where there are none."""
+    import torch
+
+    with torch.device("meta"):
+        chain = Chain(config.compressors, config.feature_dim, config.get_text_config().hidden_size)
+    return chain.learned[-1].most if chain.learned else None  # type: ignore[return-value]
+
+
+def _length(performer: PerformerConfig, sizes: Sizes, visual: int) -> int:
+    return sizes.text * (2 if performer.repeat_prompt else 1) + visual
+
+
+def _supervised(run: Run, subject: Subject, stage: Stage, sizes: Sizes) -> Job:
+    options = {k: v for k, v in stage.options.items() if k not in OWN_KEYS}
+    rates = stage_rates(stage.kind, stage.options.get("learning_rates"))
+    # As `sft.running` has it.
+    lora = stage.options.get("lora", run.performer.lora if rates is None or "lora" in rates else None)
+    args = sft_config(Path(run.grpo.output_dir) / stage.name, options, run.grpo.seed)
+    seen, visual = shown(subject, stage.options.get("ladder", run.ladder)[-1], sizes.patches)
+    answer = sizes.answer or run.grpo.max_completion_length
+    rows = args.per_device_train_batch_size
+    work = Update(
+        rows=rows,
+        length=_length(run.performer, sizes, visual) + answer,
+        scored=rows * answer,
+        prefix=0,
+        seen=seen,
+        checkpointing=args.gradient_checkpointing,
+        bf16=bool(args.bf16),
+        accumulates=args.gradient_accumulation_steps > 1,
+        lora=lora,
+        rates=rates,
+        supervised=True,
+    )
+    return Job(stage.name, work, args.gradient_accumulation_steps, (lora, rates), str(args.optim))
+
+
+def _grpo(run: Run, subject: Subject, sizes: Sizes) -> list[Job]:
+    args, lora = run.grpo, run.performer.lora
+    seen, visual = shown(subject, run.ladder[-1], sizes.patches)
+    prompt, written = _length(run.performer, sizes, visual), args.max_completion_length
+    group, batch = args.num_generations, args.per_device_train_batch_size
+    width = min(group, batch)
+    packed = args.shared_prefix
+    update = Update(
+        rows=math.ceil(batch / group) if packed else batch,
+        length=prompt - 1 + width * (written + 1) if packed else prompt + written,
+        scored=batch * written,
+        prefix=prompt - 1 if packed else 0,
+        seen=seen,
+        checkpointing=args.gradient_checkpointing,
+        bf16=bool(args.bf16),
+        accumulates=args.gradient_accumulation_steps > 1,
+        lora=lora,
+    )
+    prompts = max(1, batch * args.steps_per_generation // group)
+    copies = group - args.gold_rollout
+    writing = Writing(
+        prompts=prompts if args.prefill_once else prompts * group,
+        width=copies if args.prefill_once else 1,
+        length=prompt,
+        written=written,
+        seen=seen,
+        bf16=bool(args.bf16),
+        trained=True,
+        lora=lora,
+    )
+    often = args.gradient_accumulation_steps / (args.steps_per_generation * args.num_iterations)
+    shared: dict[str, Any] = {
+        "trains": (lora, None),
+        "optimizer": str(args.optim),
+        "reference": bool(args.beta) and lora is None,
+    }
+    return [
+        Job("generation", writing, often, **shared),
+        Job("grpo", update, args.gradient_accumulation_steps, **shared),
+    ]
+
+
+def _evaluation(run: Run, subject: Subject, sizes: Sizes) -> Job:
+    seen, visual = shown(subject, run.ladder[-1], sizes.patches)
+    work = Writing(
+        prompts=run.evaluation.batch_size,
+        width=1,
+        length=_length(run.performer, sizes, visual),
+        written=run.evaluation.max_new_tokens or run.grpo.max_completion_length,
+        seen=seen,
+        bf16=False,
+        trained=False,
+        lora=None,
+    )
+    return Job("evaluation", work, 0, (None, None), None)
