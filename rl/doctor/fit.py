@@ -161,8 +161,8 @@ def features_held(run: Run, subject: Subject, images: int | None) -> float:
     if subject.config.model_type == "slide_vlm":
         wide = 4.0 * (subject.config.feature_dim + 4)
     else:
-        if not (run.performer.freeze_vision and run.grpo.see_once):
-            return 0.0
+        if not (run.performer.freeze_vision and run.grpo.see_once) or run.grpo.vision_cache:
+            return 0.0  # those of a cache on disk stay in the main memory, once they are there
         wide = float(subject.text.hidden_size * (2 if run.grpo.bf16 else subject.dtype.itemsize))
     return HELD if images is None else min(HELD, images * sum(run.ladder) * wide)
 

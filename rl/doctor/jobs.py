@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from models.build import PerformerConfig
 from models.compressors.chain import Chain
 from rl.doctor.subject import Subject
@@ -55,7 +57,7 @@ class Job:
 
 
 def jobs_of(run: Run, subject: Subject, sizes: Sizes) -> list[Job]:
-    """The phases of a recipe, in order; stages that leave the language model out take less than any and are not here."""
+    """The phases of a recipe, in order, without the stages that leave the language model out, which take less."""
     jobs = [_supervised(run, subject, stage, sizes) for stage in run.sft if not stage.wordless]
     return [*jobs, *_grpo(run, subject, sizes), _evaluation(run, subject, sizes)]
 
@@ -66,17 +68,12 @@ def shown(subject: Subject, budget: int, patches: int) -> tuple[Seen, int]:
     if config.model_type != "slide_vlm":
         return Seen(budget, budget), budget
     learned = _learned(config)
-    if learned is None:
-        seen = Seen(budget, budget)
-    else:
-        seen = Seen(min(budget, learned), patches, learned=True)
+    seen = Seen(budget, budget) if learned is None else Seen(min(budget, learned), patches, learned=True)
     return seen, seen.tokens + config.marker_tokens if config.in_text else 0
 
 
 def _learned(config: Any) -> int | None:
     """Tokens that learned compressors give at most; None where there are none."""
-    import torch
-
     with torch.device("meta"):
         chain = Chain(config.compressors, config.feature_dim, config.get_text_config().hidden_size)
     return chain.learned[-1].most if chain.learned else None  # type: ignore[return-value]

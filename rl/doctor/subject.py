@@ -10,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from models.build import SEEING, PerformerConfig, _small_text
 from models.cross_attention import spread
@@ -41,8 +46,8 @@ def read_config(name: str) -> Any:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{name}: its configuration was not found ({str(error).splitlines()[0]}); name a folder with a config.json, "
-            f"or one of {', '.join(known_configs())}, or run with a hub in reach"
+            f"{name}: its configuration was not found ({str(error).splitlines()[0]}); name a folder with a "
+            f"config.json, or one of {', '.join(known_configs())}, or run with a hub in reach"
         ) from error
 
 
@@ -86,6 +91,11 @@ class Subject:
             text = AutoConfig.for_model("qwen2", **values)
         shared = {key: getattr(performer, key) for key in SEEING}
         return cls(SlideVLMConfig(text_config=text, feature_dim=feature_dim, **shared), torch.float32, performer)
+
+    @property
+    def key(self) -> str:
+        """What tells it from others."""
+        return f"{self.config.to_json_string(use_diff=False)} {self.dtype} {self.performer}"
 
     @property
     def text(self) -> Any:

@@ -30,6 +30,9 @@ DEPTH = 2
 """Layers of the shorter of two traced models."""
 
 
+_TRACED: dict[str, Trace] = {}
+
+
 @dataclass(frozen=True)
 class Seen:
     """What a prompt shows.
@@ -92,11 +95,18 @@ class Writing:
 
 
 def trace(subject: Subject, job: Update | Writing, gpu: bool) -> Trace:
-    """What a job holds beside weights, optimizer and what is kept over steps.
+    """What a job holds beside weights, optimizer and what is kept over steps; each is traced once.
 
     Args:
         gpu: by the kernels of a GPU.
     """
+    key = f"{subject.key} {job} {gpu}"
+    if key not in _TRACED:
+        _TRACED[key] = _trace(subject, job, gpu)
+    return _TRACED[key]
+
+
+def _trace(subject: Subject, job: Update | Writing, gpu: bool) -> Trace:
     work = _update if isinstance(job, Update) else _writing
     routes = subject.routes
     if subject.layers <= DEPTH + 1 or (isinstance(job, Writing) and not subject.uniform):

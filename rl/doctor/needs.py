@@ -1,0 +1,137 @@
+"""What a recipe needs, and which of it is missing here."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+
+from rl.doctor.machine import Check, hub, installed
+from rl.recipe import Run
+from slides.encoder import DEFAULT
+
+SLIDES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm")
+"""Endings of files that OpenSlide reads."""
+
+
+def needs(run: Run) -> list[Check]:
+    """What a recipe needs, one line each."""
+    return [*_files(run), *_models(run), *_packages(run)]
+
+
+def _files(run: Run) -> Iterator[Check]:
+    for key, value in run.cases.items():
+        if key in ("path", "root") or (key == "folder" and run.cases["name"] != "simulator"):
+            for name in value if isinstance(value, list) else [value]:
+                yield _file(f"cases.{key}", name, run, "correct the path, or put your data there (docs/data.md)")
+    for reward in run.rewards:
+        name = reward.get("name", "") if isinstance(reward, dict) else str(reward)
+        path = name.partition(":")[0]
+        if path.endswith(".py"):
+            yield _file("rewards", path, run, "correct the path of the reward's file")
+    if run.encoder.folder:
+        there = Path(run.encoder.folder).is_dir()
+        found = "features are there" if there else "made by the run"
+        yield Check("encoder.folder", None, f"{run.encoder.folder}: {found}")
+
+
+def _file(what: str, name: Any, run: Run, remedy: str) -> Check:
+    places = [Path(str(name)), run.base / str(name)]
+    there = next((p for p in places if p.exists()), None)
+    return Check(what, there is not None, f"{name}{'' if there else ' does not exist'}", remedy)
+
+
+def _models(run: Run) -> Iterator[Check]:
+    performer = run.performer
+    if performer.checkpoint:
+        there = (Path(performer.checkpoint) / "config.json").is_file()
+        yield Check("performer.checkpoint", there, performer.checkpoint, "name a folder that a run has written")
+    for key in ("language_model", "pretrained"):
+        name = getattr(performer, key)
+        belongs = key == ("pretrained" if performer.family == "qwen_vl" else "language_model")
+        if name and belongs and not performer.checkpoint:
+            yield checkpoint(f"performer.{key}", name)
+    if run.encoder.name not in (DEFAULT,) and not run.encoder.name.startswith("timm:"):
+        yield checkpoint("encoder.name", run.encoder.name)
+
+
+def checkpoint(what: str, name: str) -> Check:
+    """Whether a model is a local folder, in the hub's cache, or to be downloaded."""
+    if Path(name).is_dir():
+        there = (Path(name) / "config.json").is_file()
+        return Check(what, there, f"{name}: a local folder", "it holds no config.json; name a saved model's folder")
+    if Path(name).is_file():
+        return Check(what, True, f"{name}: a local file")
+    try:
+        cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return Check(what, False, f"{name} is neither a folder nor a name of the hub", "correct the path")
+    if cached:
+        return Check(what, True, f"{name}: in the hub's cache")
+    reach = hub()
+    remedy = f"hf download {name} where there is a network, then name that folder; some models ask for hf auth login"
+    return Check(
+        what, bool(reach.ok), f"{name}: on the hub, {'to be downloaded' if reach.ok else reach.found}", remedy
+    )
+
+
+def _packages(run: Run) -> Iterator[Check]:
+    wanted = {
+        "timm": (run.encoder.name.startswith("timm:"), "pip install 'frugalpath[timm]'"),
+        "vllm": (run.grpo.use_vllm, "install TRL's supported vllm, or set use_vllm to false"),
+        "deepspeed": (bool(run.grpo.deepspeed), "pip install 'frugalpath[gpu]', or leave deepspeed out"),
+        **{name: (name in _reporters(run), f"pip install {name}, or set report_to: none") for name in
+           ("wandb", "trackio", "tensorboard")},
+    }  # fmt: skip
+    for package, (needed, remedy) in wanted.items():
+        if needed:
+            found = installed(package)
+            yield Check(package, found is not None, found or "not installed", remedy)
+    if run.performer.family == "slide_vlm" and _slides(run):
+        found = installed("openslide-python", "openslide")
+        remedy = "pip install openslide-python openslide-bin, or give feature files (.h5)"
+        yield Check("OpenSlide for its slides", found is not None, found or "not installed", remedy)
+
+
+def _reporters(run: Run) -> list[str]:
+    named = run.grpo.report_to
+    return [named] if isinstance(named, str) else list(named or [])
+
+
+def _slides(run: Run) -> bool:
+    """Whether its cases show slides that are to be read."""
+    if run.cases["name"] in ("simulator", "mosaic"):
+        return True
+    rows = _manifest(run)
+    return any(str(v).lower().endswith(SLIDES) for row in rows[:100] for v in _values(row))
+
+
+def _values(row: dict[str, Any]) -> Iterator[Any]:
+    for value in row.values():
+        yield from value if isinstance(value, list) else [value]
+
+
+def images(run: Run) -> int | None:
+    """How many images or slides its cases have at most, as far as the recipe tells; None where it does not."""
+    if run.cases["name"] == "simulator" and isinstance(run.cases.get("slides"), int):
+        return run.cases["slides"]
+    return len(_manifest(run)) or None
+
+
+def _manifest(run: Run) -> list[dict[str, Any]]:
+    """Rows of its manifest as they stand; none where there is no such file, or it is of another kind."""
+    path = run.cases.get("path")
+    if run.cases["name"] != "manifest" or not isinstance(path, str) or not Path(path).is_file():
+        return []
+    if path.endswith(".jsonl"):
+        lines = Path(path).read_text().splitlines()
+        return [row for line in lines if line.strip() and isinstance(row := json.loads(line), dict)]
+    if path.endswith((".csv", ".tsv")):
+        with open(path, newline="") as file:
+            return list(csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ","))
+    return []

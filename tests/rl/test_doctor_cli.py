@@ -1,0 +1,90 @@
+"""The doctor as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from rl.doctor import __main__ as doctor
+from rl.doctor.machine import hub
+from tests.cli.conftest import RECIPE, write_recipe
+
+
+def call(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
+    """Exit status, standard output and error of the command."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sys, "argv", ["doctor", *words])
+    code = 0
+    try:
+        doctor.main()
+    except SystemExit as stopped:
+        code = int(stopped.code or 0)
+    done = capsys.readouterr()
+    return code, done.out, done.err
+
+
+@pytest.fixture
+def path(tmp_path) -> str:
+    return str(write_recipe(tmp_path, tmp_path / "slides"))
+
+
+def test_the_machine_alone(monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys)
+    assert code == 0
+    for word in ("torch", "GPU", "cores", "disk", "OpenSlide", "efficientnet-lite0", "HF_HUB_OFFLINE", "vllm"):
+        assert word in out
+    assert "Does it fit" not in out
+
+
+def test_a_recipe_that_fits(path, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "--config", path, "--memory", "40GB")
+    assert code == 0 and "36.0 GB of GPU memory? yes" in out and "turn first" not in out
+    assert "GRPO step: about" in out and "data sheet of H100" in out
+
+
+def test_one_that_does_not(path, monkeypatch, capsys):
+    code, out, _ = call(monkeypatch, capsys, "--config", path, "--memory", "0.001GB")
+    assert code == 1 and "NO:" in out and "turn first: " in out and "saves" in out
+
+
+def test_json(path, monkeypatch, capsys):
+    words = ("--config", path, "--memory", "1GB", "--tflops", "100", "--bandwidth", "1", "--mfu", "0.5", "--json")
+    code, out, _ = call(monkeypatch, capsys, *words)
+    found = json.loads(out)
+    assert code == 0 and found["fit"]["fits"] and found["fit"]["assumed"]["mfu"] == 0.5
+    assert found["fit"]["peak"] == max(p["peak"] for p in found["fit"]["phases"])
+    assert found["fit"]["assumed"]["flops"] == 1e14 and found["fit"]["step_seconds"] > 0
+
+
+def test_what_is_missing_is_named_with_its_remedy(tmp_path, monkeypatch, capsys):
+    recipe = write_recipe(
+        tmp_path,
+        tmp_path,
+        cases={"name": "manifest", "path": "nowhere.csv"},
+        performer={**RECIPE["performer"], "language_model": "HuggingFaceTB/SmolLM2-135M-Instruct"},
+        rewards=["absent.py:score"],
+        encoder={"name": "timm:resnet18"},
+    )
+    code, out, _ = call(monkeypatch, capsys, "--config", str(recipe), "--memory", "80GB")
+    assert code == 1
+    for word in ("MISSING cases.path: nowhere.csv", "MISSING rewards: absent.py", "MISSING performer.language_model"):
+        assert word in out
+    assert "hf download HuggingFaceTB/SmolLM2-135M-Instruct" in out and "-> correct the path" in out
+    assert "134.5 M" in out or "135." in out, "its shape is known without the hub"
+
+
+def test_wrong_options(path, monkeypatch, capsys):
+    code, _, err = call(monkeypatch, capsys, "--memory", "lots")
+    assert code == 2 and "lots" in err
+    code, _, err = call(monkeypatch, capsys, "--mispelt", "1")
+    assert code == 2 and "--config" in err
+    code, _, err = call(monkeypatch, capsys, "--config", path, "--no_such_key", "1")
+    assert code == 2
+
+
+def test_hub_out_of_reach(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    assert "out of reach" in hub(0.2).found
