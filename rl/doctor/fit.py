@@ -89,8 +89,9 @@ def weigh(subject: Subject, trains: tuple[Any, Any], optimizer: str | None) -> W
             states += parameter.numel() * STATES.get(str(optimizer), 2 * parameter.itemsize)
     text = model.get_decoder() if hasattr(model, "get_decoder") else model.get_base_model().get_decoder()
     layer = sum(p.nbytes for p in text.layers[0].parameters())
-    numbers, sizes = zip(*sums.values(), strict=True)
-    return Weights(*(int(n) for n in numbers), *sizes, states, layer)
+    (frozen, trained, adapters), (frozen_bytes, trained_bytes, adapters_bytes) = zip(*sums.values(), strict=True)
+    numbers = int(frozen), int(trained), int(adapters)
+    return Weights(*numbers, frozen_bytes, trained_bytes, adapters_bytes, states, layer)
 
 
 def phase_of(subject: Subject, job: Job, place: Place, kept: Mapping[str, float] | None = None) -> Phase:

@@ -106,6 +106,6 @@ def score(hidden: torch.Tensor, weight: torch.Tensor, scored: int, top1: bool, g
     flat = rows.reshape(-1, rows.shape[-1])
     labels = torch.zeros(len(flat), dtype=torch.long)
     outputs = ("log_probs", "entropy", *(("is_top1",) if top1 else ()))
-    return ChunkedLogProbFunction.apply(
-        flat, weight, None, labels, 1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, outputs
-    )[0]
+    # Where the vocabulary is smaller than TRL's tile, the rest of it is never touched, so not resident.
+    wide = min(_CHUNKED_LOGPROB_CHUNK_SIZE, len(weight))
+    return ChunkedLogProbFunction.apply(flat, weight, None, labels, 1.0, wide, None, 1.0, outputs)[0]
