@@ -11,12 +11,17 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from models.language_model import GGUF, PACKAGE, located
 from rl.doctor.machine import Check, hub, installed
 from rl.recipe import Run
 from slides.encoder import DEFAULT
+from slides.errors import InputError
 
 SLIDES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm")
 """Endings of files that OpenSlide reads."""
+
+MAKERS = ("simulator", "mosaic")
+"""Environments that write their cases' folder themselves."""
 
 
 def needs(run: Run) -> list[Check]:
@@ -26,7 +31,7 @@ def needs(run: Run) -> list[Check]:
 
 def _files(run: Run) -> Iterator[Check]:
     for key, value in run.cases.items():
-        if key in ("path", "root") or (key == "folder" and run.cases["name"] != "simulator"):
+        if key in ("path", "root", "tiles") or (key == "folder" and run.cases["name"] not in MAKERS):
             for name in value if isinstance(value, list) else [value]:
                 yield _file(f"cases.{key}", name, run, "correct the path, or put your data there (docs/data.md)")
     for reward in run.rewards:
@@ -53,7 +58,7 @@ def _models(run: Run) -> Iterator[Check]:
         yield Check("performer.checkpoint", there, performer.checkpoint, "name a folder that a run has written")
     for key in ("language_model", "pretrained"):
         name = getattr(performer, key)
-        belongs = key == ("pretrained" if performer.family == "qwen_vl" else "language_model")
+        belongs = key == ("language_model" if performer.family == "slide_vlm" else "pretrained")
         if name and belongs and not performer.checkpoint:
             yield checkpoint(f"performer.{key}", name)
     if run.encoder.name not in (DEFAULT,) and not run.encoder.name.startswith("timm:"):
@@ -65,7 +70,13 @@ def checkpoint(what: str, name: str) -> Check:
     if Path(name).is_dir():
         there = (Path(name) / "config.json").is_file()
         return Check(what, there, f"{name}: a local folder", "it holds no config.json; name a saved model's folder")
-    if Path(name).is_file():
+    if name.startswith(PACKAGE) or name.endswith(GGUF):
+        try:
+            located(name)
+        except InputError as error:
+            _, _, found = str(error).partition(f"{name}: ")
+            found, _, remedy = found.partition("; ")
+            return Check(what, False, f"{name}: {found}", remedy)
         return Check(what, True, f"{name}: a local file")
     try:
         cached = isinstance(try_to_load_from_cache(name, "config.json"), str)
@@ -105,7 +116,7 @@ def _reporters(run: Run) -> list[str]:
 
 def _slides(run: Run) -> bool:
     """Whether its cases show slides that are to be read."""
-    if run.cases["name"] in ("simulator", "mosaic"):
+    if run.cases["name"] in MAKERS:
         return True
     rows = _manifest(run)
     return any(str(v).lower().endswith(SLIDES) for row in rows[:100] for v in _values(row))

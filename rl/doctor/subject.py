@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -14,16 +15,24 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    Gemma3ForConditionalGeneration,
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from models.build import SEEING, PerformerConfig, _small_text
+from models.build import MARKS_OF, SEEING, PerformerConfig, _small_text
 from models.cross_attention import spread
-from models.qwen_vl import VISION_MARKS, freeze_vision, small_qwen
+from models.gemma_vl import freeze_gemma, small_gemma
+from models.language_model import located
+from models.qwen_vl import freeze_vision, small_qwen
 from models.slide_vlm import SlideVLM, SlideVLMConfig
 from models.tokenizer import train_tokenizer
 from slides.errors import InputError
 
+SMALL: dict[str, Callable[..., Any]] = {
+    "qwen_vl": small_qwen,
+    "gemma_vl": lambda tokenizer, text: small_gemma(tokenizer, text)[0],
+}
+"""Models from nothing of the families that see images themselves."""
 KNOWN = Path(__file__).with_name("configs.json")
 """Values of the configurations of some models of the hub, as their `config.json` states them."""
 
@@ -43,7 +52,7 @@ def read_config(name: str) -> Any:
     if not Path(name).exists() and name in known_configs():
         return AutoConfig.for_model(**known_configs()[name])
     try:
-        return AutoConfig.from_pretrained(name)
+        return AutoConfig.from_pretrained(**located(name))
     except (OSError, ValueError) as error:
         raise InputError(
             f"{name}: its configuration was not found ({str(error).splitlines()[0]}); name a folder with a "
@@ -74,14 +83,16 @@ class Subject:
         if performer.checkpoint:
             config = read_config(performer.checkpoint)
             return cls(config, _kept(config), performer)
-        if performer.family == "qwen_vl":
+        if performer.family in SMALL:
             if performer.pretrained:
                 config = read_config(performer.pretrained)
                 # As `models.build` loads it: weights that are trained are float32.
                 return cls(config, _kept(config) if performer.lora is not None else torch.float32, performer)
-            tokenizer = train_tokenizer(["a"], performer.vocab_size, VISION_MARKS)
+            tokenizer = train_tokenizer(["a"], performer.vocab_size, MARKS_OF[performer.family])
             with torch.device("meta"):
-                small = small_qwen(tokenizer, _small_text(performer, tokenizer, vocab_size=performer.vocab_size))
+                small = SMALL[performer.family](
+                    tokenizer, _small_text(performer, tokenizer, vocab_size=performer.vocab_size)
+                )
             return cls(small.config, torch.float32, performer)
         if performer.language_model:
             text = read_config(performer.language_model)
@@ -141,8 +152,8 @@ class Subject:
                 text.layer_types = text.layer_types[:layers]
             _shorten(getattr(config, "vision_config", None))
         model = _make(config, attention, self.dtype)
-        if self.performer.family == "qwen_vl" and self.performer.freeze_vision and hasattr(config, "vision_config"):
-            freeze_vision(model)
+        if self.performer.family in SMALL and self.performer.freeze_vision:
+            (freeze_gemma if config.model_type == "gemma3" else freeze_vision)(model)
         return model
 
 
@@ -150,6 +161,7 @@ def _make(config: Any, attention: str, dtype: torch.dtype) -> Any:
     kind: Any = {
         "slide_vlm": SlideVLM,
         "qwen2_5_vl": Qwen2_5_VLForConditionalGeneration,
+        "gemma3": Gemma3ForConditionalGeneration,
     }.get(config.model_type)
     if kind is not None:
         return kind._from_config(config, attn_implementation=attention, dtype=dtype)

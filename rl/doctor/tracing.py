@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from transformers import DynamicCache
 
 from models.attention import SHARED_PREFIX, as_mask
@@ -135,8 +135,8 @@ def prepared(model: Any, subject: Subject, lora: Mapping[str, Any] | None, rates
 def _pretended(subject: Subject, job: Update | Writing, gpu: bool, layers: int | None) -> Any:
     """The prepared model with tensors that the current `FakeTensorMode` follows."""
     rates = job.rates if isinstance(job, Update) else None
-    # PEFT moves its adapters, which pretended tensors do not allow.
-    with torch.device("meta"):
+    # PEFT moves its adapters, and some models make constants, which pretended tensors do not allow.
+    with unset_fake_temporarily(), torch.device("meta"):
         model = prepared(subject.build(layers, _attention(job, gpu)), subject, job.lora, rates)
     made: dict[int, Any] = {}
     for module in model.modules():
