@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from PIL import Image
 from scipy import ndimage
 
 from envs.case import FRAME
+from slides.images import read_image
 
 
 def to_frame(boxes: Iterable[Sequence[float]], width: int, height: int) -> list[list[int]]:
@@ -31,13 +31,17 @@ def boxes_from_mask(path: str, image_size: tuple[int, int]) -> list[list[int]]:
     Raises:
         ValueError: the mask has another size than its image or more than one channel; says so in one sentence.
     """
-    with Image.open(path) as image:
-        if image.size != image_size:
-            raise ValueError(f"the mask {path} is {image.size} pixels and its image {image_size}; they must agree")
-        mask = np.asarray(image)
+    image = read_image(path, mode=None)
+    if image.size != image_size:
+        raise ValueError(f"the mask {path} is {image.size} pixels and its image {image_size}; they must agree")
+    mask = np.asarray(image)
     if mask.ndim != 2:
         raise ValueError(f"the mask {path} has {mask.shape[2]} channels; write one channel of instance ids")
-    found = [piece for piece in ndimage.find_objects(mask.astype(np.int64)) if piece is not None]
+    ids = mask.astype(np.int64)
+    if ids.max() > ids.size:  # scipy keeps a place for every id up to the largest
+        names, ids = np.unique(ids, return_inverse=True)
+        ids = ids.reshape(mask.shape) + 1 - np.searchsorted(names, 1)
+    found = [piece for piece in ndimage.find_objects(ids) if piece is not None]
     boxes = to_frame(((x.start, y.start, x.stop, y.stop) for y, x in found), *image_size)
     return sorted(boxes, key=lambda box: (box[1], box[0]))
 

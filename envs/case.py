@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from slides.errors import InputError
+from slides.parsing import parse_json
 
 TASKS = ("choice", "open", "detection", "synoptic")
 SPLITS = ("train", "val", "test")
@@ -165,8 +166,8 @@ def parse_boxes(text: str) -> list[tuple[float, float, float, float]]:
         ValueError: saying what is wrong; the sentence reads on from the name of the column.
     """
     try:
-        boxes = json.loads(text)
-    except json.JSONDecodeError:
+        boxes = parse_json(text)
+    except ValueError:
         boxes = None
     if not isinstance(boxes, list):
         raise ValueError(f"is not a JSON list of boxes: {text[:80]!r}; write [[x1, y1, x2, y2], ...], or [] for none")

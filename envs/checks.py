@@ -7,8 +7,9 @@ from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
 from envs.case import SPLITS, Case
-from envs.files import MAX_PIXELS, FileFacts, inspect_files
+from envs.files import FileFacts, inspect_files
 from slides.errors import InputError
+from slides.images import MAX_PIXELS
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
 from tqdm import tqdm
 
 from envs.boxes import boxes_from_mask, boxes_text, to_frame
@@ -18,6 +17,8 @@ from envs.files import AbsentFile, resolve_path
 from envs.rows import SPLIT_NAMES, Row
 from envs.swift import swift_row
 from slides.errors import InputError
+from slides.images import ImageError, open_image
+from slides.parsing import parse_json
 
 _MASK = "\0mask"  # a column name no file can have
 
@@ -252,32 +253,32 @@ def _set_boxes(values: dict[str, Any], reading: Reading) -> None:
     if not (mask or pixels) or not values.get("images") or (pixels and not reading.gold and "answer" not in values):
         return
     try:
-        with Image.open(values["images"][0]) as image:
+        with open_image(values["images"][0]) as image:
             size = image.size
         if mask:
             path = resolve_path(mask, reading.root, allow_outside=reading.allow_outside)
             values["answer"] = boxes_text(boxes_from_mask(str(path), size))
         else:
             answer = values.get("answer")
-            boxes = json.loads(answer) if isinstance(answer, str) else answer
+            boxes = parse_json(answer) if isinstance(answer, str) else answer
             if not isinstance(boxes, list):
                 raise TypeError
             values["answer"] = boxes_text(to_frame(boxes, *size))
+    except ImageError as error:
+        raise InputError(f"the image or its mask {error}") from None
+    except (TypeError, json.JSONDecodeError, OverflowError):
+        raise InputError("`answer` of a detection case is not a list of [x1, y1, x2, y2] in pixels") from None
     except ValueError as error:
         raise InputError(str(error)) from None
-    except TypeError:
-        raise InputError("`answer` of a detection case is not a list of [x1, y1, x2, y2] in pixels") from None
-    except (OSError, Image.DecompressionBombError) as error:
-        raise InputError(f"the image or its mask cannot be read ({error}); replace it or leave the row out") from None
 
 
 def _cell(name: str, value: Any) -> Any:
     """A table cell can hold a list only as JSON."""
     if name in ("images", "slides", "options") and isinstance(value, str) and value.lstrip().startswith("["):
         try:
-            return json.loads(value)
-        except json.JSONDecodeError as error:
-            raise InputError(f"`{name}` looks like a JSON list but is none ({error.msg})") from None
+            return parse_json(value)
+        except ValueError as error:
+            raise InputError(f"`{name}` looks like a JSON list but is none ({error})") from None
     return value
 
 

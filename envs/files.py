@@ -12,12 +12,12 @@ from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from tqdm import tqdm
+
+from slides.images import MAX_PIXELS, ImageError, allow_pixels, open_image, slide_format, too_large
 
 logger = logging.getLogger(__name__)
 
-MAX_PIXELS = 100_000_000  # 10,000 x 10,000: more than any field of view, less than what exhausts a machine
 _WHOLE = 64 * 2**20  # files up to this size are hashed whole, larger ones (slides) at three places
 _PIECE = 2**20
 
@@ -47,12 +47,16 @@ def resolve_path(text: str, root: Path, *, allow_outside: bool = False) -> Path:
         AbsentFile: there is no such file.
     """
     if "\0" in text or not text.strip():
-        raise ValueError(f"{text!r} is not a path")
-    root = root.resolve()
-    path = (root / text).resolve()
+        raise ValueError(f"{text[:80]!r} is not a path")
+    try:
+        root = root.resolve()
+        path = (root / text).resolve()
+        there = path.is_file()
+    except (OSError, RuntimeError, UnicodeError) as error:  # too long, a ring of links, or not to be written as bytes
+        raise ValueError(f"{text[:80]!r} is not a path ({error}); correct it") from None
     if not allow_outside and not path.is_relative_to(root):
         raise ValueError(f"{text!r} leads outside {root}; move the file, or set allow_outside: true if you trust it")
-    if not path.is_file():
+    if not there:
         remedy = "correct the path, or set root to the folder it starts from"
         raise AbsentFile(path, f"no file {text!r} under {root}; {remedy}")
     return path
@@ -74,13 +78,15 @@ def inspect_files(
     Args:
         images: paths of fields of view.
         slides: paths of slides and feature files.
-        max_pixels: larger images are refused before they are decoded (decompression bombs).
+        max_pixels: larger images are refused before they are decoded (decompression bombs); up to so many pixels they
+            may then be opened by all of this process.
         workers: threads.
         use_cache: read and write the cache.
 
     Returns:
         facts by path, and by path what is wrong with the files that cannot be used.
     """
+    allow_pixels(max_pixels)
     kinds = dict.fromkeys(slides, False) | dict.fromkeys(images, True)
     facts: dict[str, FileFacts] = {}
     problems: dict[str, str] = {}
@@ -101,10 +107,10 @@ def inspect_files(
     def look(path: str) -> FileFacts | str:
         try:
             return _look(path, kinds[path], max_pixels)
-        except Image.DecompressionBombError as error:  # Pillow's own limit, twice Image.MAX_IMAGE_PIXELS
-            return f"is too large to open ({error}); give a whole slide under `slides`"
+        except ImageError as error:
+            return str(error)
         except Exception as error:  # decoders raise almost anything on broken bytes; each becomes a named problem
-            return f"cannot be decoded ({error}); replace the file or leave the row out"
+            return f"cannot be decoded ({error}); replace the file or drop its row"
 
     fresh: dict[str, FileFacts] = {}
     with ThreadPoolExecutor(workers) as pool:
@@ -125,7 +131,7 @@ def inspect_files(
         _cache_write(fresh)
     for path, fact in list(facts.items()):
         if fact.width * fact.height > max_pixels:
-            problems[path] = _too_large(fact.width, fact.height, max_pixels)
+            problems[path] = str(too_large(fact.width, fact.height, max_pixels))
             del facts[path]
     return facts, problems
 
@@ -134,21 +140,14 @@ def _look(path: str, is_image: bool, max_pixels: int) -> FileFacts | str:
     digest = _digest(path)
     if not is_image:
         return FileFacts(digest)
-    with Image.open(path) as image:
+    if slide := slide_format(path):
+        return f"is a whole slide ({slide}), whose first picture may be that of its label; give it under `slides`"
+    with open_image(path, max_pixels) as image:
         width, height = image.size
-        if width * height > max_pixels:
-            return _too_large(width, height, max_pixels)
         # An eighth of the size still reads the whole JPEG stream, at a fraction of the time.
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
         image.load()
     return FileFacts(digest, width, height)
-
-
-def _too_large(width: int, height: int, max_pixels: int) -> str:
-    return (
-        f"has {width} x {height} pixels, more than max_pixels = {max_pixels:,}; "
-        "give a whole slide under `slides`, or raise max_pixels"
-    )
 
 
 def _digest(path: str) -> str:

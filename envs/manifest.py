@@ -14,10 +14,11 @@ from typing import Any, Literal
 from envs.case import SPLITS, TASKS, Case
 from envs.checks import check_cases, drop_copies, file_problems, warn_of_lost_slides
 from envs.convert import Reading, to_cases
-from envs.files import MAX_PIXELS, inspect_files
+from envs.files import inspect_files
 from envs.rows import Row, read_rows
 from envs.splits import carve, limit_cases
 from slides.errors import InputError
+from slides.images import MAX_PIXELS
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +80,7 @@ def build(
         need: splits that must hold cases.
         allow_outside: let rows name files outside `root`.
         allow_shared_text: let an open or synoptic answer stand in two splits.
-        max_pixels: limit for images.
+        max_pixels: limit for images; a higher one than the default holds for all of the process.
 
     Returns:
         the cases in the order of the manifest.

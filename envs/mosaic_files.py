@@ -17,6 +17,8 @@ from tqdm import tqdm
 from envs.case import SPLITS
 from envs.mosaic_layout import Layout, case_kinds, draw_layouts
 from envs.pyramid import write_pyramid
+from slides.errors import InputError
+from slides.images import ImageError, read_image
 from slides.whole import whole, write_text
 
 LAYOUTS, TILES, ASKED, CASES = 1, 2, 3, 4
@@ -116,8 +118,10 @@ def draw_rows(
 
 
 def _read_tile(path: str, side: int) -> np.ndarray:
-    with Image.open(path) as image:
-        pixels = image.convert("RGB")
+    try:
+        pixels = read_image(path)
+    except ImageError as error:
+        raise InputError(f"{path} {error}") from error
     return np.asarray(pixels if pixels.width == side else pixels.resize((side, side), Image.Resampling.LANCZOS))
 
 

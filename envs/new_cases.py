@@ -15,6 +15,7 @@ from envs.convert import Reading, to_cases
 from envs.files import inspect_files
 from envs.rows import read_rows
 from slides.errors import InputError
+from slides.images import MAX_PIXELS
 
 COLUMNS = {"image_column": "file", "slide_column": None, "answer_column": "label", "split_column": "split"}
 """Columns of a manifest of labels, as `envs.manifest.build` has them."""
@@ -95,7 +96,11 @@ def read_new_cases(
     if not rows and not problems:
         raise InputError(f"{path}: no rows; the file or folder is empty")
     cases, places, found = to_cases(rows, Reading(path=path, root=start, gold=False, **values))
-    _, broken = inspect_files((p for c in cases for p in c.images), (p for c in cases for p in c.slides))
+    _, broken = inspect_files(
+        (p for c in cases for p in c.images),
+        (p for c in cases for p in c.slides),
+        max_pixels=(params or {}).get("max_pixels", MAX_PIXELS),
+    )
     warn_of_lost_slides(cases, broken)
     problems += found + file_problems(cases, places, broken)
     repeated = [name for name, count in Counter(c.id for c in cases).items() if count > 1]

@@ -14,8 +14,12 @@ import pyarrow
 import pyarrow.parquet
 
 from slides.errors import InputError
+from slides.parsing import parse_json
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+MAX_LINE = 2**26  # bytes of a line of JSON
+MAX_TEXT = 2**30  # bytes of JSON, CSV and TSV, which are read whole
+MAX_ROWS = 50_000_000  # of a parquet file, which may state more than it holds
 SPLIT_NAMES = {
     "train": "train",
     "training": "train",
@@ -86,18 +90,23 @@ def _folder(root: Path) -> Iterator[Row]:
 
 def _jsonl(path: Path) -> Iterator[Row | str]:
     with open(path, "rb") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
             at = f"{path}:{number}"
+            if len(line) > MAX_LINE:
+                yield f"{at}: a line of more than {MAX_LINE:,} bytes; the rows after it were not read"
+                return
             if number == 1:
                 line = line.removeprefix(b"\xef\xbb\xbf")
             if not line.strip():
                 continue
             try:
-                yield Row(at, json.loads(line.decode()))
+                yield Row(at, parse_json(line.decode()))
             except UnicodeDecodeError:
                 yield f"{at}: not UTF-8 text; save the file as UTF-8"
             except json.JSONDecodeError as error:
                 yield f"{at}: not JSON ({error.msg} at column {error.colno}); write one object a line"
+            except ValueError as error:
+                yield f"{at}: not to be read as JSON ({error}); write one object a line"
 
 
 def _json(path: Path) -> Iterator[Row | str]:
@@ -121,6 +130,9 @@ def _json(path: Path) -> Iterator[Row | str]:
         except json.JSONDecodeError as error:
             # What follows a broken entry cannot be told apart from it.
             yield f"{path}:{error.lineno}: not JSON ({error.msg}); the entries after it were not read"
+            return
+        except (ValueError, RecursionError):
+            yield f"{path}:{line}: a number of thousands of digits, or too deep; the entries after it were not read"
             return
         number += 1
         yield Row(f"{path}:{line}" + (f" (row {number})" if line == last else ""), value)
@@ -159,16 +171,22 @@ def _csv(path: Path) -> Iterator[Row | str]:
 def _parquet(path: Path) -> Iterator[Row | str]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
+            if file.metadata.num_rows > MAX_ROWS:
+                raise InputError(f"{path}: states {file.metadata.num_rows:,} rows, more than {MAX_ROWS:,}; split it")
             number = 0
             for batch in file.iter_batches():
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"{path}: row {number}", values)
-    except (pyarrow.ArrowException, OSError) as error:
+    except InputError:
+        raise
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError, TypeError) as error:
         raise InputError(f"{path}: cannot be read as parquet ({error}); write the file again") from None
 
 
 def _text(path: Path) -> str:
+    if path.stat().st_size > MAX_TEXT:
+        raise InputError(f"{path}: larger than {MAX_TEXT:,} bytes; write it as parquet or JSON lines")
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -8,7 +8,9 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
+from slides import images
 from slides.errors import InputError
+from slides.images import ImageError, read_image
 
 
 class ImageView:
@@ -55,11 +57,10 @@ class ImageView:
     def image(self) -> Image.Image:
         """The RGB image at the size of the budget."""
         if isinstance(self.source, str):
-            with open_image(self.source) as file:
-                try:
-                    image = file.convert("RGB")
-                except (OSError, SyntaxError) as error:  # Pillow reads the pixels here, not when it opens the file
-                    raise unreadable(self.source, error) from error
+            try:
+                image = read_image(self.source)
+            except ImageError as error:
+                raise unreadable(self.source, error) from error
         else:
             image = self.source.convert("RGB")
         return image.resize(self.resize, Image.Resampling.BICUBIC) if self.resize else image
@@ -87,11 +88,13 @@ def open_image(path: str) -> Image.Image:
         InputError: there is none, or it is not an image.
     """
     try:
-        return Image.open(path)
-    except (OSError, Image.DecompressionBombError) as error:
+        return images.open_image(path)
+    except ImageError as error:
         raise unreadable(path, error) from error
 
 
 def unreadable(path: str, error: Exception) -> InputError:
     """What is said of a file that holds no whole image."""
-    return InputError(f"{path}: cannot be read as an image ({error}); mend or replace it, or drop its cases")
+    return InputError(
+        f"{path}: cannot be read as an image ({error.__cause__ or error}); mend or replace it, or drop its cases"
+    )

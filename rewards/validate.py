@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from envs.case import Case
 from envs.columns import case_columns, extra_columns
@@ -39,6 +38,7 @@ from rewards.synoptic.parse import Report, parse_report
 from rewards.synoptic.protocol import Protocol, load_protocol
 from rewards.synoptic.render import layouts, render_report
 from slides.errors import InputError, entry
+from slides.parsing import parse_json, read_yaml
 from slides.whole import write_text
 
 SHOWN = 20  # problems that are printed; the rest is counted
@@ -225,7 +225,7 @@ def read_texts(path: str, column: str) -> list[str]:
         if not line.strip():
             continue
         try:
-            text = json.loads(line)[column]
+            text = parse_json(line)[column]
         except (ValueError, KeyError, TypeError):
             raise InputError(f"{path}, line {number}: no JSON object with {column!r}; name it with --column") from None
         if not isinstance(text, str):
@@ -243,10 +243,10 @@ def _cases_and_rewards(arguments: ValidateArguments) -> tuple[list[Case], list[R
     if not path.is_file():
         raise InputError(f"no recipe {path}")
     try:
-        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        recipe = read_yaml(path)
         params = dict(recipe["cases"])
         specs = recipe["rewards"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise InputError(f"{path}: no recipe with `cases` and `rewards`: {error!r}") from None
     return make_env(params.pop("name"), params), get_rewards(specs, base=path.parent)
 

@@ -11,7 +11,6 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
-import yaml
 from accelerate import PartialState
 from trl import TrlParser
 
@@ -23,6 +22,7 @@ from rl.allocation.text_options import TextOptions
 from rl.config import FrugalConfig
 from sft.options import Stage, read_stages
 from slides.errors import InputError
+from slides.parsing import parse_yaml, read_yaml
 
 T = TypeVar("T")
 
@@ -260,10 +260,7 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
     if path is not None:
         if not path.is_file():
             raise InputError(f"{path}: no such recipe; see configs/recipes")
-        try:
-            content = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise InputError(f"{path}: not valid YAML: {error}") from error
+        content = read_yaml(path)
         if not isinstance(content, dict):
             raise InputError(f"{path}: a recipe is a mapping of keys to values")
         problems = [f"{path}: unknown key {k!r}{_near(k, known)}" for k in content if k not in known | {"env"}]
@@ -373,7 +370,7 @@ def _override(nested: dict[str, Any], item: str) -> None:
         raise InputError(
             f"--set {item}: {path[-1]} is a list; name an entry of it before the key, as in sft.case.{last}"
         )
-    place[last] = yaml.safe_load(value)
+    place[last] = parse_yaml(value, f"--set {item}")
 
 
 def _stage(stages: list[Any], name: str, item: str) -> Any:

@@ -19,8 +19,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from envs.rows import read_rows
 from models.retrieval import Embedder, RetrievalIndex
 from models.zero_shot import class_probabilities, class_vectors
@@ -28,6 +26,7 @@ from rewards.retrieval import retrieval
 from rewards.zero_shot import classification
 from sft.pairs import FeatureFiles, from_manifest, from_recipe, recipe_labels
 from slides.errors import InputError, entry
+from slides.parsing import read_yaml
 
 
 def build(options: argparse.Namespace) -> dict[str, Any]:
@@ -77,10 +76,7 @@ def zero_shot(index: RetrievalIndex, prompts: Path, labels: dict[int, str], resa
     """
     if not prompts.is_file():
         raise InputError(f"{prompts}: no such file; it maps each class to its descriptions")
-    try:
-        classes = yaml.safe_load(prompts.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise InputError(f"{prompts}: not valid YAML: {error}") from error
+    classes = read_yaml(prompts)
     if not isinstance(classes, dict):
         raise InputError(f"{prompts}: write a mapping of each class to a list of texts")
     at, named = list(labels), list(labels.values())

@@ -13,10 +13,8 @@ from tqdm import tqdm
 
 from slides.encoder import PatchEncoder
 from slides.errors import InputError
+from slides.images import ImageError, read_image
 from slides.store import Features, write_features
-
-MAX_PIXELS = 100_000_000
-"""Larger fields are refused: a field of view is a crop, a slide goes through `slides.extract`."""
 
 
 def encode_fields(
@@ -54,8 +52,8 @@ def encode_fields(
             upcoming = reader.submit(_read, missing[at + 1], side, encoder.stride) if at + 1 < len(missing) else None
             try:
                 pixels = pending.result()
-            except (OSError, ValueError, Image.DecompressionBombError) as error:
-                problems.append(f"{path}: cannot be read as an image ({error}); replace the file or drop its row")
+            except ImageError as error:
+                problems.append(f"{path}: {error}")
             else:
                 write_features(files[path], _cells(pixels, encoder), dtype="float16")
             pending = upcoming
@@ -73,13 +71,10 @@ def _digest(path: str) -> str:
 
 
 def _read(path: str, side: int | None, stride: int) -> np.ndarray:
-    with Image.open(path) as image:
-        width, height = image.size
-        if width * height > MAX_PIXELS:
-            raise ValueError(f"{width} x {height} px is over {MAX_PIXELS} px; give it as a slide")
-        scale = side / max(width, height) if side else 1.0
-        across, down = (max(stride, round(length * scale / stride) * stride) for length in (width, height))
-        return np.asarray(image.convert("RGB").resize((across, down), Image.Resampling.BICUBIC))
+    image = read_image(path)
+    scale = side / max(image.size) if side else 1.0
+    across, down = (max(stride, round(length * scale / stride) * stride) for length in image.size)
+    return np.asarray(image.resize((across, down), Image.Resampling.BICUBIC))
 
 
 def _cells(pixels: np.ndarray, encoder: PatchEncoder) -> Features:

@@ -11,6 +11,8 @@ import glob
 import math
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,13 @@ from slides.errors import InputError
 
 # The names TRIDENT gives on `coords` to what the root attributes here call otherwise.
 _TRIDENT = {"patch_size_level0": "patch_size", "level0_width": "width", "level0_height": "height"}
+
+
+MAX_VALUES = 2**33
+"""Values of a dataset: 6.7 million features of 1,280 values, several times the most that a slide gives."""
+MAX_PACKED = 1100
+"""Times that a compressed dataset is larger than what is stored of it: deflate reaches 1,032."""
+_NUMBERS = ("patch_size", "mpp", "level0_mpp", "width", "height")
 
 
 @dataclass
@@ -128,44 +137,91 @@ def read_features(path: str | os.PathLike) -> Features:
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such feature file; write it with `python -m slides.extract`")
+    with _datasets(path) as (file, stored, places):
+        features = stored[()].reshape(stored.shape[-2:])
+        coords = places[()].reshape(places.shape[-2:])
+        attrs = _plain(stored.attrs) | _plain(places.attrs) | _plain(file.attrs)
+        own = "patch_size" in file.attrs
+    if not np.isfinite(features).all():
+        raise InputError(f"{path}: features hold NaN or infinite values; extract this slide again")
+    if not (np.abs(coords) < 2**53).all():
+        raise InputError(f"{path}: coords hold what is no place on a slide; extract this slide again")
+    coords = coords.astype(np.int64)
+    try:
+        attrs = attrs if own else _translate(attrs, coords)
+        wrong = [k for k in _NUMBERS if k in attrs and not 0 <= float(attrs[k]) < math.inf]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"{path}: an attribute is no number ({error}); extract this slide again") from error
+    if wrong:
+        raise InputError(f"{path}: {wrong[0]} is {attrs[wrong[0]]}, which cannot be; extract this slide again")
+    return Features(features, coords, attrs)
+
+
+def count_features(path: str | os.PathLike) -> int:
+    """Number N of features of a file that `read_features` reads, without reading them."""
+    with _datasets(Path(path)) as (_, _, coords):
+        return int(coords.shape[-2])
+
+
+@contextmanager
+def _datasets(path: Path) -> Iterator[tuple[h5py.File, h5py.Dataset, h5py.Dataset]]:
+    """A file with its datasets `features` and `coords`, of which nothing has been read but the shapes.
+
+    Raises:
+        InputError: they are not there or not readable, in what this raises as in the block; or they are not in the file
+            itself, or state more values than it holds.
+    """
     try:
         with h5py.File(path, "r") as file:
             missing = [name for name in ("features", "coords") if name not in file]
             if missing:
                 raise InputError(
-                    f"{path}: no dataset {' and no dataset '.join(missing)} (found {sorted(file) or 'none'}); "
+                    f"{path}: no dataset {' and no dataset '.join(missing)} (found {sorted(file)[:20] or 'none'}); "
                     "a feature file has `features` (N, d) and `coords` (N, 2)"
                 )
-            features, coords = file["features"][()], file["coords"][()]
-            attrs = _plain(file["features"].attrs) | _plain(file["coords"].attrs) | _plain(file.attrs)
-            own = "patch_size" in file.attrs
-    except (OSError, RuntimeError, KeyError) as error:
+            problem = next(filter(None, (_storage_problem(file, name) for name in ("features", "coords"))), None)
+            problem = problem or _shape_problem(file["features"], file["coords"])
+            if problem:
+                raise InputError(f"{path}: {problem}; extract this slide again")
+            yield file, file["features"], file["coords"]
+    except InputError:
+        raise
+    # h5py tells what is broken by almost any error; what is too large for the machine is told by MemoryError.
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, MemoryError) as error:
         raise InputError(f"{path}: cannot be read as HDF5 ({error}); extract this slide again") from error
-    if features.ndim == 3 and features.shape[0] == 1:
-        features = features[0]
-    if coords.ndim == 3 and coords.shape[0] == 1:
-        coords = coords[0]
-    problem = _shape_problem(features, coords)
-    if problem:
-        raise InputError(f"{path}: {problem}; extract this slide again")
-    if not np.isfinite(features).all():
-        raise InputError(f"{path}: features hold NaN or infinite values; extract this slide again")
-    return Features(features, coords, attrs if own else _translate(attrs, coords))
 
 
-def count_features(path: str | os.PathLike) -> int:
-    """Number N of features of a file that `read_features` reads, without reading them."""
-    with h5py.File(path, "r") as file:
-        return int(file["coords"].shape[-2])
+def _storage_problem(file: h5py.File, name: str) -> str | None:
+    """Why a dataset is not to be read: other files stand behind it, or it states what the file cannot hold."""
+    if not isinstance(file.get(name, getlink=True), h5py.HardLink):
+        return f"{name} is a link to elsewhere, which is not followed"
+    data = file[name]
+    if not isinstance(data, h5py.Dataset) or data.shape is None:
+        return f"{name} is no dataset of numbers"
+    if data.is_virtual or data.external:
+        return f"the values of {name} are in other files, which are not read"
+    if data.size > MAX_VALUES:
+        return f"{name} states {data.size:,} values, more than {MAX_VALUES:,}"
+    packed = MAX_PACKED if data.id.get_create_plist().get_nfilters() else 1
+    if data.id.get_storage_size() * packed < data.nbytes:
+        return f"{name} states {data.size:,} values, of which the file holds only a part"
+    return None
 
 
-def _shape_problem(features: np.ndarray, coords: np.ndarray) -> str | None:
-    if features.ndim != 2 or features.dtype.kind not in "fiu":
+def _shape_problem(features: np.ndarray | h5py.Dataset, coords: np.ndarray | h5py.Dataset) -> str | None:
+    """A dataset may have one more dimension of 1 before the others, as TRIDENT writes it."""
+    many, places = (
+        data.shape[1:]
+        if isinstance(data, h5py.Dataset) and len(data.shape) == 3 and data.shape[0] == 1
+        else data.shape
+        for data in (features, coords)
+    )
+    if len(many) != 2 or features.dtype.kind not in "fiu":
         return f"features must be numbers of shape (N, d), got {features.dtype} {features.shape}"
-    if coords.ndim != 2 or coords.shape[1] != 2 or coords.dtype.kind not in "fiu":
+    if len(places) != 2 or places[1] != 2 or coords.dtype.kind not in "fiu":
         return f"coords must be numbers of shape (N, 2), got {coords.dtype} {coords.shape}"
-    if len(features) != len(coords):
-        return f"{len(features)} features but {len(coords)} coords"
+    if many[0] != places[0]:
+        return f"{many[0]} features but {places[0]} coords"
     return None
 
 
@@ -221,5 +277,5 @@ def _plain(attrs: h5py.AttributeManager) -> dict[str, Any]:
     for key, value in attrs.items():
         if isinstance(value, np.ndarray | np.generic):
             value = value.tolist()
-        found[key] = value.decode() if isinstance(value, bytes) else value
+        found[key] = value.decode(errors="replace") if isinstance(value, bytes) else value
     return found

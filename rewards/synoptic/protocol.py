@@ -7,17 +7,17 @@ product. `docs/protocols.md` explains the keys of a file.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from rewards.label import normalise
 from rewards.lookup import hint
 from rewards.synoptic.conditions import UNDETERMINED, Condition, Rule, read_condition, read_rule
 from slides.errors import InputError
+from slides.parsing import read_yaml
 
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "protocols"
 
@@ -187,7 +187,7 @@ def load_protocol(name: str | Path) -> Protocol:
     path = Path(name).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{name}.yaml"
-        if not path.is_file():
+        if str(name) not in protocol_names():  # nor a path: names come from manifests
             raise InputError(
                 f"unknown protocol {str(name)!r}; {hint(name, protocol_names())}. "
                 "A file of your own is named by its path, ending in .yaml"
@@ -216,15 +216,16 @@ def _load(path: Path) -> Protocol:
 def _raw(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The mapping in a file, with the fields of the protocol it `extends` under its own."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raw = read_yaml(path)
+    except InputError as error:
         raise InputError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(raw, dict):
         raise InputError(f"{path}: a protocol file is a mapping with title, version, source and fields")
     if "extends" not in raw:
         return raw
     parent = path.parent / f"{raw['extends']}.yaml"
-    if not parent.is_file() or parent in (*seen, path):
+    plain = isinstance(raw["extends"], str) and re.fullmatch(r"[\w.-]+", raw["extends"])
+    if not plain or not parent.is_file() or parent in (*seen, path):
         raise InputError(f"{path}: `extends` names {raw['extends']!r}, which is no other protocol in its folder")
     base = _raw(parent, (*seen, path))
     if not all(isinstance(f, dict) for f in (*(raw.get("fields") or []), *(base.get("fields") or []))):

@@ -11,10 +11,10 @@ from PIL import Image
 from scipy.spatial import cKDTree
 
 from envs.case import Case
-from models.image_view import ImageView, open_image
+from models.image_view import ImageView
 from models.performer import Performer
 from models.visual import VisualTokens
-from slides.errors import InputError
+from slides.images import ImageError, read_image
 from slides.reader import SlideReader
 from slides.scale import SlideError
 
@@ -87,9 +87,8 @@ def read_whole(path: str, slide: bool) -> np.ndarray | None:
     # A report on finished scores does not end for a picture that was moved since.
     if not slide:
         try:
-            with open_image(path) as file:
-                image = file.convert("RGB")
-        except (InputError, OSError):
+            image = read_image(path)
+        except ImageError:
             return None
         image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
         return np.asarray(image)

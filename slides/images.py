@@ -1,0 +1,88 @@
+"""Opening images: one limit of pixels for all of them, and only formats that Pillow decodes by itself."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import openslide
+from PIL import Image
+
+from slides.errors import InputError
+
+MAX_PIXELS = 100_000_000
+"""10,000 x 10,000: more than any field of view, less than what exhausts a machine."""
+FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "PPM")
+"""Whatever a file is called: for others, such as EPS, Pillow starts a program of the machine."""
+
+# Pillow's own limit is the limit here, so that it also holds where other packages open an image. By default Pillow
+# warns at 89 million pixels and refuses at twice that.
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+Image.init()  # Pillow would know only a few of the formats until then
+
+
+class ImageError(InputError):
+    """An image that is not decoded; the sentence reads on from its path."""
+
+
+def allow_pixels(pixels: int) -> None:
+    """Let images of up to so many pixels be opened in this process; a limit that is higher already stays."""
+    Image.MAX_IMAGE_PIXELS = max(pixels, Image.MAX_IMAGE_PIXELS or 0)
+
+
+def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
+    """Open an image file and check its size; nothing is decoded yet.
+
+    Args:
+        max_pixels: a limit below that of the process.
+
+    Raises:
+        ImageError: no such file, not an image, or too large.
+    """
+    limit = min(n for n in (max_pixels, Image.MAX_IMAGE_PIXELS) if n is not None)
+    try:
+        image = Image.open(path, formats=FORMATS)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"is too large to open ({error}); {_REMEDY}") from error
+    except Exception as error:  # readers of broken heads raise almost anything
+        raise undecodable(error) from error
+    if image.width * image.height > limit:
+        image.close()
+        raise too_large(image.width, image.height, limit)
+    return image
+
+
+def read_image(path: str | os.PathLike, mode: str | None = "RGB", max_pixels: int | None = None) -> Image.Image:
+    """Decode an image file, and convert it unless `mode` is None.
+
+    Raises:
+        ImageError: as `open_image`, and where the pixels are damaged.
+    """
+    with open_image(path, max_pixels) as image:
+        try:
+            image.load()
+            return image.copy() if mode is None else image.convert(mode)
+        except Exception as error:  # decoders of broken bytes too
+            raise undecodable(error) from error
+
+
+def too_large(width: int, height: int, limit: int) -> ImageError:
+    """What is said of an image over a limit of pixels."""
+    return ImageError(f"has {width} x {height} pixels, more than max_pixels = {limit:,}; {_REMEDY}")
+
+
+def undecodable(error: Exception) -> ImageError:
+    """What is said of a file that holds no whole image."""
+    return ImageError(f"cannot be decoded ({error}); replace the file or drop its row")
+
+
+def slide_format(path: str | os.PathLike) -> str | None:
+    """The scanner's format of a TIFF that is a whole slide, else None.
+
+    The first picture in such a file may be its macro image, with the label on it.
+    """
+    found = openslide.OpenSlide.detect_format(str(Path(path)))
+    return None if found in (None, "generic-tiff") else found
+
+
+_REMEDY = "give a whole slide under `slides`, or raise max_pixels"
