@@ -12,7 +12,7 @@ from slides.errors import InputError
 
 MAX_PIXELS = 100_000_000
 """10,000 x 10,000: more than any field of view, less than what exhausts a machine."""
-FORMATS = ("PNG", "JPEG", "MPO", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "PPM")
+FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "PPM")
 """Whatever a file is called: for others, such as EPS, Pillow starts a program of the machine."""
 
 # Pillow's own limit is the limit here, so that it also holds where other packages open an image. By default Pillow

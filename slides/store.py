@@ -168,8 +168,8 @@ def _datasets(path: Path) -> Iterator[tuple[h5py.File, h5py.Dataset, h5py.Datase
     """A file with its datasets `features` and `coords`, of which nothing has been read but the shapes.
 
     Raises:
-        InputError: they are not there or not readable, in what this raises as in the block; or they are not in the file
-            itself, or state more values than it holds.
+        InputError: they are not there, not in the file itself, state more values than it holds, or are not readable,
+            here or in the block.
     """
     try:
         with h5py.File(path, "r") as file:
