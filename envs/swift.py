@@ -30,13 +30,13 @@ def swift_row(
     row = {key: value for key, value in values.items() if key not in ("messages", "images", "solution") and value}
     problems: list[str] = []
     turns: dict[str, list[str]] = {"system": [], "user": [], "assistant": []}
-    messages = values["messages"]
+    messages = values.get("messages")
     if not isinstance(messages, list):
         raise InputError("`messages` must be a list of {role, content}")
     for message in messages:
         role = message.get("role") if isinstance(message, Mapping) else None
         text = _content(message.get("content")) if isinstance(message, Mapping) else None
-        if role not in turns or text is None:
+        if not isinstance(role, str) or role not in turns or text is None:
             problems.append("a message is not {role: system | user | assistant, content: text}")
         else:
             turns[role].append(text)

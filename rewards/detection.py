@@ -109,7 +109,7 @@ def _score(
         gold_text = gold_answer if isinstance(gold_answer, str) else json.dumps(gold_answer, default=str)
         gold = parse_boxes(gold_text)
         if gold is None or not valid(gold).all():
-            problem = f"`answer` {gold_text[:80]!r} is not [[x1, y1, x2, y2], ...] in 0..1000 with x1 < x2, y1 < y2"
+            problem = "`answer` is not [[x1, y1, x2, y2], ...] in 0..1000 with x1 < x2, y1 < y2"
             warn_unscorable(name, str(row_id), problem)
             values.append(None)
             continue

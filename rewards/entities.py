@@ -207,7 +207,7 @@ def entity_f1(
             continue
         value = entity_f1_score(extract_answer(completion) or "", gold, terms) if isinstance(gold, str) else None
         if value is None:
-            problem = f"`answer` {str(gold)[:80]!r} has no concept of the vocabulary that it does not also deny"
+            problem = "`answer` has no concept of the vocabulary that it does not also deny"
             warn_unscorable("entity_f1", str(row_id), problem)
         values.append(value)
     return values

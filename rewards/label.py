@@ -119,9 +119,7 @@ def choice(
         names = read_options(tuple(map(str, row_options))) if listed else None
         right = find_option(str(gold), names) if names else None
         if names is None or right is None:
-            problem = (
-                f"`answer` {gold!r} is not exactly one of `options` {row_options!r}, or two options read the same"
-            )
+            problem = "`answer` is not exactly one of `options`, or two options read the same"
             warn_unscorable("choice", str(row_id), problem)
             values.append(None)
             continue

@@ -138,7 +138,7 @@ def _scores(
         if row_task not in (None, "open"):
             values.append(None)
         elif not isinstance(gold, str) or not _bounded(gold, words):
-            warn_unscorable(name, str(row_id), f"`answer` {str(gold)[:80]!r} is no text, has no words or too many")
+            warn_unscorable(name, str(row_id), "`answer` is no text, has no words or too many")
             values.append(None)
         else:
             values.append(score(extract_answer(completion) or "", gold))

@@ -115,6 +115,7 @@ def parse(arguments: list[str] | None = None) -> tuple[list[SlideJob], list[Sett
     parser.add_argument("--slide-mpp", type=float, help="level-0 mpp of slides that record none; as extract")
     parser.add_argument("--override-mpp", action="store_true", help="as extract")
     parser.add_argument("--dark-background", action="store_true", help="read fluorescence too; as extract")
+    parser.add_argument("--allow-outside", action="store_true", help="let a manifest name slides outside its folder")
     found = parser.parse_args(arguments)
     settings = list(dict.fromkeys(map(parse_setting, found.setting)))
     options = dataclasses.replace(
@@ -125,7 +126,7 @@ def parse(arguments: list[str] | None = None) -> tuple[list[SlideJob], list[Sett
         dark_background=found.dark_background,
     )
     options.check()
-    return find_jobs(found.slides), settings, options
+    return find_jobs(found.slides, allow_outside=found.allow_outside), settings, options
 
 
 @entry

@@ -40,6 +40,7 @@ class ExtractArguments(ExtractOptions):
 
     slides: str = field(default="", metadata={"help": "folder, manifest or one slide"})
     out: str = field(default="", metadata={"help": "output folder"})
+    allow_outside: bool = field(default=False, metadata={"help": "let a manifest name slides outside of its folder"})
     device: str = field(default="auto", metadata={"help": "where the encoder runs: auto, cpu, cuda, cuda:1"})
 
 
@@ -63,7 +64,7 @@ def main() -> None:
     """Run the command line."""
     arguments = parse()
     arguments.check()
-    jobs = find_jobs(arguments.slides)
+    jobs = find_jobs(arguments.slides, allow_outside=arguments.allow_outside)
     out = Path(arguments.out)
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file, not a folder")

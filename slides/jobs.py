@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import openslide
 import pandas as pd
 
@@ -51,22 +52,25 @@ def stain_key(stain: str) -> str:
     return "he" if key in _HE else key
 
 
-def find_jobs(source: str | os.PathLike) -> list[SlideJob]:
+def find_jobs(source: str | os.PathLike, *, allow_outside: bool = False) -> list[SlideJob]:
     """The slides of a folder (with its sub-folders), of a manifest, or one slide.
 
     A manifest is csv, tsv, jsonl or parquet with the column `file` (or `slide`) and, as wanted, `id`, `case`, `stain`
     and `mpp`. A file `slides.csv` (or .tsv, .jsonl, .parquet) in a folder tells these of the slides that it names.
+
+    Args:
+        allow_outside: let rows name slides outside of the manifest's folder.
 
     Raises:
         InputError: nothing there, a bad manifest (all its problems at once), or two slides with one id.
     """
     source = Path(source)
     if source.is_dir():
-        jobs = _folder(source)
+        jobs = _folder(source, allow_outside)
     elif not source.exists():
         raise InputError(f"--slides {source}: no such file or folder")
     elif source.suffix.lower() in MANIFESTS:
-        jobs = read_jobs(source)
+        jobs = read_jobs(source, allow_outside=allow_outside)
     else:
         jobs = [SlideJob(source)]
     if not jobs:
@@ -100,8 +104,8 @@ def check_ids(jobs: Sequence[SlideJob]) -> None:
         raise InputError(problems)
 
 
-def read_jobs(path: Path) -> list[SlideJob]:
-    """The rows of a manifest; relative paths are relative to it and may not leave its folder."""
+def read_jobs(path: Path, *, allow_outside: bool = False) -> list[SlideJob]:
+    """The rows of a manifest; relative paths are relative to it, and none may leave its folder unless allowed."""
     table = _table(path)
     column = next((name for name in ("file", "slide") if name in table.columns), None)
     if column is None:
@@ -111,13 +115,18 @@ def read_jobs(path: Path) -> list[SlideJob]:
     for number, row in enumerate(table.to_dict("records"), start=1):
         values = {key: _text(row.get(key)) for key in (column, "id", "case", "stain", "mpp")}
         name, where = values[column], f"{path}, row {number}"
-        if not name:
+        if not Path(name).name:
             problems.append(f"{where}: {column} is empty")
             continue
         relative = not Path(name).is_absolute()
         file = root / name if relative else Path(name)
-        if relative and ".." in Path(name).parts:
-            problems.append(f"{where}: {name} leaves the manifest's folder; give an absolute path")
+        try:
+            leaves = not file.resolve().is_relative_to(root.resolve())
+        except (OSError, RuntimeError, ValueError) as error:  # too long, a ring of links, not to be written as bytes
+            problems.append(f"{where}: {name[:80]!r} is not a path ({error})")
+            continue
+        if leaves and not allow_outside:
+            problems.append(f"{where}: {name} leaves the manifest's folder; set --allow_outside true if you trust it")
         mpp, problem = _mpp(values["mpp"])
         if problem:
             problems.append(f"{where}: {problem}")
@@ -128,12 +137,12 @@ def read_jobs(path: Path) -> list[SlideJob]:
     return jobs
 
 
-def _folder(folder: Path) -> list[SlideJob]:
+def _folder(folder: Path, allow_outside: bool) -> list[SlideJob]:
     known: dict[Path, SlideJob] = {}
     for suffix in MANIFESTS:
         manifest = folder / f"slides{suffix}"
         if manifest.is_file():
-            known = {job.file.resolve(): job for job in read_jobs(manifest)}
+            known = {job.file.resolve(): job for job in read_jobs(manifest, allow_outside=allow_outside)}
             break
     files = sorted(
         file
@@ -179,11 +188,14 @@ def _table(path: Path) -> pd.DataFrame:
                 return pd.read_json(path, lines=True, dtype=False)
             case _:
                 return pd.read_parquet(path)
-    except (ValueError, OSError) as error:  # pandas and pyarrow parse errors are ValueErrors
+    # Parse errors of pandas and pyarrow are ValueErrors, but for what they pass on of broken files.
+    except (ValueError, OSError, OverflowError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: cannot be read as {path.suffix[1:]} ({error})") from error
 
 
 def _text(value: object) -> str:
+    if isinstance(value, list | dict | np.ndarray):
+        value = None  # a cell of a table of slides is no list
     return "" if value is None or pd.isna(value) else str(value).strip()
 
 

@@ -15,7 +15,7 @@ MAX_YAML = 2**20
 MAX_NODES = 200_000
 """Values of a YAML file once its aliases are written out: a few lines of nested aliases can stand for billions."""
 
-MAX_DIGITS = 1000
+MAX_DIGITS = 250
 """Of a whole number in a YAML file."""
 
 
@@ -53,8 +53,9 @@ def parse_yaml(text: str, where: str) -> Any:
     Raises:
         InputError: naming `where`: not valid, an alias to itself, or more than `MAX_NODES` values.
     """
-    loader = yaml.SafeLoader(text)
+    loader = None
     try:
+        loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -69,7 +70,8 @@ def parse_yaml(text: str, where: str) -> Any:
     except (yaml.YAMLError, ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{where}: not valid YAML: {error}; mend it there") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:

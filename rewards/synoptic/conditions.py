@@ -122,6 +122,8 @@ def read_rule(value: Any, where: str) -> Rule:
         raise InputError(f"{where}: {value!r} is no rule; write {{value: ..., if: {{...}}}} or {{sum: [...]}}")
     condition = read_condition(value["if"], where) if "if" in value else None
     if "sum" in value:
+        if not isinstance(value["sum"], list):
+            raise InputError(f"{where}: `sum` must list fields, not {value['sum']!r}")
         return Rule((), condition, tuple(map(str, value["sum"])))
     values = value["value"] if isinstance(value["value"], list) else [value["value"]]
     return Rule(tuple(values), condition)

@@ -19,6 +19,7 @@ from rewards.synoptic.conditions import UNDETERMINED, Condition, Rule, read_cond
 from slides.errors import InputError
 from slides.parsing import read_yaml
 
+_PLAIN = re.compile(r"\w[\w.-]*")
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "protocols"
 
 TYPES = ("categorical", "ordinal", "boolean", "multi", "number", "integer", "text", "list")
@@ -187,7 +188,7 @@ def load_protocol(name: str | Path) -> Protocol:
     path = Path(name).expanduser()
     if path.suffix not in (".yaml", ".yml"):
         path = FOLDER / f"{name}.yaml"
-        if str(name) not in protocol_names():  # nor a path: names come from manifests
+        if not _PLAIN.fullmatch(str(name)) or not path.is_file():  # names come from manifests: never a path
             raise InputError(
                 f"unknown protocol {str(name)!r}; {hint(name, protocol_names())}. "
                 "A file of your own is named by its path, ending in .yaml"
@@ -224,11 +225,13 @@ def _raw(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if "extends" not in raw:
         return raw
     parent = path.parent / f"{raw['extends']}.yaml"
-    plain = isinstance(raw["extends"], str) and re.fullmatch(r"[\w.-]+", raw["extends"])
-    if not plain or not parent.is_file() or parent in (*seen, path):
+    if not _PLAIN.fullmatch(str(raw["extends"])) or not parent.is_file() or parent in (*seen, path):
         raise InputError(f"{path}: `extends` names {raw['extends']!r}, which is no other protocol in its folder")
     base = _raw(parent, (*seen, path))
-    if not all(isinstance(f, dict) for f in (*(raw.get("fields") or []), *(base.get("fields") or []))):
+    parts = [r.get("fields") or [] for r in (raw, base)]
+    if not all(
+        isinstance(p, list) and all(isinstance(f, dict) and isinstance(f.get("id"), str) for f in p) for p in parts
+    ):
         return raw  # `_fields` says so
     own = {f.get("id"): f for f in raw.get("fields") or []}
     merged = [own.pop(f.get("id"), f) for f in base.get("fields") or []]
@@ -292,6 +295,9 @@ _SHAPES: tuple[tuple[tuple[str, ...], type | tuple[type, ...], str], ...] = (
 
 def _field(raw: dict[str, Any], where: str) -> Field:
     problems = [f"{where}: unknown key {key!r}; known: {', '.join(sorted(_KEYS))}" for key in set(raw) - _KEYS]
+    bare = [k for k in ("id", "type", "class", "unit") if k in raw and not isinstance(raw[k], str)]
+    if bare:
+        raise InputError(problems + [f"{where}: `{k}` must be a word, not {raw[k]!r}" for k in bare])
     kind, name = raw.get("type"), raw.get("id")
     if not isinstance(name, str) or not name.isidentifier():
         problems.append(f"{where}: `id` must be a word of letters, digits and underscores")
@@ -319,7 +325,7 @@ def _field(raw: dict[str, Any], where: str) -> Field:
         inner = _fields(raw.get("fields"), where, problems)
         if any(field.type == "list" for field in inner):
             problems.append(f"{where}: an entry of a list cannot hold a list")
-    key = tuple(raw.get("key", [inner[0].id] if inner else []))
+    key = tuple(map(str, raw.get("key", [inner[0].id] if inner else [])))
     problems += [
         f"{where}: `key` names {k!r}, which is none of its fields" for k in key if k not in {f.id for f in inner}
     ]
@@ -360,13 +366,14 @@ _TOLERANCE = ("absolute", "relative")
 
 def _field_values(raw: Any, kind: Any, where: str, problems: list[str]) -> dict[str, tuple[str, ...]]:
     """Allowed values with their synonyms; a list is short for values without synonyms."""
-    if kind == "boolean":
+    if kind == "boolean" and isinstance(raw or {}, dict):
         raw = {**BOOLEAN, **(raw or {})}
     if kind not in CODED:
         if raw:
             problems.append(f"{where}: `values` given for the type {kind!r}, which has none")
         return {}
-    entries = dict.fromkeys(raw) if isinstance(raw, list) else raw
+    listed = isinstance(raw, list) and not any(isinstance(v, list | dict | set) for v in raw)
+    entries = dict.fromkeys(raw) if listed else raw
     if not isinstance(entries, dict) or not entries:
         problems.append(f"{where}: `values` must list the allowed values, or map each to its synonyms")
         return {}
