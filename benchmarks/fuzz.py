@@ -150,9 +150,11 @@ def child(name: str, count: int, seed: int, engine: str, folder: Path) -> None:
         for i, data in enumerate(target.seeds):
             (corpus / str(i)).write_bytes(data)
         escaped = ("".join(f"\\x{byte:02x}" for byte in word) for word in target.words if len(word) < 100)
-        (folder / "words").write_text("".join(f'"{word}"\n' for word in escaped))
+        if target.words:
+            (folder / "words").write_text("".join(f'"{word}"\n' for word in escaped))
         flags = [f"-runs={count}", f"-seed={seed + 1}", "-max_len=20000", f"-timeout={PATIENCE}", "-rss_limit_mb=0"]
-        flags += [f"-dict={folder / 'words'}", f"-artifact_prefix={folder}/", str(corpus)]
+        flags += [f"-dict={folder / 'words'}"] if target.words else []
+        flags += [f"-artifact_prefix={folder}/", str(corpus)]
 
         def one(data: bytes) -> None:
             ready(data)
@@ -183,31 +185,48 @@ def work(name: str, count: int, seed: int, engine: str, out: Path, until: float)
             folder = Path(place)
             job = json.dumps([name, count - total["inputs"], seed + total["inputs"], engine, place])
             command = [sys.executable, __file__, "--child", job]
-            environment = {
-                **os.environ,
-                "TMPDIR": place,
-                "PYTHONWARNINGS": "ignore",
-                "PYTHONPATH": str(ROOT) + os.pathsep + os.environ.get("PYTHONPATH", ""),
-            }
-            done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+            environment = {**os.environ, "TMPDIR": place, "PYTHONWARNINGS": "ignore", "PYTHONPATH": paths}
+            status, told = watch(command, environment, folder)
             result = json.loads(text) if (text := _read(folder / "result")) else {"count": 0, "found": {}}
             count_file = folder / "current"
             head = count_file.read_bytes() if count_file.exists() else b""
             if not head:
-                raise RuntimeError(f"{name}: the child process did not start:\n{done.stderr.decode()[-3000:]}")
+                raise RuntimeError(f"{name}: the child process did not start:\n{told[-3000:]}")
             at, size = struct.unpack("<QQ", head[:16])
-            if result["count"] <= at and done.returncode:  # it died in this input
-                result["found"] = {**result["found"], f"died with status {done.returncode}": 1}
+            if result["count"] <= at and status:  # it died in this input
+                result["found"] = {**result["found"], f"died with status {status}": 1}
                 result["count"] = at + 1
                 (folder / "input99").write_bytes(head[16 : 16 + size])
-                (folder / "trace99").write_bytes(done.stderr[-5000:])
+                (folder / "trace99").write_text(told[-5000:])
             for file in (*folder.glob("input*"), *folder.glob("trace*")):
                 out.mkdir(parents=True, exist_ok=True)
                 (out / f"{name}-{seed + total['inputs']}-{file.name}").write_bytes(file.read_bytes())
             total["inputs"] += result["count"]
             total["found"].update(result["found"])
             total["slowest_s"] = max(total["slowest_s"], result.get("slowest_s", 0.0))
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "done.jsonl", "a") as file:
+        file.write(json.dumps({"name": name, "seed": seed, **total}) + "\n")
     return {"name": name, **total}
+
+
+def watch(command: Sequence[str], environment: dict[str, str], folder: Path) -> tuple[int, str]:
+    """Wait for a child, and end it where one input keeps it in a C library for long; its status and messages."""
+    with open(folder / "messages", "w+") as messages:
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=messages)
+        before = b""
+        while True:
+            try:
+                status = process.wait(10 * PATIENCE)
+                break
+            except subprocess.TimeoutExpired:
+                now = (folder / "current").read_bytes()[:8] if (folder / "current").exists() else b""
+                if now and now == before:
+                    process.kill()
+                before = now
+        messages.seek(0)
+        return status, messages.read()
 
 
 def _read(path: Path) -> str:

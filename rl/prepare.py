@@ -26,6 +26,7 @@ from slides.jobs import SlideJob
 from slides.options import ExtractOptions
 from slides.status import DONE
 from slides.store import read_features
+from slides.trial import try_features
 
 logger = logging.getLogger(__name__)
 
@@ -172,18 +173,17 @@ def _unusable(stored: Sequence[str], width: int | None) -> dict[str, str]:
         width: of the features of other sources; None takes the commonest of these files.
     """
     missing, widths = {}, {}
-    for path in tqdm(stored, desc="check features", unit="file", disable=len(stored) < 50, leave=False):
-        try:
-            found = read_features(path)
-        except InputError as error:
-            missing[path] = str(error).removeprefix(f"{path}: ")
-            continue
-        if not len(found):
+    found = try_features(stored) if stored else iter(())
+    progress = tqdm(found, desc="check features", total=len(stored), disable=len(stored) < 50, leave=False)
+    for path, result in zip(stored, progress, strict=True):
+        if isinstance(result, str):
+            missing[path] = result
+        elif not result[0]:
             missing[path] = "it holds no patch"
-        elif "patch_size" not in found.attrs:
+        elif not result[2]:
             missing[path] = "it states no patch size, and its coordinates do not tell"
         else:
-            widths[path] = found.features.shape[1]
+            widths[path] = result[1]
     ranked = Counter(widths.values()).most_common(2)
     if width is None and len(ranked) == 2 and ranked[0][1] == ranked[1][1]:
         first, other = (next(p for p, w in widths.items() if w == wide) for wide, _ in ranked)

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import glob
 import math
+import mmap
 import os
 import platform
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -31,6 +33,7 @@ MAX_VALUES = 2**33
 """Values of a dataset: 6.7 million features of 1,280 values, several times the most that a slide gives."""
 MAX_PACKED = 1100
 """Times that a compressed dataset is larger than what is stored of it: deflate reaches 1,032."""
+_HEAP = b"GCOL\1"
 _NUMBERS = ("patch_size", "mpp", "level0_mpp", "width", "height")
 
 
@@ -172,6 +175,8 @@ def _datasets(path: Path) -> Iterator[tuple[h5py.File, h5py.Dataset, h5py.Datase
             here or in the block.
     """
     try:
+        if _endless(path):
+            raise InputError(f"{path}: its heap of texts is damaged; extract this slide again")
         with h5py.File(path, "r") as file:
             missing = [name for name in ("features", "coords") if name not in file]
             if missing:
@@ -189,6 +194,30 @@ def _datasets(path: Path) -> Iterator[tuple[h5py.File, h5py.Dataset, h5py.Datase
     # h5py tells what is broken by almost any error; what is too large for the machine is told by MemoryError.
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, MemoryError) as error:
         raise InputError(f"{path}: cannot be read as HDF5 ({error}); extract this slide again") from error
+
+
+def _endless(path: Path) -> bool:
+    """Whether the HDF5 library (2.0 and before) would read the file for ever.
+
+    It goes through a heap of texts from object to object; where damaged bytes say that one takes no space, or a
+    negative one, it comes back to where it was. https://support.hdfgroup.org: file format, III.E, Global Heap.
+    """
+    with open(path, "rb") as file:
+        if not file.seek(0, os.SEEK_END):
+            return False
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            at = data.find(_HEAP)
+            while at >= 0:
+                end = at + int.from_bytes(data[at + 8 : at + 16], "little")
+                place = at + 16
+                while place + 16 <= end <= len(data):
+                    index, size = struct.unpack("<H6xQ", data[place : place + 16])
+                    step = (16 + -(-size // 8) * 8 if index else size) % 2**64
+                    if step == 0 or step >= 2**63:
+                        return True
+                    place += step
+                at = data.find(_HEAP, at + 1)
+    return False
 
 
 def _storage_problem(file: h5py.File, name: str) -> str | None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
+import time
 import zlib
 from pathlib import Path
 
@@ -20,6 +22,7 @@ from slides.images import ImageError, allow_pixels, open_image, read_image
 from slides.jobs import find_jobs
 from slides.parsing import MAX_YAML, read_yaml
 from slides.store import count_features, read_features
+from slides.trial import ProcessPool, _look, try_features
 
 
 @pytest.fixture(autouse=True)
@@ -238,3 +241,33 @@ def test_a_ring_of_links(tmp_path):
     (tmp_path / "m.csv").write_text("file\na.png\n.\n")
     with pytest.raises(InputError, match="row 2: file is empty"):
         find_jobs(tmp_path / "m.csv")
+
+
+def test_a_file_that_the_library_reads_for_ever(stored):
+    path = stored(lambda file: file.attrs.update(encoder="a", note="b" * 50))
+    data = path.read_bytes()
+    heap = data.index(b"GCOL")
+    assert read_features(path).attrs["encoder"] == "a"
+    path.write_bytes(data[: heap + 16] + bytes(16) + data[heap + 32 :])  # the first text takes no space
+    refused(path, "heap of texts is damaged")
+
+
+def test_a_file_that_ends_the_process(stored, monkeypatch):
+    """Attributes of damaged files crash the library; a first reading elsewhere tells them from the others."""
+    good = str(stored(lambda file: file.attrs.update(patch_size=32)))
+    looks = {good: _look, "crash": _crash, "slow": _sleep}
+    schedule = ProcessPool.schedule
+    monkeypatch.setattr(
+        ProcessPool, "schedule", lambda pool, _, args, timeout: schedule(pool, looks[args[0]], args, timeout=timeout)
+    )
+    found = list(try_features([good, "crash", "slow", good], timeout=20.0))
+    assert found[0] == found[3] == (3, 2, True)
+    assert "crashes the library" in found[1] and "not within 20 s" in found[2]
+
+
+def _crash(path: str) -> None:
+    os.abort()
+
+
+def _sleep(path: str) -> None:
+    time.sleep(1000)
