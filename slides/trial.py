@@ -1,7 +1,7 @@
 """A first reading of feature files that others made, in a process of its own.
 
-The HDF5 library (2.0 and before) may crash or never return on a file whose attributes are damaged, and takes the process
-with it. What has been read here once can be read anywhere.
+The HDF5 library (2.0 and before) may crash or never return on a file whose attributes are damaged, and takes the
+process with it. What has been read here once can be read anywhere.
 """
 
 from __future__ import annotations
