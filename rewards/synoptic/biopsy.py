@@ -188,7 +188,10 @@ def _read_head(head: str, protocol: Protocol, report: Report) -> None:
     if procedure:
         found["procedure"] = ", ".join(procedure)
     for name, text in found.items():
-        report.record[name] = _spelt(protocol.by_id[name], text)
+        try:
+            report.record[name] = _spelt(protocol.by_id[name], text)
+        except Unreadable as error:
+            report.unreadable[name] = str(error)
 
 
 def _items(text: str) -> list[str]:
@@ -236,7 +239,10 @@ def _entry(item: str, field: Field, report: Report) -> dict[str, Any]:
                 entry[inner.id] = _spelt(inner, raw[inner.id])
             except Unreadable as error:
                 report.unknown.append(str(error))
-    return entry if "diagnosis" in entry else {}
+    if entry.get("diagnosis") is None:  # unreadable, or "not applicable"
+        report.unknown.append(clean(item))
+        return {}
+    return entry
 
 
 def _particulars(text: str, raw: dict[str, str]) -> str:

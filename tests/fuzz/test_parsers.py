@@ -202,6 +202,18 @@ def test_a_report_nested_deep():
     assert not parse_report('{"a":' * 3000, load_protocol("breast_resection")).readable
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["not applicable", "Prostate, biopsy;\nnot applicable", f"Breast, {'x' * 2001}\n, biopsy\n;\n1. a", "x" * 3000],
+)
+def test_a_biopsy_report_that_is_none(text):
+    from rewards.synoptic.biopsy import parse_biopsy
+
+    protocol = load_protocol("biopsy")
+    assert parse_report(text, protocol).problems
+    parse_biopsy(text.replace("x", " x "), protocol)
+
+
 def test_what_is_not_handled_is_kept(tmp_path):
     def run(data: bytes) -> None:
         raise KeyError(data) if data == b"bad" else InputError("no")
