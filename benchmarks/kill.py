@@ -47,12 +47,12 @@ import torch
 import transformers
 import trl
 import yaml
-from PIL import Image
 from safetensors import safe_open
 
 from benchmarks.measure import machine, versions
 from rl.checkpoints import DONE, WHOLE, last_whole
 from slides.errors import InputError, entry
+from slides.images import read_image
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = "FRUGALPATH_KILL"
@@ -154,7 +154,7 @@ def unreadable(path: Path) -> str | None:
                 with h5py.File(path) as kept:
                     [kept[key][:] for key in kept]
             case ".png":
-                Image.open(path).load()
+                read_image(path)
             case ".html":
                 assert path.read_text().rstrip().endswith("</html>"), "its end is missing"
     except Exception as error:
