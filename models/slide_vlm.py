@@ -276,6 +276,8 @@ class SlideVLMModel(SlideVLMPreTrainedModel):
                 else:
                     assert shown is not None
                     visual_memory = self.memory(blocks, shown[:, 2], len(input_ids))
+            elif self.training and torch.is_grad_enabled():
+                inputs_embeds, visual_memory = self._unseen(inputs_embeds)
         if visual_memory is not None:
             kwargs[MEMORY] = visual_memory
         out = self.language_model(
@@ -286,6 +288,19 @@ class SlideVLMModel(SlideVLMPreTrainedModel):
             **kwargs,
         )
         return SlideBackboneOutput(out.last_hidden_state, out.past_key_values, visual_memory=visual_memory)
+
+    def _unseen(self, embeds: torch.Tensor) -> tuple[torch.Tensor, Memory | None]:
+        """Embeddings (B, T, hidden) as they are, and nothing to look at, in the graph of a view that counts nothing.
+
+        So every weight has a gradient in every batch, of zeros in one without images: processes that share gradients
+        out (DeepSpeed, FSDP) expect the same ones from each other.
+        """
+        rows = embeds.new_zeros(1, self.config.feature_dim + COLUMNS)
+        view = torch.tensor([[1, 1, 0, 0]], device=embeds.device)
+        blocks = self.visual_tokens(rows, view, None)
+        if self.routes is None:
+            return embeds + 0 * torch.cat(blocks).sum(), None
+        return embeds, self.memory(blocks, view[:, 2] - 1, len(embeds))
 
     def _in_places(self, embeds: torch.Tensor, input_ids: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         here = input_ids == self.config.image_token_id
