@@ -60,7 +60,7 @@ class MarkWhole(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer."""
-        PartialState().wait_for_everyone()  # each writes files of its own
+        PartialState().wait_for_everyone()  # each writes files of its own: random states, parts of sharded weights
         if not state.is_world_process_zero:
             return
         folder = Path(args.output_dir)

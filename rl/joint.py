@@ -163,6 +163,8 @@ class FrugalTrainer(GroupTrainer):
         if self.args.should_save:
             self.learner.save(f"{self._get_output_dir(trial=trial)}/checkpoint-{self.state.global_step}")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self.learner.load(resume_from_checkpoint)
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        # The one step of resuming that all launchers share; DeepSpeed reads the model itself.
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self.learner.load(checkpoint)

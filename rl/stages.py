@@ -25,6 +25,7 @@ from models.allocators.text import SYSTEM, TURN
 from models.allocators.value import ValueAllocator
 from models.build import build_performer, load_performer, lora_config
 from models.performer import Performer
+from models.sharded import load_whole
 from models.visual import FeatureBank
 from rewards.answer import SHAPING
 from rl.allocation.frozen import FrozenAnswers, Plan, learn_from_frozen
@@ -34,6 +35,7 @@ from rl.checkpoints import Clock, MarkWhole, is_done, last_whole, mark_done
 from rl.guards import CollapseGuard
 from rl.joint import FrugalTrainer
 from rl.prepare import load_cases, load_features, load_rewards
+from rl.processes import renew
 from rl.recipe import Run
 from rl.scoring import Scorer
 from rl.table import score_table
@@ -80,6 +82,7 @@ class Stages:
 
     def __init__(self, run: Run):
         self.run = run
+        load_whole()
         self.all_splits = load_cases(run)
         self.splits = {s: list(asked(members, run.questions, "questions")) for s, members in self.all_splits.items()}
         self.cases = [c for members in self.splits.values() for c in members]
@@ -199,6 +202,7 @@ class Stages:
         args = copy.copy(self.run.grpo)
         args.output_dir = str(folder)
         args.reward_weights = [r.weight for r in self.rewards]
+        renew(args)
         trainer = FrugalTrainer(
             model=performer.model,
             reward_funcs=list(self.rewards),
@@ -213,8 +217,7 @@ class Stages:
             score_weights=[0.0 if r.__name__ in SHAPING else r.weight for r in self.rewards],
         )
         trainer.train(resume_from_checkpoint=resumed)
-        if self.run.performer.lora is not None:
-            performer.model = merged(trainer)
+        performer.model = merged(trainer)
         self._finish(folder, parts, performer, trained(trainer), clock, allocator, warnings=guard.warnings)
 
     def table(self, name: str, performer: Performer, split: str, budgets: Sequence[int] | None = None) -> ScoreTable:

@@ -21,6 +21,7 @@ from models.build import make_sight
 from models.feature_cache import FeatureCache
 from models.generation import by_length, generate, to_device
 from models.processor import token_types
+from models.sharded import gathered, head_in_forward
 from models.sight import Prompt, read_prompt
 from rl.batches import LoadedOnce, share, shuffle_groups, split_silent, take
 from rl.completion_log import CompletionLog
@@ -42,12 +43,13 @@ class GroupTrainer(CompletionLog):
         super().__init__(*args, **kwargs)
         if self.tools or self.rollout_func is not None or self.environment_factories is not None:
             raise ValueError("tools, environments and rollout_func make prompts of their own; use TRL's GRPOTrainer")
-        if self.is_fsdp_enabled or not self.args.ds3_gather_for_generation:
+        if self._dist.fsdp_version == 1 or not self.args.ds3_gather_for_generation:
             # Weights are then gathered in every forward, of which processes may need different numbers.
             self.args.prefill_once = self.args.see_once = False
-        if self.is_deepspeed_enabled and not self._prefills_once:
+        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and not self._prefills_once:
             self.args.see_once = False  # only our generation sees while weights are gathered
         own = self.accelerator.unwrap_model(self.model)
+        head_in_forward(own)
         self.sight = make_sight(own, self.processing_class)
         if self.use_vllm and not self.sight.stock:
             raise ValueError(f"vLLM does not show what a {type(self.sight).__name__} does; set use_vllm to false")
@@ -215,7 +217,7 @@ class GroupTrainer(CompletionLog):
                 generation_kwargs=self.generation_kwargs,
                 gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
             ) as model,
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            gathered(model),
         ):
             was_training = model.training
             model.eval()  # dropout, where it is kept, is for the update

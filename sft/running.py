@@ -15,6 +15,7 @@ from models.build import PerformerConfig, lora_config
 from models.compressors.qformer import QFormer
 from models.compressors.reconstruction import MaskedReconstruction
 from models.performer import Performer, SlidePerformer
+from models.sharded import whole
 from models.slide_text import copy_qformer
 from sft.contrastive import build_model, contrastive_config, train_contrastive
 from sft.mae import mae_config, measure_mae, train_mae
@@ -120,8 +121,10 @@ class Supervision:
         assert isinstance(trainer.model, MaskedReconstruction)
         some = [rows for i in range(0, len(held), step) if len(rows := held[i]) > 1]
         if not some:
+            whole(trainer)
             return trainer, {}
         told = measure_mae(trainer.model, some, most, self.seed)
+        whole(trainer)
         if trainer.is_world_process_zero():
             print(f"masked features of {len(some)} validation slides: ", end="")
             print(", ".join(f"{name} {value:.3f}" for name, value in told.items() if name != "tokens"))
@@ -165,6 +168,7 @@ class Supervision:
             resume=resume,
             **own,
         )
+        whole(trainer)
         copy_qformer(model.qformer, target)
         if trainer.is_world_process_zero():
             model.save_pretrained(folder / "slide_text")

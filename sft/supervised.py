@@ -23,6 +23,7 @@ from envs.case import Case
 from models.adapters import ADAPTER
 from models.build import SEEING_PARTS
 from models.performer import Performer
+from models.sharded import head_in_forward, whole
 from models.sight import stack_positions
 from rewards.registry import gold_completion
 from sft.options import training_arguments
@@ -63,6 +64,7 @@ class StageTrainer(SFTTrainer):
     def __init__(self, *args: Any, rates: Mapping[str, float] | None = None, **kwargs: Any):
         self.rates = rates
         super().__init__(*args, **kwargs)
+        head_in_forward(self.accelerator.unwrap_model(self.model))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As its base; every group is divided by part, before anything of it is used."""
@@ -82,9 +84,14 @@ class StageTrainer(SFTTrainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """As its base, and the weights that are trained beside adapters, which PEFT leaves out of its checkpoints."""
         super()._save(output_dir, state_dict)
-        beside = self._beside_adapters()
-        if beside and self.args.should_save:
-            save_file(beside, Path(output_dir or str(self.args.output_dir)) / LANGUAGE_WEIGHTS)
+        names = self._beside_adapters()
+        if names and self.args.should_save:
+            # Shared out over processes, the weights are gathered in `state_dict` only.
+            given = self.model.state_dict() if state_dict is None else state_dict
+            save_file(
+                {name: given[name].contiguous() for name in names},
+                Path(output_dir or str(self.args.output_dir)) / LANGUAGE_WEIGHTS,
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -92,11 +99,11 @@ class StageTrainer(SFTTrainer):
             weights = load_file(Path(resume_from_checkpoint) / LANGUAGE_WEIGHTS)
             (self.model if model is None else model).load_state_dict(weights, strict=False)
 
-    def _beside_adapters(self) -> dict[str, torch.Tensor]:
+    def _beside_adapters(self) -> list[str]:
         if not isinstance(self.model, PeftModel):
-            return {}
+            return []
         named = self.model.named_parameters()
-        return {name: p.data for name, p in named if p.requires_grad and part_of(name) == "language"}
+        return [name for name, p in named if p.requires_grad and part_of(name) == "language"]
 
 
 def gold_ids(tokenizer: Any, case: Case) -> list[int]:
@@ -210,8 +217,7 @@ def train_sft(
         rates=rates,
     )
     trainer.train(resume_from_checkpoint=resume)
-    if lora is not None:
-        performer.model = merged(trainer)
+    performer.model = merged(trainer)
     return trainer
 
 
@@ -238,9 +244,12 @@ def stage_rates(kind: str, given: Mapping[str, float] | None) -> dict[str, float
 
 
 def merged(trainer: Any) -> Any:
-    """The trained model without its adapters, their weights added to its own; the adapters are kept in its folder."""
-    trainer.save_model(str(Path(trainer.args.output_dir) / ADAPTER))
-    return trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
+    """The trained model with all its weights on every process; adapters are kept in its folder and added to them."""
+    adapted = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
+    if adapted:
+        trainer.save_model(str(Path(trainer.args.output_dir) / ADAPTER))
+    model = whole(trainer)
+    return model.merge_and_unload() if adapted else model
 
 
 def sft_config(output_dir: str | Path, options: dict[str, Any], seed: int) -> SFTConfig:

@@ -20,6 +20,7 @@ from rewards.cost import dual_price
 from rl.allocation.objectives import Objective
 from rl.allocation.sampling import sampled_loss
 from rl.guards import image_information
+from rl.processes import same_draws
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class AllocatorLearner(ABC):
         if price is None:
             price = torch.full((len(rungs),), self.price)
         self.allocator.train()
-        loss = self._loss(look, question, rungs, score.clamp(0, 1), price, epoch)
+        with same_draws(self._updates()):
+            loss = self._loss(look, question, rungs, score.clamp(0, 1), price, epoch)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
@@ -99,6 +101,10 @@ class AllocatorLearner(ABC):
             metrics |= {"price": self.price, "cost": spent.mean().item()}
             self.price = dual_price(self.price, spent.numpy(), self.objective.target)
         return metrics
+
+    def _updates(self) -> int:
+        """Updates so far, those before a resumed checkpoint with them."""
+        return max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
 
     def _prices(self, count: int) -> torch.Tensor:
         """Prices (count,) to draw budgets at."""

@@ -39,6 +39,12 @@ class TextTrainer(GroupTrainer):
     def __init__(self, *args: Any, allocator: TextAllocator, cases: Sequence[Case], **kwargs: Any):
         self.allocator, self.cases = allocator, cases
         super().__init__(*args, **kwargs)
+        if self._dist.is_fsdp or self._dist.is_zero3:
+            # The performer answers between the adapter's steps, in as many forwards as its cases ask for.
+            raise InputError(
+                "allocator.form: text trains an adapter beside a performer that answers meanwhile, whose weights must "
+                "be whole on every process; launch it with configs/accelerate/zero2.yaml or one_gpu.yaml"
+            )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
