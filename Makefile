@@ -1,4 +1,4 @@
-# make install | demo | test | lint. PYTHON is the interpreter that makes the virtual environment.
+# make install | demo | test | lint | docs. PYTHON is the interpreter that makes the virtual environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that spin while they wait slow a shared machine several times over.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint
+.PHONY: install demo test lint docs
 
 install: $(VENV)/.installed
 
@@ -33,3 +33,8 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# A module that cannot be imported or read is an error.
+docs: install
+	$(BIN)/pip install -q -e '.[docs]'
+	PDOC_ALLOW_EXEC=1 $(BIN)/python -W error::UserWarning:pdoc.doc -W error::UserWarning:pdoc.doc_ast -m pdoc -d google -o site slides envs rewards models sft rl
