@@ -58,7 +58,8 @@ class QwenSight(Sight):
     def configure(
         self, model: Any, once: bool, cache: FeatureCache | None, autocast: Callable[[], AbstractContextManager]
     ) -> None:
-        self.once, self.cache, self.autocast = once and is_frozen(backbone(model).visual), cache, autocast
+        self.trained = not is_frozen(backbone(model).visual)
+        self.once, self.cache, self.autocast = once and not self.trained, cache, autocast
         self.held.clear()
         self._revision = self._made_by(backbone(model).visual, cache) if cache is not None else ""
 
@@ -115,6 +116,24 @@ class QwenSight(Sight):
             raise InputError(f"{path}: {error}; crop the image") from error
         size = (columns * self.unit, rows * self.unit)
         return self._view(path, size[1], size[0], size, budget)
+
+    def check_stock(self, views: Sequence[View]) -> None:
+        area, size = self.unit**2, self.processor.size
+        for view in views:
+            assert isinstance(view, ImageView)
+            if view.resize is None:
+                continue  # its size comes from the same limits
+            width, height = view.resize
+            tall, wide = smart_resize(height, width, self.unit, size["shortest_edge"], size["longest_edge"])
+            if (tall, wide) != (height, width):
+                name = view.source if isinstance(view.source, str) else "an image of the training set"
+                raise InputError(
+                    f"{name}: shown with {len(view)} tokens, but the checkpoint's image processor, which vLLM runs, "
+                    f"makes {tall * wide // area} of them, as its limits are {size['shortest_edge'] / area:g} and "
+                    f"{size['longest_edge'] / area:g} tokens of {self.unit} x {self.unit} px; show it larger, or change "
+                    f"`size` in preprocessor_config.json of a local copy of the checkpoint (shortest_edge: {area} "
+                    "allows one token)"
+                )
 
     def prefetch(self, views: Sequence[View]) -> None:
         """Begin to look up, or else read, resize and cut up the views on other threads."""

@@ -44,6 +44,9 @@ class Sight:
     stock = True
     """Whether the family's stock processor shows a view as it is shown here, so that another engine can write."""
 
+    trained = False
+    """Whether a view is seen otherwise when the model has been trained on; `configure` sets it."""
+
     def __init__(self, image_token_id: int | None):
         self.image_token_id = image_token_id
 
@@ -62,6 +65,13 @@ class Sight:
     def view(self, image: Any) -> View:
         """The view of an image of a training set, made once; a view is returned as it is."""
         raise NotImplementedError
+
+    def check_stock(self, views: Sequence[View]) -> None:
+        """Make sure that the family's stock processor, in another engine, makes as many tokens of the views' images.
+
+        Raises:
+            InputError: it would resize one; the message names it and what to change.
+        """
 
     def prefetch(self, views: Sequence[View]) -> None:
         """Begin to make the views ready on other threads, where that takes work."""
@@ -102,6 +112,8 @@ class TextSight(Sight):
 
 class SlideSight(Sight):
     """Of `SlideVLM`: a view is the stored features of a field or slide, or what they are compressed to outside."""
+
+    stock = False
 
     def view(self, image: Any) -> View:
         if not isinstance(image, VisualTokens):

@@ -96,6 +96,8 @@ class FrugalConfig(GroupConfig):
         if self.mode == "alternating" and self.fp16:
             # Its loss scaler takes a step without gradients for an error.
             raise ValueError("mode alternating does not go with fp16; set bf16 instead")
+        if self.gold_rollout and self.use_vllm:
+            raise ValueError("gold_rollout: vLLM has no log-probability of the gold answer; set use_vllm to false")
         block = self.budgets_per_image * self.num_generations
         local = self.per_device_train_batch_size * self.steps_per_generation
         if local % block:

@@ -48,6 +48,13 @@ class FrugalTrainer(GroupTrainer):
             self._check_gold()
         self.score_weights = torch.tensor(score_weights, dtype=torch.float32)
 
+    def _check_vllm(self, model: Any, processor: Any, mode: str) -> None:
+        super()._check_vllm(model, processor, mode)
+        # Tokens grow with the budget; smaller shares of it are checked when they are drawn.
+        for budget in (self.learner.ladder[0], self.learner.ladder[-1]):
+            for case in self.cases:
+                self.performer.processor.sight.check_stock(self.performer.see(case, budget))
+
     def _learns(self) -> tuple[bool, bool]:
         """Whether the performer and the allocator learn in this step."""
         if self.args.mode == "alternating":
@@ -134,8 +141,6 @@ class FrugalTrainer(GroupTrainer):
                 f"max_completion_length: {limit} tokens, but the gold answer of case {longest} takes "
                 f"{lengths[longest]}; raise it to at least that, or set gold_rollout to false"
             )
-        if self.use_vllm:
-            raise InputError("gold_rollout: vLLM has no log-probability of the gold answer; set use_vllm to false")
 
     def _calculate_rewards(self, inputs: list[dict], *rest: Any) -> torch.Tensor:
         rewards = super()._calculate_rewards(inputs, *rest)

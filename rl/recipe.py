@@ -297,6 +297,11 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
         path=path,
     )
     problems = run.allocator.problems()
+    if grpo.use_vllm and performer.checkpoint is None and performer.family != "qwen_vl":
+        problems.append(
+            f"use_vllm: vLLM serves performer.family qwen_vl alone, not {performer.family} (slide_vlm is no stock "
+            "model, gemma_vl pools its tokens); set use_vllm to false"
+        )
     if run.evaluation.operating not in OPERATING:
         problems.append(
             f"evaluation.operating: {run.evaluation.operating!r} is not known; known are {', '.join(OPERATING)}"

@@ -39,6 +39,7 @@ from rl.processes import renew
 from rl.recipe import Run
 from rl.scoring import Scorer
 from rl.table import score_table
+from rl.vllm_rollouts import require_vllm
 from sft.options import Stage
 from sft.running import Supervision, asked
 from sft.supervised import merged
@@ -57,6 +58,10 @@ NEUTRAL = {
 LOGGED = {
     "log_completions": False, "log_multimodal": True, "num_completions_to_print": None, "log_unique_prompts": False,
     "log_completions_hub_repo": None, "logging_first_step": False,
+    # Where vLLM runs.
+    "vllm_mode": "colocate", "vllm_server_base_url": None, "vllm_server_host": "0.0.0.0", "vllm_server_port": 8000,
+    "vllm_server_timeout": 240.0, "vllm_group_port": 51216, "vllm_gpu_memory_utilization": 0.3,
+    "vllm_max_model_length": None, "vllm_tensor_parallel_size": 1, "vllm_enable_sleep_mode": False,
 }  # fmt: skip
 """Further such keys; what a stage is known by has them at these values, their defaults."""
 
@@ -146,6 +151,8 @@ class Stages:
         folder, parts = self.run.folder / "grpo", self.grpo_parts()
         if is_done(folder, parts):
             return self._load("grpo"), self.network.from_pretrained(folder / "allocator")
+        if self.run.grpo.use_vllm:
+            require_vllm()  # before the supervised stages take their hours
         if self.run.grpo.mode == "sequential":
             return self._after_performer(folder, parts)
         performer = self.warm_start()

@@ -6,11 +6,13 @@ the same results.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from accelerate.utils import gather
+from trl import GRPOTrainer
 from trl.data_utils import prepare_multimodal_messages
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
@@ -20,12 +22,13 @@ from models.attention import FLEX, SHARED_PREFIX, as_mask, check_window, share_p
 from models.build import make_sight
 from models.feature_cache import FeatureCache
 from models.generation import by_length, generate, to_device
-from models.processor import token_types
+from models.processor import ViewProcessor, token_types
 from models.sharded import gathered, head_in_forward
 from models.sight import Prompt, read_prompt
 from rl.batches import LoadedOnce, share, shuffle_groups, split_silent, take
 from rl.completion_log import CompletionLog
 from rl.packing import block_mask, flex_mask, groups_of, pack, prefix_length, runs_of
+from rl.vllm_rollouts import VLLMRollouts, require_servable, require_vllm
 from slides.errors import InputError
 
 SEEING = ("visual", "vision_tower", "multi_modal_projector")
@@ -39,7 +42,12 @@ class GroupTrainer(CompletionLog):
         args: TRL's own, with `args` a `GroupConfig`, whose switches turn the shortcuts off one by one.
     """
 
+    vllm_generation: Any
+
     def __init__(self, *args: Any, **kwargs: Any):
+        asked = inspect.signature(GRPOTrainer).bind_partial(*args, **kwargs).arguments
+        if getattr(asked.get("args"), "use_vllm", False):
+            self._check_vllm(asked["model"], asked.get("processing_class"), asked["args"].vllm_mode)
         super().__init__(*args, **kwargs)
         if self.tools or self.rollout_func is not None or self.environment_factories is not None:
             raise ValueError("tools, environments and rollout_func make prompts of their own; use TRL's GRPOTrainer")
@@ -51,10 +59,10 @@ class GroupTrainer(CompletionLog):
         own = self.accelerator.unwrap_model(self.model)
         head_in_forward(own)
         self.sight = make_sight(own, self.processing_class)
-        if self.use_vllm and not self.sight.stock:
-            raise ValueError(f"vLLM does not show what a {type(self.sight).__name__} does; set use_vllm to false")
         self.sight.configure(own, self.args.see_once, self._vision_cache(), self.accelerator.autocast)
-        if self.sight.image_token_id is not None:
+        if self.use_vllm:
+            self.vllm_generation = VLLMRollouts(self.vllm_generation, self.sight)
+        elif self.sight.image_token_id is not None:
             self._ban(self.sight.image_token_id)
         if self.args.shared_prefix:
             for model in (own, self.ref_model):
@@ -79,17 +87,18 @@ class GroupTrainer(CompletionLog):
         """Log-probabilities of the last pass."""
         self._buffered_inputs: list[dict[str, Any]] | None
 
+    def _check_vllm(self, model: Any, processor: Any, mode: str) -> None:
+        """Refuse what vLLM cannot write for, before it is started."""
+        require_servable(model, processor.sight if isinstance(processor, ViewProcessor) else None, mode)
+        require_vllm()
+
     def _ban(self, token: int) -> None:
         """Keep a token out of completions: a written image token has no image.
 
-        TRL bans it unless the caller's `generation_kwargs` ban others, and not with vLLM.
+        TRL bans it unless the caller's `generation_kwargs` ban others.
         """
-        if self.use_vllm:
-            options = self.vllm_generation.generation_kwargs
-            options["logit_bias"] = {**(options.get("logit_bias") or {}), token: -100.0}
-        else:
-            banned = sorted({*(self.generation_config.suppress_tokens or []), token})
-            self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = banned
+        banned = sorted({*(self.generation_config.suppress_tokens or []), token})
+        self.generation_config.suppress_tokens = self.generation_kwargs["suppress_tokens"] = banned
 
     @property
     def _prefills_once(self) -> bool:
@@ -198,8 +207,9 @@ class GroupTrainer(CompletionLog):
             return self._generate_once([len(g) for g in groups_of(self._rows)]), None
         fields: dict[str, Any] = {}
         if self.use_vllm:
-            shown = [[v.image() for v in self._prompts[i].views] or None for i in self._rows]
-            images = shown if any(shown) else None
+            self.sight.check_stock([v for p in self._prompts for v in p.views])
+            shown = [[v.image() for v in p.views] or None for p in self._prompts]
+            images = [shown[i] for i in self._rows] if any(shown) else None
         else:
             fields = self._fields(self._rows)
             fields.pop("num_images", None)

@@ -167,7 +167,8 @@ def text_config(recipe: FrugalConfig, folder: Path, changes: dict[str, Any]) -> 
     Raises:
         InputError: an unknown argument, or one that GRPO refuses.
     """
-    derived: dict[str, Any] = {"generation_batch_size": None}
+    # vLLM would be started a second time, for a few tokens a completion.
+    derived: dict[str, Any] = {"generation_batch_size": None, "use_vllm": False}
     if recipe.steps_per_generation == recipe.gradient_accumulation_steps:
         derived["steps_per_generation"] = None  # TRL's own default
     fixed = {"output_dir": str(folder), "budgets_per_image": 1, "mode": "joint"}

@@ -56,9 +56,10 @@ def make_learner() -> Callable[..., AllocatorLearner]:
 
 @pytest.fixture
 def make_trainer(cases, make_learner, tmp_path) -> Callable[..., FrugalTrainer]:
-    """A trainer whose batch is 2 images x 2 budgets x 2 completions."""
+    """A trainer whose batch is 2 images x 2 budgets x 2 completions, of the cases `shown` or those of the bank."""
 
-    def make(performer: Performer, peft_config=None, form: str = "value", **changes) -> FrugalTrainer:
+    def make(performer: Performer, peft_config=None, form: str = "value", shown=None, **changes) -> FrugalTrainer:
+        asked = shown or cases
         options = {
             **SHORT_RUN,
             "output_dir": str(tmp_path / "run"),
@@ -72,7 +73,7 @@ def make_trainer(cases, make_learner, tmp_path) -> Callable[..., FrugalTrainer]:
         rewards = get_rewards(
             [{"name": "format", "params": {"soft": True}}, "choice", "tests.rl.conftest:even_tokens"]
         )
-        rows = [{"index": i, "prompt": performer.messages(c), **case_columns(c)} for i, c in enumerate(cases)]
+        rows = [{"index": i, "prompt": performer.messages(c), **case_columns(c)} for i, c in enumerate(asked)]
         return FrugalTrainer(
             model=performer.model,
             reward_funcs=rewards,
@@ -81,7 +82,7 @@ def make_trainer(cases, make_learner, tmp_path) -> Callable[..., FrugalTrainer]:
             processing_class=performer.processor,
             peft_config=peft_config,
             performer=performer,
-            cases=cases,
+            cases=asked,
             learner=make_learner(performer, form),
             score_weights=[0.0 if r.__name__ in SHAPING else r.weight for r in rewards],
         )

@@ -281,3 +281,24 @@ def test_the_keys_of_the_allocator_are_documented():
     text = (Path(__file__).parents[2] / "docs" / "training.md").read_text().split("\n## Allocator")[1]
     table = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     assert set(re.findall(r"`(\w+)`", " ".join(table))) == {f.name for f in dataclasses.fields(AllocatorOptions)}
+
+
+@pytest.mark.parametrize("family", ["slide_vlm", "gemma_vl"])
+def test_vllm_is_refused_for_families_that_it_does_not_serve(recipe, family):
+    assert problems([*recipe(performer={"family": family}), "--use_vllm", "true"]) == [
+        f"use_vllm: vLLM serves performer.family qwen_vl alone, not {family} (slide_vlm is no stock model, gemma_vl "
+        "pools its tokens); set use_vllm to false"
+    ]
+
+
+def test_vllm_goes_with_qwen_and_where_it_runs_does_not_make_another_run(recipe):
+    argv = [*recipe(performer={"family": "qwen_vl"}), "--use_vllm", "true"]
+    here = parse_recipe(argv)
+    there = parse_recipe([*argv, "--vllm_mode", "server", "--vllm_server_port", "8001"])
+    assert here.grpo.use_vllm and there.grpo.vllm_mode == "server"
+    parts = []
+    for run in (here, there):
+        stages = object.__new__(Stages)
+        stages.run, stages.bank = run, SimpleNamespace(missing=())
+        parts.append(stages.grpo_parts()["grpo"])
+    assert parts[0] == parts[1] and parts[0]["use_vllm"]
