@@ -130,9 +130,9 @@ class QwenSight(Sight):
                 raise InputError(
                     f"{name}: shown with {len(view)} tokens, but the checkpoint's image processor, which vLLM runs, "
                     f"makes {tall * wide // area} of them, as its limits are {size['shortest_edge'] / area:g} and "
-                    f"{size['longest_edge'] / area:g} tokens of {self.unit} x {self.unit} px; show it larger, or change "
-                    f"`size` in preprocessor_config.json of a local copy of the checkpoint (shortest_edge: {area} "
-                    "allows one token)"
+                    f"{size['longest_edge'] / area:g} tokens of {self.unit} x {self.unit} px; show it larger, or "
+                    "change `size` in preprocessor_config.json of a local copy of the checkpoint (shortest_edge: "
+                    f"{area} allows one token)"
                 )
 
     def prefetch(self, views: Sequence[View]) -> None:

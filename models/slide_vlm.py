@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -276,7 +277,7 @@ class SlideVLMModel(SlideVLMPreTrainedModel):
                 else:
                     assert shown is not None
                     visual_memory = self.memory(blocks, shown[:, 2], len(input_ids))
-            elif self.training and torch.is_grad_enabled():
+            elif self.training and torch.is_grad_enabled() and _several_processes():
                 inputs_embeds, visual_memory = self._unseen(inputs_embeds)
         if visual_memory is not None:
             kwargs[MEMORY] = visual_memory
@@ -292,8 +293,8 @@ class SlideVLMModel(SlideVLMPreTrainedModel):
     def _unseen(self, embeds: torch.Tensor) -> tuple[torch.Tensor, Memory | None]:
         """Embeddings (B, T, hidden) as they are, and nothing to look at, in the graph of a view that counts nothing.
 
-        So every weight has a gradient in every batch, of zeros in one without images: processes that share gradients
-        out (DeepSpeed, FSDP) expect the same ones from each other.
+        So every weight has a gradient in every batch of several processes, of zeros in one without images: processes
+        that share gradients out (DeepSpeed, FSDP) expect the same ones from each other.
         """
         rows = embeds.new_zeros(1, self.config.feature_dim + COLUMNS)
         view = torch.tensor([[1, 1, 0, 0]], device=embeds.device)
@@ -307,6 +308,10 @@ class SlideVLMModel(SlideVLMPreTrainedModel):
         if int(here.sum()) != len(tokens):
             raise ValueError(f"{int(here.sum())} image tokens in the text but {len(tokens)} visual tokens")
         return embeds.masked_scatter(here[..., None], tokens.to(embeds.dtype))
+
+
+def _several_processes() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 class SlideVLM(SlideVLMPreTrainedModel, GenerationMixin):

@@ -159,8 +159,8 @@ class AllocatorLearner(ABC):
 
     def load(self, folder: str | Path) -> None:
         """Read what `save` wrote."""
-        saved = type(self.allocator).from_pretrained(Path(folder) / "allocator")
-        self.allocator.load_state_dict(saved.state_dict())
+        # `from_pretrained` would share its weights out under ZeRO-3.
+        self.allocator.load_state_dict(load_file(Path(folder) / "allocator" / "model.safetensors"))
         flat = load_file(Path(folder) / "allocator" / "optimizer.safetensors")
         self.price = flat.pop("price").item() if "price" in flat else self.price
         state: dict[int, dict[str, torch.Tensor]] = {}

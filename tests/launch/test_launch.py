@@ -26,7 +26,7 @@ from tests.conftest import grid_features
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "accelerate"
-TWO = {"cpu": [], "zero2": ["--num_processes", "2"], "fsdp2": ["--num_processes", "2"]}
+TWO = {"cpu": [], **{name: ["--num_processes", "2"] for name in ("zero2", "zero3", "fsdp2")}}
 """Launches of two processes, and what they say beside the file."""
 needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (extra `gpu`)"
