@@ -7,31 +7,25 @@ torchvision; loads by `from_pretrained` or is made from a configuration.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cachetools import LRUCache
 from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
 from models.cost import SquareTowerShape
-from models.feature_cache import FeatureCache, cache_key, content_hash, module_revision
+from models.feature_cache import FeatureCache, cache_key, content_hash
 from models.image_view import ImageView
 from models.performer import ImagePerformer
 from models.processor import ViewProcessor
-from models.qwen_vl import is_frozen, takes_features
-from models.sight import Sight, View, flat
+from models.sight import View, flat
+from models.tower_sight import TowerSight, is_frozen, takes_features
 from models.visual import FeatureBank
 from slides.errors import InputError
 
@@ -40,7 +34,7 @@ TOWER_IMAGES = 16
 """Images that the vision tower reads at a time."""
 
 
-class GemmaSight(Sight):
+class GemmaSight(TowerSight):
     """Of Gemma 3 with a frozen vision tower.
 
     Args:
@@ -51,18 +45,8 @@ class GemmaSight(Sight):
     stock = False
 
     def __init__(self, image_token_id: int, image_processor: Any, side: int):
-        super().__init__(image_token_id)
-        self.processor, self.side = image_processor, side
-        self.once = True
-        self.cache: FeatureCache | None = None
-        self.held: LRUCache = LRUCache(2e9, getsizeof=lambda grid: grid.nbytes)
-        """Grids (side², hidden) of the images seen last, in bytes."""
-        self.autocast: Callable[[], AbstractContextManager] = nullcontext
-        self.pool = ThreadPoolExecutor(max_workers=max(1, min(4, (os.cpu_count() or 2) - 1)))
-        self.seen = 0
-        """Images that the tower has read."""
-        self._revision = ""
-        self._lock = Lock()
+        super().__init__(image_token_id, image_processor)
+        self.side = side
 
     def configure(
         self, model: Any, once: bool, cache: FeatureCache | None, autocast: Callable[[], AbstractContextManager]
@@ -79,23 +63,8 @@ class GemmaSight(Sight):
             raise InputError(
                 "gemma_vl: this transformers hands Gemma 3 no ready features; pip install -U transformers"
             )
-        self.once, self.cache, self.autocast = once, cache, autocast
-        self.held.clear()
-        self._revision = self._made_by(base, cache) if cache is not None else ""
-
-    def _made_by(self, base: Any, cache: FeatureCache) -> str:
-        """What grids on disk depend on beside the image: weights, preprocessing and precision."""
-        weight = base.multi_modal_projector.mm_input_projection_weight
-        with self.autocast():
-            kind = weight.device.type
-            lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-        settings = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
-        digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
-        return "-".join([*map(module_revision, vision_parts(base)), digest, str(lower), str(cache.dtype)])
-
-    def __deepcopy__(self, memo: dict) -> GemmaSight:
-        # Whoever copies a processor, to print it for instance, gets by with this one's threads and features.
-        return self
+        parts = vision_parts(base)
+        self._keep(once, cache, autocast, parts, parts[1].mm_input_projection_weight)
 
     def view(self, image: Any) -> View:
         """The view of an image with all its tokens."""
@@ -105,13 +74,6 @@ class GemmaSight(Sight):
         """The view of an image at a budget of at least 1 token: the largest square of tokens within it."""
         side = min(self.side, math.isqrt(budget))
         return ImageView(source, (1, side, side), 1, None, budget)
-
-    def prefetch(self, views: Sequence[View]) -> None:
-        """Begin to look up, or else read and resize the images on other threads."""
-        for view in views:
-            assert isinstance(view, ImageView)
-            if view.job is None and view.features is None:
-                view.job = self.pool.submit(self._ready, view)
 
     def fields(self, views: Sequence[View]) -> dict[str, torch.Tensor]:
         """As its base.
@@ -181,22 +143,9 @@ class GemmaSight(Sight):
         """Pixels (3, height, width) of a view's image, or its grid where that is there already."""
         view.key = cache_key(content_hash(view.source), (1, self.side, self.side), self._revision)
         grid = self._found(view.key)
-        if grid is None and self.once and self.cache is not None:
-            grid = self.cache.get(view.key)
-            if grid is not None:
-                self._hold(view.key, grid)
         if grid is not None:
             return None, grid
         return self.processor(images=[view.image()], return_tensors="pt")["pixel_values"][0], None
-
-    def _found(self, key: str) -> torch.Tensor | None:
-        with self._lock:
-            return self.held.get(key) if self.once else None
-
-    def _hold(self, key: str, grid: torch.Tensor) -> None:
-        if self.once and grid.nbytes < self.held.maxsize:
-            with self._lock:
-                self.held[key] = grid
 
 
 class GemmaProcessor(ViewProcessor):

@@ -6,29 +6,23 @@ is made from a configuration.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 import torch
-from cachetools import LRUCache
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from models.adapters import adapter_of, base_name, merge_adapter
-from models.feature_cache import FeatureCache, cache_key, content_hash, module_revision
+from models.feature_cache import FeatureCache, cache_key, content_hash
 from models.image_view import ImageView, fit, open_image
 from models.processor import ViewProcessor
-from models.sight import Sight, View, flat
+from models.sight import View, flat
+from models.tower_sight import TowerSight, is_frozen, takes_features
 from slides.errors import InputError
 
 VISION_MARKS = ("<|vision_start|>", "<|vision_end|>")
@@ -36,45 +30,17 @@ TOWER_PATCHES = 32768
 """Patches that the vision tower reads at a time."""
 
 
-class QwenSight(Sight):
+class QwenSight(TowerSight):
     """Of Qwen2.5-VL; a frozen vision tower sees each view once, unless `configure` says otherwise."""
 
     typed_tokens = True
 
-    def __init__(self, image_token_id: int, image_processor: Any):
-        super().__init__(image_token_id)
-        self.processor = image_processor
-        self.once = True
-        self.cache: FeatureCache | None = None
-        self.held: LRUCache = LRUCache(2e9, getsizeof=lambda features: features.nbytes)
-        """Features of the views seen last, in bytes."""
-        self.autocast: Callable[[], AbstractContextManager] = nullcontext
-        self.pool = ThreadPoolExecutor(max_workers=max(1, min(4, (os.cpu_count() or 2) - 1)))
-        self.seen = 0
-        """Images that the tower has read."""
-        self._revision = ""
-        self._lock = Lock()
-
     def configure(
         self, model: Any, once: bool, cache: FeatureCache | None, autocast: Callable[[], AbstractContextManager]
     ) -> None:
-        self.trained = not is_frozen(backbone(model).visual)
-        self.once, self.cache, self.autocast = once and not self.trained, cache, autocast
-        self.held.clear()
-        self._revision = self._made_by(backbone(model).visual, cache) if cache is not None else ""
-
-    def _made_by(self, tower: Any, cache: FeatureCache) -> str:
-        """What features on disk depend on beside the image: weights, preprocessing and precision."""
-        kind = tower.patch_embed.proj.weight.device.type
-        with self.autocast():
-            lower = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tower.dtype
-        settings = json.dumps(self.processor.to_dict(), sort_keys=True, default=str)
-        digest = hashlib.sha256(settings.encode()).hexdigest()[:16]
-        return f"{module_revision(tower)}-{digest}-{lower}-{cache.dtype}"
-
-    def __deepcopy__(self, memo: dict) -> QwenSight:
-        # Whoever copies a processor, to print it for instance, gets by with this one's threads and features.
-        return self
+        tower = backbone(model).visual
+        self.trained = not is_frozen(tower)
+        self._keep(once and not self.trained, cache, autocast, [tower], tower.patch_embed.proj.weight)
 
     @property
     def unit(self) -> int:
@@ -135,13 +101,6 @@ class QwenSight(Sight):
                     f"{area} allows one token)"
                 )
 
-    def prefetch(self, views: Sequence[View]) -> None:
-        """Begin to look up, or else read, resize and cut up the views on other threads."""
-        for view in views:
-            assert isinstance(view, ImageView)
-            if view.job is None and view.features is None:
-                view.job = self.pool.submit(self._ready, view)
-
     def fields(self, views: Sequence[Any]) -> dict[str, torch.Tensor]:
         if not views:
             return {}
@@ -180,7 +139,7 @@ class QwenSight(Sight):
                 # Its own memory: a slice would keep the features of the whole batch alive.
                 view.features, view.job = features.clone(), None
                 self.seen += 1
-                self._hold(view)
+                self._hold(view.key, view.features)
                 if self.cache is not None:
                     self.cache.put(view.key, features)
 
@@ -223,20 +182,10 @@ class QwenSight(Sight):
         if self.once:
             kind = "own" if view.resize else "processor"
             view.key = cache_key(content_hash(view.source), view.grid, f"{self._revision}-{kind}")
-            with self._lock:
-                features = self.held.get(view.key)
-            if features is None and self.cache is not None:
-                features = self.cache.get(view.key)
-            if features is not None:
-                view.features = features
-                self._hold(view)
+            view.features = self._found(view.key)
+            if view.features is not None:
                 return None
         return self._patches(view)
-
-    def _hold(self, view: ImageView) -> None:
-        if view.features is not None and view.features.nbytes < self.held.maxsize:
-            with self._lock:
-                self.held[view.key] = view.features
 
 
 class QwenProcessor(ViewProcessor):
@@ -277,16 +226,6 @@ def backbone(model: Any) -> Any:
     if hasattr(model, "get_base_model"):  # adapters
         return backbone(model.get_base_model())
     return backbone(model.module if hasattr(model, "module") else model.model)
-
-
-def is_frozen(module: torch.nn.Module) -> bool:
-    """Whether none of its parameters is trained."""
-    return not any(p.requires_grad for p in module.parameters())
-
-
-def takes_features(base: Any) -> bool:
-    """Whether the model's forward takes precomputed features (transformers 5.18 and newer)."""
-    return "mm_encoder_outputs" in inspect.signature(type(base).forward).parameters
 
 
 def freeze_vision(model: Any) -> None:

@@ -10,9 +10,10 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from models.build import PerformerConfig, build_performer, load_performer, lora_config, make_sight
 from models.performer import QwenPerformer, SlidePerformer
-from models.qwen_vl import VISION_MARKS, QwenSight, is_frozen
+from models.qwen_vl import VISION_MARKS, QwenSight
 from models.sight import SlideSight, TextSight
 from models.tokenizer import IMAGE_TOKEN, train_tokenizer
+from models.tower_sight import is_frozen
 from slides.errors import InputError
 from tests.conftest import noise
 

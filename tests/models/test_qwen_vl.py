@@ -19,8 +19,9 @@ from models.build import PerformerConfig, lora_config
 from models.image_view import ImageView
 from models.performer import QwenPerformer
 from models.processor import token_types
-from models.qwen_vl import QwenProcessor, backbone, freeze_vision, is_frozen
+from models.qwen_vl import QwenProcessor, backbone, freeze_vision
 from models.tokenizer import IMAGE_TOKEN
+from models.tower_sight import is_frozen
 from tests.conftest import noise
 from tests.models.conftest import views_of
 
