@@ -224,7 +224,9 @@ class Stages:
             score_weights=[0.0 if r.__name__ in SHAPING else r.weight for r in self.rewards],
         )
         trainer.train(resume_from_checkpoint=resumed)
-        performer.model = merged(trainer)
+        model = merged(trainer)
+        if self.run.performer.lora is not None:
+            performer.model = model
         self._finish(folder, parts, performer, trained(trainer), clock, allocator, warnings=guard.warnings)
 
     def table(self, name: str, performer: Performer, split: str, budgets: Sequence[int] | None = None) -> ScoreTable:

@@ -217,7 +217,9 @@ def train_sft(
         rates=rates,
     )
     trainer.train(resume_from_checkpoint=resume)
-    performer.model = merged(trainer)
+    model = merged(trainer)
+    if lora is not None:
+        performer.model = model
     return trainer
 
 
