@@ -274,8 +274,9 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
     for item in recipe.set:
         _override(nested, item)
     ladder = nested["ladder"]
-    if not ladder or sorted(set(ladder)) != ladder or ladder[0] < 1:
-        raise InputError(f"ladder: {ladder} must be ascending token counts, each at least 1")
+    whole = isinstance(ladder, list) and all(isinstance(b, int) and not isinstance(b, bool) for b in ladder)
+    if not whole or not ladder or sorted(set(ladder)) != ladder or ladder[0] < 1:
+        raise InputError(f"ladder: {ladder} must be ascending token counts, each a whole number of at least 1")
     if not isinstance(nested["cases"], dict) or "name" not in nested["cases"]:
         raise InputError(
             "cases: `name` is missing; name an environment: manifest, mosaic, simulator or module:function"

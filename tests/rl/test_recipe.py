@@ -153,7 +153,7 @@ def test_an_override_of_an_unknown_key_is_refused(recipe):
     assert problems([*recipe(), "--set", "encoder.mmp=3"]) == ["encoder: unknown key 'mmp'; did you mean 'mpp'?"]
 
 
-@pytest.mark.parametrize("ladder", [[], [4, 1], [1, 1, 4], [0, 4]])
+@pytest.mark.parametrize("ladder", [[], [4, 1], [1, 1, 4], [0, 4], ["1", 4], [1, 4.5], 4])
 def test_a_ladder_ascends_from_one(recipe, ladder):
     (problem,) = problems(recipe(ladder=ladder))
     assert problem.startswith("ladder: ") and "ascending" in problem
