@@ -6,6 +6,7 @@ import hashlib
 import inspect
 import json
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
@@ -20,7 +21,7 @@ from models.image_view import ImageView
 from models.sight import Sight, View
 
 
-class TowerSight(Sight):
+class TowerSight(Sight, ABC):
     """Of a model that reads images by a tower.
 
     Args:
@@ -52,9 +53,9 @@ class TowerSight(Sight):
             if view.job is None and view.features is None:
                 view.job = self.pool.submit(self._ready, view)
 
+    @abstractmethod
     def _ready(self, view: ImageView) -> Any:
         """What a view's job gives: what the tower reads, or what it saw earlier."""
-        raise NotImplementedError
 
     def _keep(
         self,

@@ -8,7 +8,7 @@ serves every price.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -161,7 +161,7 @@ class Experience:
     score: np.ndarray
     flops: np.ndarray
     kind: str | None = None
-    largest: float = field(default=0.0)
+    largest: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.largest:

@@ -60,13 +60,8 @@ def fit_forecast(seen: Seen, score: np.ndarray, kinds: list[str], answers: list[
     for last in range(rungs):
         ways = _ways(last, rungs)
         inputs = np.concatenate([seen.features(last, np.tile(w, (n, 1)), kinds, answers) for w in ways])
-        rows = []
-        for target in range(rungs):
-            if target < last:
-                rows.append(np.zeros(inputs.shape[1]))
-                continue
-            rows.append(_fit(inputs, score[:, target]))
-        weights.append(rows)
+        before = [np.zeros(inputs.shape[1])] * last
+        weights.append([*before, *(_fit(inputs, score[:, target]) for target in range(last, rungs))])
     for rung in range(rungs):
         ways = [way for last in range(rung, rungs) for way in _ways(last, rungs) if way[rung]]
         kept.append(
