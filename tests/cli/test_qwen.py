@@ -14,15 +14,15 @@ from tests.cli.conftest import RECIPE, command, write_recipe
 PERFORMER = {**RECIPE["performer"], "family": "qwen_vl"}
 
 
-@pytest.mark.parametrize("lora", [None, {"r": 4}])
-def test_qwen_runs_to_the_report(tmp_path, fields, monkeypatch, capsys, lora):
+def run_of(tmp_path, fields, monkeypatch, family: str, lora, ladder: list[int]) -> dict:
+    """The summary of a whole run over images of 112 x 84 px."""
     recipe = write_recipe(
         tmp_path,
         tmp_path,
         cases=fields,
         encoder={"field_side": 112},
-        performer={**PERFORMER, "lora": lora},
-        ladder=[1, 4, 12],
+        performer={**PERFORMER, "family": family, "lora": lora},
+        ladder=ladder,
         sft={**RECIPE["sft"], "max_steps": 20},
         max_steps=4,
         max_completion_length=16,
@@ -31,7 +31,12 @@ def test_qwen_runs_to_the_report(tmp_path, fields, monkeypatch, capsys, lora):
     )
     monkeypatch.setattr(sys, "argv", command("rl/grpo.py", recipe)[3:])
     rl.grpo.main()
-    summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
+    return json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4}])
+def test_qwen_runs_to_the_report(tmp_path, fields, monkeypatch, capsys, lora):
+    summary = run_of(tmp_path, fields, monkeypatch, "qwen_vl", lora, [1, 4, 12])
     # 112 x 84 px are 4 x 3 tokens; at a budget of 4 they are shown as 2 x 1 or 2 x 2.
     assert [p["budget"] for p in summary["static"]] == [1, 4, 12]
     assert [p["tokens"] for p in summary["static"]][::2] == [1.0, 12.0]
@@ -56,22 +61,7 @@ def test_slides_are_not_for_qwen(tmp_path, slides, monkeypatch, capsys):
 
 @pytest.mark.parametrize("lora", [None, {"r": 4}])
 def test_gemma_runs_to_the_report(tmp_path, fields, monkeypatch, capsys, lora):
-    recipe = write_recipe(
-        tmp_path,
-        tmp_path,
-        cases=fields,
-        encoder={"field_side": 112},
-        performer={**PERFORMER, "family": "gemma_vl", "lora": lora},
-        ladder=[1, 4, 16],
-        sft={**RECIPE["sft"], "max_steps": 20},
-        max_steps=4,
-        max_completion_length=16,
-        gold_rollout=True,  # so that there is something to learn from
-        vision_cache=str(tmp_path / "vision"),
-    )
-    monkeypatch.setattr(sys, "argv", command("rl/grpo.py", recipe)[3:])
-    rl.grpo.main()
-    summary = json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
+    summary = run_of(tmp_path, fields, monkeypatch, "gemma_vl", lora, [1, 4, 16])
     assert [p["tokens"] for p in summary["static"]] == [1.0, 4.0, 16.0]
     costs = [p["flops"] for p in summary["static"]]
     assert costs == sorted(costs)
