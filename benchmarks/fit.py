@@ -168,7 +168,7 @@ def train_grpo(shape: dict[str, Any], model: Any, folder: str, note: Callable[..
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     from models.build import PerformerConfig, lora_config
-    from models.qwen_vl import VISION_MARKS, QwenProcessor
+    from models.qwen_vl import SPECIAL, QwenProcessor
     from models.tokenizer import train_tokenizer
     from rl.config import GroupConfig
     from rl.trainer import GroupTrainer
@@ -192,7 +192,7 @@ def train_grpo(shape: dict[str, Any], model: Any, folder: str, note: Callable[..
     visual, group, accumulation = shape["visual"], shape["group"], shape.get("accumulation", 1)
     side = round(visual**0.5) * 28
     size = {"shortest_edge": 784, "longest_edge": 784 * visual}
-    tokenizer = train_tokenizer(["a question"], 400, VISION_MARKS)
+    tokenizer = train_tokenizer(["a question"], 400, SPECIAL)
     processor = QwenProcessor(Qwen2VLImageProcessorPil(size=size), tokenizer)
     rng = np.random.default_rng(0)
     count = shape["prompts"] * STEPS * accumulation

@@ -74,12 +74,12 @@ def build(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from models.qwen_vl import VISION_MARKS, QwenProcessor, freeze_vision, small_qwen
+    from models.qwen_vl import SPECIAL, QwenProcessor, freeze_vision, small_qwen
     from models.tokenizer import train_tokenizer
 
     torch.manual_seed(0)
     size, made = {"shortest_edge": 784, "longest_edge": 784 * options.image_tokens}, shape(options)
-    tokenizer = train_tokenizer(["Which grade has this tumour?"], 400, VISION_MARKS)
+    tokenizer = train_tokenizer(["Which grade has this tumour?"], 400, SPECIAL)
     processor = QwenProcessor(Qwen2VLImageProcessorPil(size=size), tokenizer)
     text = {
         "hidden_size": made["hidden"],

@@ -18,7 +18,7 @@ from models.gemma_vl import MARKS, GemmaPerformer, small_gemma
 from models.language_model import load_tokenizer
 from models.performer import Performer, QwenPerformer, SlidePerformer, question_text
 from models.processor import SlideProcessor, ViewProcessor
-from models.qwen_vl import VISION_MARKS, QwenProcessor, QwenSight, freeze_vision, small_qwen
+from models.qwen_vl import SPECIAL, QwenProcessor, QwenSight, freeze_vision, small_qwen
 from models.sight import Sight, TextSight
 from models.slide_vlm import SlideVLM, SlideVLMConfig
 from models.tokenizer import IMAGE_TOKEN, train_tokenizer
@@ -35,7 +35,7 @@ ASKING = ("show_options", "repeat_prompt", "system")
 """Keys of the performer that say how a question is put."""
 SEEING_PARTS = ("compressor", "aligner", "markers", "routes")
 """Modules of `SlideVLM` beside the language model."""
-MARKS_OF = {"qwen_vl": VISION_MARKS, "gemma_vl": MARKS}
+MARKS_OF = {"qwen_vl": SPECIAL, "gemma_vl": MARKS}
 """Special tokens that a family puts around its images."""
 LORA_TARGETS = r".*language_model\.layers.*\.(q_proj|k_proj|v_proj|o_proj|gate_proj|up_proj|down_proj)"
 

@@ -26,6 +26,10 @@ from models.tower_sight import TowerSight, is_frozen, takes_features
 from slides.errors import InputError
 
 VISION_MARKS = ("<|vision_start|>", "<|vision_end|>")
+VIDEO_TOKEN = "<|video_pad|>"
+"""No video is shown, but the stock processor and vLLM look it up."""
+SPECIAL = (*VISION_MARKS, VIDEO_TOKEN)
+"""What a tokenizer of Qwen2.5-VL has beside the tokens of all families."""
 TOWER_PATCHES = 32768
 """Patches that the vision tower reads at a time."""
 
@@ -248,7 +252,7 @@ def small_qwen(
     """A Qwen2.5-VL from nothing.
 
     Args:
-        tokenizer: with `VISION_MARKS`.
+        tokenizer: with `SPECIAL`.
         text: keys of its text configuration. vision: keys of its vision configuration; widths and depth follow the
             language model's where they are not given.
     """
@@ -269,13 +273,12 @@ def small_qwen(
         "initializer_range": text.get("initializer_range", 0.02),
         **(vision or {}),
     }
-    image, start, end = tokenizer.convert_tokens_to_ids([ViewProcessor.image_token, *VISION_MARKS])
+    image, start, end, video = tokenizer.convert_tokens_to_ids([ViewProcessor.image_token, *SPECIAL])
     config = Qwen2_5_VLConfig(
         text_config={"rope_parameters": rope, **text},
         vision_config={**tower, "out_hidden_size": width},
         image_token_id=image,
-        # Videos are never shown, but the default of their token lies beyond a small vocabulary.
-        video_token_id=image,
+        video_token_id=video,
         vision_start_token_id=start,
         vision_end_token_id=end,
         tie_word_embeddings=text.get("tie_word_embeddings", False),

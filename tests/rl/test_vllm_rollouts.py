@@ -1,7 +1,8 @@
-"""What is handed to vLLM, by recorders at its boundary. vLLM itself is not run here."""
+"""What is handed to vLLM, by recorders at its boundary. In `test_vllm.py` vLLM itself is run."""
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import tomllib
 from importlib.metadata import requires
@@ -235,6 +236,7 @@ def test_slide_models_are_refused_before_vllm_starts(record, make_performer, mak
     assert not record.calls
 
 
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm_the_extra_is_named(make_qwen, make_trainer, image_cases, seen, tmp_path):
     performer = _saved(make_qwen(), seen, tmp_path)
     with pytest.raises(InputError, match=r"vLLM is not installed; .* pip install 'frugalpath\[vllm\]'"):
