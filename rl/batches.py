@@ -1,14 +1,35 @@
-"""Rows of a batch: loaded once, shuffled by groups, left out without a change of the loss."""
+"""Rows of a batch: in which order, loaded once, shuffled by groups, left out without a change of the loss."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from trl.trainer.utils import RepeatSampler
 
 from rl.packing import groups_of
+
+
+class EpochSampler(RepeatSampler):
+    """TRL's, with the order of an epoch the same in a resumed run: TRL's own begins again with that of the first.
+
+    Args:
+        trained: how many epochs are behind when one begins.
+        options: of `RepeatSampler`.
+    """
+
+    def __init__(self, *args: Any, trained: Callable[[], int], **options: Any):
+        super().__init__(*args, **options)
+        self.trained = trained
+
+    def __iter__(self) -> Iterator[int]:
+        if self.shuffle:
+            self.generator.manual_seed(self.seed)
+            for _ in range(self.trained()):
+                torch.randperm(self.num_samples, generator=self.generator)
+        yield from super().__iter__()
 
 
 class LoadedOnce(Dataset):

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,26 @@ class MarkWhole(TrainerCallback):
             if str(found[step]) != state.best_model_checkpoint:
                 (found[step] / WHOLE).unlink(missing_ok=True)  # first, since half of it may stay
                 shutil.rmtree(found[step])
+
+
+class SaveBetweenRollouts(TrainerCallback):
+    """Put a checkpoint off until the rollouts at hand are used up, all but the last one of a training.
+
+    It does not hold them: a run that went on from it would make new ones.
+
+    Args:
+        used_up: whether the next step makes rollouts.
+    """
+
+    def __init__(self, used_up: Callable[[], bool]):
+        self.used_up = used_up
+        self.due = False
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Called by the trainer."""
+        self.due |= control.should_save
+        control.should_save = self.due and (self.used_up() or control.should_training_stop)
+        self.due &= not control.should_save
 
 
 def checkpoints(folder: Path) -> dict[int, Path]:

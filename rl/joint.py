@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather
-from trl.trainer.utils import RepeatSampler
 
 from envs.case import Case
 from models.performer import Performer
@@ -79,16 +78,9 @@ class FrugalTrainer(GroupTrainer):
         self._step += 1
         return torch.zeros((), device=self.accelerator.device)
 
-    def _get_train_sampler(self, dataset: Any = None) -> RepeatSampler:
-        block = self.args.budgets_per_image * self.num_generations
-        return RepeatSampler(
-            dataset if dataset is not None else self.train_dataset,
-            mini_repeat_count=block,
-            batch_size=self.args.generation_batch_size // block,
-            repeat_count=self.num_iterations * self.args.steps_per_generation,
-            shuffle=self.shuffle_dataset,
-            seed=self.args.seed,
-        )
+    @property
+    def _copies(self) -> int:
+        return self.args.budgets_per_image * self.num_generations
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         group = self.num_generations if self.model.training else self.num_generations_eval

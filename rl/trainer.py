@@ -25,7 +25,8 @@ from models.generation import by_length, generate, to_device
 from models.processor import ViewProcessor, token_types
 from models.sharded import gathered, head_in_forward
 from models.sight import Prompt, read_prompt
-from rl.batches import LoadedOnce, share, shuffle_groups, split_silent, take
+from rl.batches import EpochSampler, LoadedOnce, share, shuffle_groups, split_silent, take
+from rl.checkpoints import SaveBetweenRollouts
 from rl.completion_log import CompletionLog
 from rl.packing import block_mask, flex_mask, groups_of, pack, prefix_length, runs_of
 from rl.vllm_rollouts import VLLMRollouts, require_servable, require_vllm
@@ -86,6 +87,8 @@ class GroupTrainer(CompletionLog):
         self._fresh = torch.zeros(0)
         """Log-probabilities of the last pass."""
         self._buffered_inputs: list[dict[str, Any]] | None
+        used_for = self.args.steps_per_generation * self.num_iterations
+        self.add_callback(SaveBetweenRollouts(lambda: self._step % used_for == 0))
 
     def _check_vllm(self, model: Any, processor: Any, mode: str) -> None:
         """Refuse what vLLM cannot write for, before it is started."""
@@ -116,6 +119,22 @@ class GroupTrainer(CompletionLog):
         kept = self.args.vision_cache_dtype
         dtype = getattr(torch, kept) if kept else None
         return FeatureCache(self.args.vision_cache, self.args.vision_cache_gb, dtype)
+
+    @property
+    def _copies(self) -> int:
+        """Completions of a row of the training set."""
+        return self.num_generations
+
+    def _get_train_sampler(self, dataset: Any = None) -> EpochSampler:
+        return EpochSampler(
+            dataset if dataset is not None else self.train_dataset,
+            mini_repeat_count=self._copies,
+            batch_size=self.args.generation_batch_size // self._copies,
+            repeat_count=self.num_iterations * self.args.steps_per_generation,
+            shuffle=self.shuffle_dataset,
+            seed=self.args.seed,
+            trained=lambda: int(round(self.state.epoch or 0, 6)),
+        )
 
     def _get_dataloader(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
         return super()._get_dataloader(

@@ -95,11 +95,13 @@ def even_tokens(completions, completion_ids, **columns) -> list[float]:
     return [sum(t % 2 == 0 for t in ids) / max(1, len(ids)) for ids in completion_ids]
 
 
-def whole_and_resumed(make: Callable[..., FrugalTrainer], folder: Path, at: int, **options) -> list[FrugalTrainer]:
-    """Two trainers after 4 steps: one that ran them, one that went on from another's checkpoint at a step."""
+def whole_and_resumed(
+    make: Callable[..., FrugalTrainer], folder: Path, at: int, last: int = 4, **options
+) -> list[FrugalTrainer]:
+    """Two trainers after their last step: one that ran all, one that went on from another's checkpoint at a step."""
     ends = []
     for cut in (False, True):
-        own = {"output_dir": str(folder / f"cut{cut}"), "max_steps": 4, "save_strategy": "steps", **options}
+        own = {"output_dir": str(folder / f"cut{cut}"), "max_steps": last, "save_strategy": "steps", **options}
         if cut:
             make(**{**own, "max_steps": at}).train()
         trainer = make(**own)

@@ -122,6 +122,34 @@ def test_a_resumed_run_ends_where_the_whole_run_ends(make_performer, make_traine
     assert_same_weights(*ends)
 
 
+@pytest.mark.parametrize("at", [4, 6])
+def test_an_epoch_has_the_same_order_in_a_resumed_run(make_performer, make_trainer, tmp_path, at):
+    """An epoch is four steps."""
+    ends = whole_and_resumed(lambda **own: make_trainer(make_performer(), **own), tmp_path, at, last=7, save_steps=at)
+    assert_same_weights(*ends)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_iterations": 3},
+        {"per_device_train_batch_size": 4, "steps_per_generation": 6, "gradient_accumulation_steps": 2},
+    ],
+    ids=["iterations", "parts"],
+)
+def test_a_checkpoint_waits_until_the_rollouts_are_used_up(make_performer, make_trainer, tmp_path, changes):
+    """Rollouts are used for three steps."""
+
+    def kept(folder) -> list[int]:
+        return sorted(int(path.name.split("-")[1]) for path in folder.glob("checkpoint-*"))
+
+    whole, resumed = whole_and_resumed(
+        lambda **own: make_trainer(make_performer(), **own, **changes), tmp_path, 3, last=7, save_steps=2
+    )
+    assert kept(tmp_path / "cutFalse") == kept(tmp_path / "cutTrue") == [3, 6, 7], "due after 2, 4, 6 and the last"
+    assert_same_weights(whole, resumed)
+
+
 def test_slides_of_a_case_are_shown_at_the_shares_of_the_allocator(cases, make_performer, make_trainer, monkeypatch):
     performer = make_performer()
     trainer = make_trainer(performer)
