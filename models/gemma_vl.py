@@ -23,7 +23,7 @@ from models.cost import SquareTowerShape
 from models.feature_cache import FeatureCache, cache_key, content_hash
 from models.image_view import ImageView
 from models.performer import ImagePerformer
-from models.processor import ViewProcessor
+from models.processor import TowerProcessor
 from models.sight import View, flat
 from models.tower_sight import TowerSight, is_frozen, takes_features
 from models.visual import FeatureBank
@@ -148,7 +148,7 @@ class GemmaSight(TowerSight):
         return self.processor(images=[view.image()], return_tensors="pt")["pixel_values"][0], None
 
 
-class GemmaProcessor(ViewProcessor):
+class GemmaProcessor(TowerProcessor):
     """Processor of Gemma 3 that needs no torchvision.
 
     Args:
@@ -156,9 +156,6 @@ class GemmaProcessor(ViewProcessor):
     """
 
     sight: GemmaSight
-    attributes = ("image_processor", "tokenizer")
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
     image_token = SOFT
     image_text = START
 
@@ -172,11 +169,6 @@ class GemmaProcessor(ViewProcessor):
     def _rendered(self, text: str) -> str:
         # After the template, as in the stock processor: the template strips what stands around a message.
         return text.replace(START, f"\n\n{START}{SOFT}{END}\n\n")
-
-    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Write the stock parts, so that any tool reads the folder."""
-        self.image_processor.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
 
 
 class GemmaPerformer(ImagePerformer):

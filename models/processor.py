@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,6 +106,19 @@ class SlideProcessor(ViewProcessor):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         self.sight = SlideSight(self.image_token_id)
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template, **kwargs)
+
+
+class TowerProcessor(ViewProcessor):
+    """Processor of a family with a vision tower of its own, which needs no torchvision."""
+
+    attributes = ("image_processor", "tokenizer")
+    image_processor_class = "AutoImageProcessor"
+    tokenizer_class = "AutoTokenizer"
+
+    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
+        """Write the stock parts, so that any tool reads the folder."""
+        self.image_processor.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
 
 
 def token_types(ids: Any, image_token_id: int | None) -> Any:

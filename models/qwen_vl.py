@@ -20,7 +20,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from models.adapters import adapter_of, base_name, merge_adapter
 from models.feature_cache import FeatureCache, cache_key, content_hash
 from models.image_view import ImageView, fit, open_image
-from models.processor import ViewProcessor
+from models.processor import TowerProcessor
 from models.sight import View, flat
 from models.tower_sight import TowerSight, is_frozen, takes_features
 from slides.errors import InputError
@@ -192,7 +192,7 @@ class QwenSight(TowerSight):
         return self._patches(view)
 
 
-class QwenProcessor(ViewProcessor):
+class QwenProcessor(TowerProcessor):
     """Processor of Qwen2.5-VL that needs neither torchvision nor a video processor.
 
     Args:
@@ -200,9 +200,6 @@ class QwenProcessor(ViewProcessor):
     """
 
     sight: QwenSight
-    attributes = ("image_processor", "tokenizer")
-    image_processor_class = "AutoImageProcessor"
-    tokenizer_class = "AutoTokenizer"
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
@@ -216,11 +213,6 @@ class QwenProcessor(ViewProcessor):
         """From a folder or a name that `from_pretrained` takes."""
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         return cls(Qwen2VLImageProcessorPil.from_pretrained(folder), tokenizer)
-
-    def save_pretrained(self, folder: str | Path, **kwargs: Any) -> None:
-        """Write the stock parts, so that any tool reads the folder."""
-        self.image_processor.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
 
 
 def backbone(model: Any) -> Any:
@@ -273,7 +265,7 @@ def small_qwen(
         "initializer_range": text.get("initializer_range", 0.02),
         **(vision or {}),
     }
-    image, start, end, video = tokenizer.convert_tokens_to_ids([ViewProcessor.image_token, *SPECIAL])
+    image, start, end, video = tokenizer.convert_tokens_to_ids([TowerProcessor.image_token, *SPECIAL])
     config = Qwen2_5_VLConfig(
         text_config={"rope_parameters": rope, **text},
         vision_config={**tower, "out_hidden_size": width},
