@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,23 @@ def call(script: str, recipe: Path, *extra: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         command(script, recipe, *extra), cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, timeout=280
     )
+
+
+@pytest.fixture
+def called(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
+    """Calls an entry in this process; gives its status, what it printed and what it told of errors."""
+
+    def run(main: Callable[[], None], *arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            main()
+            status = 0
+        except SystemExit as stopped:
+            status = stopped.code
+        return status, *capsys.readouterr()
+
+    return run
 
 
 @pytest.fixture(scope="session")

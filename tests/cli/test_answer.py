@@ -6,7 +6,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +22,9 @@ def report(recipe: Path) -> dict:
 
 
 @pytest.fixture
-def answer(monkeypatch, capsys):
-    """Calls the entry in this process; gives its status, what it printed and what it told of errors."""
-
-    def run(recipe: Path, *extra: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", command("rl/answer.py", recipe)[3:] + list(map(str, extra)))
-        capsys.readouterr()
-        try:
-            rl.answer.main()
-            status = 0
-        except SystemExit as stopped:
-            status = stopped.code
-        return status, *capsys.readouterr()
-
-    return run
+def answer(called):
+    """Asks the run of a recipe in this process, see `called`."""
+    return lambda recipe, *extra: called(rl.answer.main, "--config", recipe, *extra)
 
 
 @pytest.fixture(scope="module")

@@ -28,23 +28,6 @@ from tests.cli.conftest import RECIPE, command, write_recipe
 TIMES = ("latency_ms_stage1", "latency_ms_stage2")
 
 
-@pytest.fixture
-def called(monkeypatch, capsys):
-    """Calls an entry in this process; gives its status, what it printed and what it told of errors."""
-
-    def run(main, *arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["script", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            main()
-            status = 0
-        except SystemExit as stopped:
-            status = stopped.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
 @pytest.fixture(scope="module")
 def question(slides, finished) -> tuple:
     slide = min((slides / "slides").glob("*.tif"))
