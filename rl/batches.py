@@ -1,4 +1,4 @@
-"""Rows of a batch: in which order, loaded once, shuffled by groups, left out without a change of the loss."""
+"""Rows of a batch: ordered, loaded once, shown once, shuffled by groups, left out without a change of the loss."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import RepeatSampler
 
+from models.sight import Sight
 from rl.packing import groups_of
+from slides.errors import InputError
 
 
 class EpochSampler(RepeatSampler):
@@ -49,6 +52,45 @@ class LoadedOnce(Dataset):
         # A generation batch is asked for again by each of its micro-batches.
         self._last = {i: self._last[i] if i in self._last else self.dataset[i] for i in dict.fromkeys(indices)}
         return [self._last[i] for i in indices]
+
+
+class ShownOnce:
+    """Makes the views of a batch's images once, for all rows that share them.
+
+    Args:
+        sight: of the model that is shown them.
+    """
+
+    def __init__(self, sight: Sight):
+        self.sight = sight
+        self._asked: list[dict[str, Any]] = []
+        self._shown: list[dict[str, Any]] = []
+
+    def __call__(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Rows with their images as `views`; equal rows side by side share theirs.
+
+        Raises:
+            InputError: there are images, but prompts are texts.
+        """
+        asked = [{k: row.get(k) for k in ("prompt", "image", "images")} for row in rows]
+        # TRL loads a generation batch again for each of its micro-batches and iterations.
+        if asked != self._asked:
+            self._asked, self._shown = asked, []
+            images = [row["images"] or ([] if row["image"] is None else [row["image"]]) for row in asked]
+            for at, (row, own) in enumerate(zip(asked, images, strict=True)):
+                if at and row == asked[at - 1]:
+                    self._shown.append(self._shown[-1])
+                    continue
+                prompt, views = row["prompt"], [self.sight.view(i) for i in own]
+                if any(images):  # the log's column of prompts has one type
+                    if isinstance(prompt, str):
+                        raise InputError(
+                            f"the prompts of a training set with images are texts, such as {prompt[:80]!r}; give "
+                            "conversations and leave the chat template to the trainer"
+                        )
+                    prompt = prepare_multimodal_messages(prompt, images=views)
+                self._shown.append({"views": views, "prompt": prompt})
+        return [{**row, **shown} for row, shown in zip(rows, self._shown, strict=True)]
 
 
 def shuffle_groups(batch: dict[str, Any]) -> dict[str, Any]:

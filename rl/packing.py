@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
+from models.attention import FLEX, SHARED_PREFIX, as_mask
 from models.sight import stack_positions
 
 
@@ -128,6 +129,23 @@ def flex_mask(segment: torch.Tensor, runs: torch.Tensor | None = None) -> Any:
 
     count, length = segment.shape
     return create_block_mask(allowed, count, None, length, length, device=str(segment.device))
+
+
+def packed_mask(
+    segment: torch.Tensor, attention: str, dtype: torch.dtype, runs: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """Arguments of a forward that keep the completions of packed rows apart, as the model's attention takes them.
+
+    Args:
+        segment: (b, T), see `PackedBatch`. attention: what `models.attention.share_prefix` gave.
+        dtype: of the queries. runs: see `block_mask`.
+    """
+    if attention == FLEX:
+        return {"attention_mask": flex_mask(segment, runs)}
+    # A prefix that is read in one piece is plainly causal.
+    n = prefix_length(segment) if attention == SHARED_PREFIX and runs is None else 0
+    mask = as_mask(block_mask(segment, n, runs), dtype)
+    return {"attention_mask": mask, **({"prefix_length": n} if n else {})}
 
 
 def groups_of(index: Sequence[int]) -> list[list[int]]:

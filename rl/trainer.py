@@ -13,27 +13,23 @@ from typing import Any
 import torch
 from accelerate.utils import gather
 from trl import GRPOTrainer
-from trl.data_utils import prepare_multimodal_messages
 from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import split_tensor_dict
 
-from models.attention import FLEX, SHARED_PREFIX, as_mask, check_window, share_prefix
+from models.attention import check_window, share_prefix
 from models.build import make_sight
 from models.feature_cache import FeatureCache
 from models.generation import by_length, generate, to_device
 from models.processor import ViewProcessor, token_types
 from models.sharded import gathered, head_in_forward
 from models.sight import Prompt, read_prompt
-from rl.batches import EpochSampler, LoadedOnce, share, shuffle_groups, split_silent, take
+from rl.batches import EpochSampler, LoadedOnce, ShownOnce, share, shuffle_groups, split_silent, take
 from rl.checkpoints import SaveBetweenRollouts
 from rl.completion_log import CompletionLog
-from rl.packing import block_mask, flex_mask, groups_of, pack, prefix_length, runs_of
+from rl.flops import FlopCount
+from rl.packing import groups_of, pack, packed_mask, runs_of
 from rl.vllm_rollouts import VLLMRollouts, require_servable, require_vllm
-from slides.errors import InputError
-
-SEEING = ("visual", "vision_tower", "multi_modal_projector")
-"""Parts of models that are not the language model."""
 
 
 class GroupTrainer(CompletionLog):
@@ -71,18 +67,11 @@ class GroupTrainer(CompletionLog):
                     self._attention = share_prefix(model, self.args.flex_attention)
         if self.args.prefetch_images and self.args.dataloader_num_workers == 0:
             self.data_collator = self._prefetch
-        # Of a partitioned parameter (ZeRO-3) `numel` is 0.
-        sizes = {n: (getattr(p, "ds_numel", p.numel()), p.requires_grad) for n, p in own.named_parameters()}
-        sizes = {n: size for n, size in sizes.items() if not any(part in n for part in SEEING)}
-        self._parameters = sum(size for n, (size, _) in sizes.items() if "embed_tokens" not in n)
-        trained = sum(size for size, is_trained in sizes.values() if is_trained)
-        self._trained = min(1.0, trained / max(1, self._parameters))
-        self._flops = 0.0
+        self._flops = FlopCount(own)
         self._prompts: list[Prompt] = []
         self._rows: list[int] = []
         self._inputs: list[dict[str, Any]] = []
-        self._asked: list[dict[str, Any]] = []
-        self._shown: list[dict[str, Any]] = []
+        self._shown = ShownOnce(self.sight)
         self._defer_old = self._without_loss = False
         self._fresh = torch.zeros(0)
         """Log-probabilities of the last pass."""
@@ -143,35 +132,9 @@ class GroupTrainer(CompletionLog):
 
     # Prompts: made once for all rows that share them.
 
-    def _with_views(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        """Rows with their images as `views`; equal rows side by side share theirs.
-
-        Raises:
-            InputError: there are images, but prompts are texts.
-        """
-        asked = [{k: row.get(k) for k in ("prompt", "image", "images")} for row in rows]
-        # TRL loads a generation batch again for each of its micro-batches and iterations.
-        if asked != self._asked:
-            self._asked, self._shown = asked, []
-            images = [row["images"] or ([] if row["image"] is None else [row["image"]]) for row in asked]
-            for at, (row, own) in enumerate(zip(asked, images, strict=True)):
-                if at and row == asked[at - 1]:
-                    self._shown.append(self._shown[-1])
-                    continue
-                prompt, views = row["prompt"], [self.sight.view(i) for i in own]
-                if any(images):  # the log's column of prompts has one type
-                    if isinstance(prompt, str):
-                        raise InputError(
-                            f"the prompts of a training set with images are texts, such as {prompt[:80]!r}; give "
-                            "conversations and leave the chat template to the trainer"
-                        )
-                    prompt = prepare_multimodal_messages(prompt, images=views)
-                self._shown.append({"views": views, "prompt": prompt})
-        return [{**row, **shown} for row, shown in zip(rows, self._shown, strict=True)]
-
     def _prefetch(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Collator: the next batch's images are made ready while this one is trained on."""
-        rows = self._with_views(rows)
+        rows = self._shown(rows)
         self.sight.prefetch([v for row in rows for v in row["views"]])
         return rows
 
@@ -189,7 +152,7 @@ class GroupTrainer(CompletionLog):
         return [ids[i] for i in self._rows], None, {}
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        self._inputs = inputs if "views" in inputs[0] else self._with_views(inputs)
+        self._inputs = inputs if "views" in inputs[0] else self._shown(inputs)
         left_out = ("views", "image", "images")
         every = self.args.steps_per_generation * self.num_iterations
         aligned = every % self.args.gradient_accumulation_steps == 0 and self.args.disable_dropout
@@ -253,7 +216,7 @@ class GroupTrainer(CompletionLog):
             out = generate(model, self.sight, self._prompts, copies, self.generation_config)
             model.train(was_training)
         if was_training:
-            self._flops += 2 * self._parameters * (sum(map(len, self._prompts)) + sum(map(len, out)))
+            self._flops.add(sum(map(len, self._prompts)) + sum(map(len, out)))
         return out
 
     def _fields(self, rows: Sequence[int]) -> dict[str, Any]:
@@ -342,7 +305,7 @@ class GroupTrainer(CompletionLog):
                     position_ids=packed.position_ids,
                     labels=packed.labels,
                     fused_lm_head=True,
-                    **self._mask(packed.segment, self._dtype(), self._runs(packed.input_ids)),
+                    **packed_mask(packed.segment, self._attention, self._dtype(), self._runs(packed.input_ids)),
                     **to_device(seen, input_ids.device),
                 )
             shape = (len(rows), logits_to_keep)
@@ -361,15 +324,6 @@ class GroupTrainer(CompletionLog):
         """Image tokens of packed rows that see each other, where the family has such."""
         token = self.sight.image_token_id
         return runs_of(ids, token) if self.sight.bidirectional and token is not None else None
-
-    def _mask(self, segment: torch.Tensor, dtype: torch.dtype, runs: torch.Tensor | None = None) -> dict[str, Any]:
-        """What keeps the completions of packed rows apart, in the form that the model's attention takes."""
-        if self._attention == FLEX:
-            return {"attention_mask": flex_mask(segment, runs)}
-        # A prefix that is read in one piece is plainly causal.
-        n = prefix_length(segment) if self._attention == SHARED_PREFIX and runs is None else 0
-        mask = as_mask(block_mask(segment, n, runs), dtype)
-        return {"attention_mask": mask, **({"prefix_length": n} if n else {})}
 
     def _packed_length(self, group: Sequence[int], prompts: Sequence[int], written: Sequence[int]) -> int:
         """Tokens of a group's packed row, from the prompt of every row and the length of its completion."""
@@ -433,12 +387,10 @@ class GroupTrainer(CompletionLog):
             self._prompts, self._without_loss = prompts, False
 
     def _count(self, tokens: int) -> None:
-        """Add the FLOPs of a pass: 2 a parameter and token; an update 2 more for inputs and 2 for trained weights."""
+        """Add a pass to the FLOPs of training."""
         if self.model.training:
-            passes = 4 + 2 * self._trained if torch.is_grad_enabled() else 2
-            self._flops += passes * self._parameters * tokens
+            self._flops.add(tokens, update=torch.is_grad_enabled())
 
     def floating_point_ops(self, inputs: Any) -> int:
-        """FLOPs of the language model since the last call, with rollouts; padding and attention are not counted."""
-        flops, self._flops = self._flops, 0.0
-        return int(flops)
+        """FLOPs of the language model since the last call, see `FlopCount`."""
+        return self._flops.take()

@@ -18,7 +18,7 @@ from models.build import PerformerConfig, load_performer, lora_config, make_sigh
 from models.feature_cache import FeatureCache
 from models.gemma_vl import MARKS, GemmaPerformer, GemmaSight, gemma_backbone
 from models.generation import generate
-from rl.packing import block_mask, pack, runs_of
+from rl.packing import block_mask, pack, packed_mask, runs_of
 from rl.trainer import GroupTrainer
 from slides.errors import InputError
 from tests.conftest import noise
@@ -147,10 +147,10 @@ def test_packed_rows_give_the_log_probabilities_of_the_stock_forward(gemma, imag
     prompts = [gemma.prompt(c, 64 * len(c.images)) for c in image_cases]
     packed = pack([p.ids for p in prompts], [p.positions for p in prompts], groups, completions, valid, 0)
     decoder(model).set_attn_implementation(attention)
-    trainer = SimpleNamespace(_attention=attention, sight=sight)
+    trainer = SimpleNamespace(sight=sight)
     found = {}
     for name, runs in (("whole", GroupTrainer._runs(trainer, packed.input_ids)), ("causal", None)):
-        mask = GroupTrainer._mask(trainer, packed.segment, model.dtype, runs)
+        mask = packed_mask(packed.segment, attention, model.dtype, runs)
         out = model(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,13 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from models.attention import SHARED_PREFIX, check_window, decoder, share_prefix
+from models.attention import SHARED_PREFIX, check_window, decoder, implementation, share_prefix
 from models.processor import token_types
 from models.sight import lay_out
 from models.slide_vlm import SlideVLM, SlideVLMConfig
 from models.visual import COLUMNS
-from rl.packing import PackedBatch, block_mask, flex_mask, groups_of, pack, prefix_length
-from rl.trainer import GroupTrainer
+from rl.packing import PackedBatch, block_mask, flex_mask, groups_of, pack, packed_mask, prefix_length
 from tests.conftest import noise
 from tests.rl.qwen import make_model, make_processor
 
@@ -94,8 +92,7 @@ def log_probs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
 
 def read_packed(model: Any, packed: PackedBatch, shape: tuple[int, int], **visual: Any) -> torch.Tensor:
     """Log-probabilities of the completions (rows, C), under the mask that the trainer gives to the model."""
-    trainer = SimpleNamespace(_attention=decoder(model).config._attn_implementation)
-    mask = GroupTrainer._mask(trainer, packed.segment, model.dtype)
+    mask = packed_mask(packed.segment, implementation(model), model.dtype)
     out = model(input_ids=packed.input_ids, position_ids=packed.position_ids, **mask, **visual)
     return packed.scatter(log_probs(out.logits, packed.input_ids), *shape)
 
