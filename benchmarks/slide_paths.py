@@ -98,7 +98,8 @@ def build(options: argparse.Namespace, path: str, files: dict[str, str]) -> Any:
 
     from models.performer import SlidePerformer
     from models.processor import SlideProcessor
-    from models.slide_vlm import SlideVLM, SlideVLMConfig
+    from models.slide_config import SlideVLMConfig
+    from models.slide_vlm import SlideVLM
     from models.tokenizer import train_tokenizer
     from models.visual import FeatureBank
 

@@ -20,7 +20,8 @@ from models.performer import Performer, QwenPerformer, SlidePerformer, question_
 from models.processor import SlideProcessor, ViewProcessor
 from models.qwen_vl import SPECIAL, QwenProcessor, QwenSight, freeze_vision, small_qwen
 from models.sight import Sight, TextSight
-from models.slide_vlm import SlideVLM, SlideVLMConfig
+from models.slide_config import SlideVLMConfig
+from models.slide_vlm import SlideVLM
 from models.tokenizer import IMAGE_TOKEN, train_tokenizer
 from models.visual import COLUMNS, FeatureBank
 from slides.errors import InputError

@@ -26,7 +26,8 @@ from models.processor import SlideProcessor, ViewProcessor
 from models.qwen_vl import QwenProcessor, freeze_vision, load_qwen
 from models.share_out import share_out
 from models.sight import Prompt, View, read_prompt
-from models.slide_vlm import SlideVLM, SlideVLMConfig
+from models.slide_config import SlideVLMConfig
+from models.slide_vlm import SlideVLM
 from models.visual import FeatureBank, VisualTokens
 from slides.errors import InputError
 

@@ -24,7 +24,8 @@ from models.cross_attention import spread
 from models.gemma_vl import freeze_gemma, small_gemma
 from models.language_model import located
 from models.qwen_vl import freeze_vision, small_qwen
-from models.slide_vlm import SlideVLM, SlideVLMConfig
+from models.slide_config import SlideVLMConfig
+from models.slide_vlm import SlideVLM
 from models.tokenizer import train_tokenizer
 from slides.errors import InputError
 

@@ -7,7 +7,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from models.build import PerformerConfig, build_performer
 from models.performer import SlidePerformer
-from models.slide_vlm import SlideVLM, SlideVLMConfig
+from models.slide_config import SlideVLMConfig
+from models.slide_vlm import SlideVLM
 from models.tokenizer import IMAGE_TOKEN, train_tokenizer
 from slides.errors import InputError
 from tests.conftest import WIDTH, grid_features

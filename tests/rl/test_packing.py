@@ -12,7 +12,8 @@ from transformers import AutoConfig
 from models.attention import SHARED_PREFIX, check_window, decoder, implementation, share_prefix
 from models.processor import token_types
 from models.sight import lay_out
-from models.slide_vlm import SlideVLM, SlideVLMConfig
+from models.slide_config import SlideVLMConfig
+from models.slide_vlm import SlideVLM
 from models.visual import COLUMNS
 from rl.packing import PackedBatch, block_mask, flex_mask, groups_of, pack, packed_mask, prefix_length
 from tests.conftest import noise
