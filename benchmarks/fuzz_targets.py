@@ -1,4 +1,4 @@
-"""The parsers of what others write, as functions of bytes, with examples of their input.
+"""The parsers of what others write, as functions of bytes. Examples of their input are in `fuzz_inputs.py`.
 
 Each target may raise `InputError` and nothing else. Targets that read files write the bytes to one file first.
 """
@@ -19,9 +19,22 @@ import h5py
 import numpy as np
 import pyarrow
 import pyarrow.parquet
-import yaml
 from PIL import Image
 
+from benchmarks.fuzz_inputs import (
+    CASES_CSV,
+    COMPLETION_WORDS,
+    COMPLETIONS,
+    CSV,
+    CSV_WORDS,
+    JSON_WORDS,
+    PROTOCOL,
+    REPORT_WORDS,
+    REPORTS,
+    ROWS,
+    SWIFT,
+    YAML_WORDS,
+)
 from envs.manifest import build
 from envs.new_cases import read_new_cases
 from rewards.answer import extract_answer, form_of
@@ -82,33 +95,6 @@ def _file(name: str, data: bytes) -> Path:
 
 # Manifests.
 
-_ROWS = [
-    {"id": "1", "patient": "A", "task": "choice", "prompt": "q", "options": ["a", "b"], "answer": "a",
-     "images": "0.png", "split": "train", "mpp": 0.5},
-    {"id": 2, "patient": 3.0, "task": "detection", "prompt": "q", "answer": [[1, 2, 30, 40.5]], "images": ["1.png"],
-     "split": "val", "question": "boxes", "box": None},
-    {"id": "3", "patient": "C", "task": "synoptic", "prompt": "q", "protocol": "breast_resection",
-     "answer": {"grade": "II"}, "slides": ["s.svs", "../x.svs"], "split": "test", "extra": {"a": [1, {"b": None}]}},
-]  # fmt: skip
-_SWIFT = {
-    "messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "<image>Which?"},
-                 {"role": "assistant", "content": "<think>t</think><answer>(A) a</answer>"}],
-    "images": [{"path": "0.png"}], "patient": "P", "solution": "<answer>a</answer>",
-}  # fmt: skip
-_JSON_WORDS = [
-    b"null", b"NaN", b"Infinity", b"-1e999", b"1" * 5000, b"[" * 3000, b"{\"a\":" * 2000, b"\\ud800", b"\\u0000",
-    b"\xef\xbb\xbf", b"\xff", b"true", b"{}", b"[]", b'""', b'"id"', b'"task"', b'"choice"', b'"open"', b'"detection"',
-    b'"synoptic"', b'"images"', b'"slides"', b'"options"', b'"answer"', b'"messages"', b'"protocol"', b'"split"',
-    b'"mpp"', b'"patient"', b'"/etc/passwd"', b'"../../x"', b'"0.png"', b'"m.png"', b'"s.svs"', b'"x.yaml"', b"1e400",
-    b'"' + b"a" * 5000 + b'"', b"\n", b",", b":", b"0x1", b"-0", b"1.0", b'"group"', b'"label"', b'"file"',
-]  # fmt: skip
-_CSV_WORDS = [
-    b",", b"\n", b"\r", b'"', b'""', b"file", b"label", b"split", b"patient", b"mask", b"mpp", b"0.png", b"m.png",
-    b"\t",
-    b"[1", b'"[""a""]"', b"prompt", b"answer", b"task", b"images", b"\0", b"\xff", b"\xef\xbb\xbf", b"nan", b"inf",
-    b"x" * 140_000, b"../0.png", b"/etc/passwd", b"options", b"id",
-]  # fmt: skip
-
 
 def _lines(*rows: dict) -> bytes:
     return "\n".join(json.dumps(row) for row in rows).encode()
@@ -134,11 +120,6 @@ _PARAMS: list[dict | None] = [
     {"format": "cases", "task": "open", "only": {"split": "train"}},
     None,
 ]
-_CSV = b"file,label,patient,split,mpp,mask\n0.png,a,P,train,0.5,m.png\n1.png,b,Q,test,,m.png\n"
-_CASES_CSV = (
-    b"id,patient,task,prompt,answer,images,options,split\n"
-    b'1,A,choice,q,a,0.png,"[""a"", ""b""]",train\n2,B,open,q,"a, b",1.png,,val\n'
-)
 
 
 def _parquet(rows: list[dict]) -> bytes:
@@ -154,7 +135,7 @@ def _varied(*seeds: bytes) -> list[bytes]:
 # Feature files.
 
 
-def _hdf5(change: Callable[[h5py.File], object] | None = None, **options: object) -> bytes:
+def _hdf5(change: Callable[[h5py.File], object] | None = None) -> bytes:
     path = folder() / "seed.h5"
     made = Features(
         np.ones((3, 2)), np.arange(6).reshape(3, 2), {"patch_size": 32, "mpp": 0.5, "width": 64, "note": "x"}
@@ -221,36 +202,8 @@ def _recipe(data: bytes) -> None:
             raise
 
 
-_YAML_WORDS = [
-    b": ", b"- ", b"\n", b"  ", b"&a ", b"*a", b"<<: ", b"!!int ", b"!!python/object:os.system ", b"!!binary ",
-    b"{}", b"[]",
-    b"null", b"~", b"true", b"1e-3", b".nan", b".inf", b"0x" + b"f" * 5000, b"2001-99-99", b"1" * 5000, b"[" * 2000,
-    b"? ", b"|\n", b">\n", b"'", b'"', b"%YAML 9.9\n", b"---\n", b"...\n", b"\xff", b"\0", b"=", b"extends: ",
-    b"type: ",
-    b"fields", b"values", b"ordinal", b"list", b"multi", b"number", b"applies_if", b"derive", b"groups", b"tolerance",
-    b"cases", b"ladder", b"allocator", b"encoder", b"performer", b"rewards", b"sft", b"evaluation", b"!!set ",
-    b"!!omap ",
-]  # fmt: skip
-
-
 def _yaml_seeds(*names: str) -> list[bytes]:
     return [path.read_bytes() for name in names for path in sorted((ROOT / "configs").glob(name))]
-
-
-_SMALL = yaml.safe_dump(
-    {
-        "title": "t", "version": "1", "source": "s",
-        "fields": [
-            {"id": "grade", "name": "Grade", "type": "ordinal", "values": {"I": ["one"], "II": None}, "class": "core"},
-            {"id": "size", "name": "Size", "type": "number", "unit": "mm", "tolerance": {"absolute": 1}},
-            {"id": "margin", "type": "multi", "values": ["x", "y"], "class": "conditional",
-             "applies_if": {"grade": {"not": ["I"]}}, "groups": {"g": ["x"]}},
-            {"id": "total", "type": "integer",
-             "derive": [{"sum": ["size", "size"]}, {"value": 3, "if": {"size": "> 0"}}]},
-            {"id": "nodes", "type": "list", "fields": [{"id": "site", "type": "text"}], "key": ["site"]},
-        ],
-    }
-).encode()  # fmt: skip
 
 
 # Completions and reports.
@@ -309,38 +262,6 @@ def _vocabulary(data: bytes) -> None:
     read_vocabulary.__wrapped__(str(path))
 
 
-_COMPLETIONS = [
-    b"<think>Glands are round.</think><answer>benign</answer>",
-    b"<answer>(B) Malignant</answer>",
-    b"</think> <answer>[[1, 2, 3, 4], [5.5, 6, 7e1, 8]]</answer>",
-    b"[[0, 0, 100, 100]]",
-    b"[]",
-    "a. ﬁbroma – ‘benign’|b) HER2+".encode(),
-]
-_COMPLETION_WORDS = [
-    b"<think>", b"</think>", b"<answer>", b"</answer>", b"[", b"]", b"[[", b",", b"1e999", b"-0", b"1" * 5000,
-    b"(A)", b"b)",
-    b"|", "ﷺ".encode() * 300, "İ".encode(), b"\xed\xa0\x80", b"\0", b" " * 9000, b"benign", b"[" * 5000,
-    b"\xe2\x80\xa8",
-]  # fmt: skip
-_REPORTS = [
-    b"Histologic type: invasive carcinoma of no special type\nNottingham grade: 2\nTumor size: 21 mm\nER: 90%",
-    b'{"histologic_type": "invasive lobular carcinoma", "tumour_size_mm": "2.1 cm", "margins": ["a", {"b": 1}]}',
-    b'```json\n{"grade": 2}\n```',
-    b"Breast, right, core biopsy:\n1. Invasive carcinoma, grade II\n2. Ductal carcinoma in situ\n   - comedo type",
-    b"Prostate, biopsy;\nAcinar adenocarcinoma, Gleason's score 7 (4+3), grade group 3, tumor volume: 60%",
-    b"Colon, ascending, resection: adenocarcinoma. Note) There is no lymphovascular invasion.",
-]
-_REPORT_WORDS = [
-    b":", b";", b"\n", b"- ", b"1. ", b"(", b")", b'"', b"not identified", b"not applicable",
-    b"cannot be determined", b"< 5 mm",
-    b"2 x 3 x 1 cm", b"1,200", b"%", b"Grade", b"Tumor size", b"Lymph nodes", b"{", b"}", b'{"a":' * 3000, b"NaN",
-    b"1" * 5000,
-    "µm".encode(), "①½²".encode(), "٣".encode(), b"present", b"and", b"no evidence of", b"negative for", b"margins",
-    b"pT2",
-]  # fmt: skip
-
-
 def _image(data: bytes) -> None:
     read_image(_file("fuzzed.img", data), max_pixels=10_000)
 
@@ -358,42 +279,45 @@ def _jobs(suffix: str, data: bytes) -> None:
 @cache
 def targets() -> dict[str, Target]:
     """All of them by name."""
-    jsonl = _varied(_lines(*_ROWS), _lines(_SWIFT, _SWIFT))
-    tables = [_CSV, b"\xef\xbb\xbf" + _CSV, _CASES_CSV]
+    jsonl = _varied(_lines(*ROWS), _lines(SWIFT, SWIFT))
+    tables = [CSV, b"\xef\xbb\xbf" + CSV, CASES_CSV]
     links = (_declared, _compressed, _clam)
-    protocol_files = [_SMALL, *(p for p in _yaml_seeds("protocols/*.yaml") if len(p) < 6000)]
-    images = [("PNG", {}), ("JPEG", {}), ("TIFF", {}), ("TIFF", {"compression": "tiff_lzw"}), ("BMP", {}), ("WEBP",
-              {}),
-              ("GIF", {}), ("JPEG2000", {}), ("PPM", {}), ("PNG", {"mode": "P"}), ("TIFF",
-              {"mode": "CMYK"})]  # fmt: skip
+    protocol_files = [PROTOCOL, *(p for p in _yaml_seeds("protocols/*.yaml") if len(p) < 6000)]
+    images: list[tuple[str, dict[str, object]]] = [
+        *((kind, {}) for kind in ("PNG", "JPEG", "TIFF")),
+        ("TIFF", {"compression": "tiff_lzw"}),
+        *((kind, {}) for kind in ("BMP", "WEBP", "GIF", "JPEG2000", "PPM")),
+        ("PNG", {"mode": "P"}),
+        ("TIFF", {"mode": "CMYK"}),
+    ]
     files = {
-        "manifest_jsonl": Target(partial(_manifest, ".jsonl"), jsonl, _JSON_WORDS, 3),
-        "manifest_json": Target(partial(_manifest, ".json"), _varied(json.dumps(_ROWS).encode()), _JSON_WORDS, 2),
-        "manifest_csv": Target(partial(_manifest, ".csv"), _varied(*tables), _CSV_WORDS, 3),
+        "manifest_jsonl": Target(partial(_manifest, ".jsonl"), jsonl, JSON_WORDS, 3),
+        "manifest_json": Target(partial(_manifest, ".json"), _varied(json.dumps(ROWS).encode()), JSON_WORDS, 2),
+        "manifest_csv": Target(partial(_manifest, ".csv"), _varied(*tables), CSV_WORDS, 3),
         "manifest_tsv": Target(
-            partial(_manifest, ".tsv"), _varied(*(t.replace(b",", b"\t") for t in tables)), _CSV_WORDS, 1
+            partial(_manifest, ".tsv"), _varied(*(t.replace(b",", b"\t") for t in tables)), CSV_WORDS, 1
         ),
         "manifest_parquet": Target(
-            partial(_manifest, ".parquet"), _varied(_parquet(_ROWS[:1]), _parquet([_SWIFT])), (), 2
+            partial(_manifest, ".parquet"), _varied(_parquet(ROWS[:1]), _parquet([SWIFT])), (), 2
         ),
         "slide_jobs_csv": Target(
-            partial(_jobs, ".csv"), [_CSV, b"slide,id,case,stain,mpp\na.svs,x,1,HE,0.5\n"], _CSV_WORDS, 1
+            partial(_jobs, ".csv"), [CSV, b"slide,id,case,stain,mpp\na.svs,x,1,HE,0.5\n"], CSV_WORDS, 1
         ),
         "slide_jobs_jsonl": Target(
-            partial(_jobs, ".jsonl"), [b'{"file": "a.svs", "mpp": 0.5, "id": 3}'], _JSON_WORDS, 1
+            partial(_jobs, ".jsonl"), [b'{"file": "a.svs", "mpp": 0.5, "id": 3}'], JSON_WORDS, 1
         ),
         "features_hdf5": Target(_features, [_hdf5(), *map(_hdf5, links)], (), 6),
-        "protocol_yaml": Target(_protocol, protocol_files, _YAML_WORDS, 2),
-        "recipe_yaml": Target(_recipe, _yaml_seeds("recipes/demo.yaml", "recipes/pathosynvlm.yaml"), _YAML_WORDS, 0.5),
+        "protocol_yaml": Target(_protocol, protocol_files, YAML_WORDS, 2),
+        "recipe_yaml": Target(_recipe, _yaml_seeds("recipes/demo.yaml", "recipes/pathosynvlm.yaml"), YAML_WORDS, 0.5),
         "image": Target(_image, [_picture(kind, **keys) for kind, keys in images], (), 3),
     }
     texts = {
-        "extract_answer": Target(_answer, _COMPLETIONS, _COMPLETION_WORDS, 15),
-        "boxes": Target(_boxes, _COMPLETIONS, _COMPLETION_WORDS, 15),
-        "choice": Target(_choice, _COMPLETIONS, _COMPLETION_WORDS, 15),
-        "report": Target(_report, [bytes([i]) + r for r in _REPORTS for i in range(len(_names()))], _REPORT_WORDS, 15),
-        "synoptic": Target(_synoptic, _REPORTS, _REPORT_WORDS, 10),
-        "entities": Target(_entities, _REPORTS, _REPORT_WORDS, 10),
+        "extract_answer": Target(_answer, COMPLETIONS, COMPLETION_WORDS, 15),
+        "boxes": Target(_boxes, COMPLETIONS, COMPLETION_WORDS, 15),
+        "choice": Target(_choice, COMPLETIONS, COMPLETION_WORDS, 15),
+        "report": Target(_report, [bytes([i]) + r for r in REPORTS for i in range(len(_names()))], REPORT_WORDS, 15),
+        "synoptic": Target(_synoptic, REPORTS, REPORT_WORDS, 10),
+        "entities": Target(_entities, REPORTS, REPORT_WORDS, 10),
         "vocabulary": Target(
             _vocabulary, [b"# terms\ncarcinoma|cancer\nmetastases\n"], [b"|", b"#", b"\n", b"\x1c"], 2
         ),
