@@ -35,6 +35,18 @@ def merge_adapter(model: Any, folder: Path) -> Any:
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 
+def read_merged(kind: Any, name: str | Path, **options: Any) -> Any:
+    """A stock model by its `from_pretrained`; an adapter is merged into the base that it names.
+
+    Args:
+        kind: class of the model. name: of the hub, or a folder of a model or of an adapter.
+        options: further arguments of `from_pretrained`.
+    """
+    adapter = adapter_of(name)
+    model = kind.from_pretrained(name if adapter is None else base_name(adapter), **options)
+    return model if adapter is None else merge_adapter(model, adapter)
+
+
 def join_adapters(folders: Sequence[Path], base: str, out: Path) -> None:
     """Write adapters that were trained one after another, each merged before the next, as one of their ranks' sum.
 

@@ -19,13 +19,14 @@ from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGenera
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
+from models.adapters import read_merged
 from models.cost import SquareTowerShape
 from models.feature_cache import FeatureCache, cache_key, content_hash
 from models.image_view import ImageView
 from models.performer import ImagePerformer
 from models.processor import TowerProcessor
 from models.sight import View, flat
-from models.tower_sight import TowerSight, is_frozen, takes_features
+from models.tower_sight import TowerSight, holder_of, is_frozen, takes_features
 from models.visual import FeatureBank
 from slides.errors import InputError
 
@@ -191,7 +192,7 @@ class GemmaPerformer(ImagePerformer):
         Args:
             dtype: of the weights; "auto" keeps what was saved.
         """
-        model = freeze_gemma(Gemma3ForConditionalGeneration.from_pretrained(folder, dtype=dtype))
+        model = load_gemma(folder, dtype=dtype)
         tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         side = math.isqrt(model.config.mm_tokens_per_image)
         return cls(
@@ -201,11 +202,7 @@ class GemmaPerformer(ImagePerformer):
 
 def gemma_backbone(model: Any) -> Any:
     """The `Gemma3Model` within wrappers of training and adapters."""
-    if hasattr(model, "vision_tower"):
-        return model
-    if hasattr(model, "get_base_model"):  # adapters
-        return gemma_backbone(model.get_base_model())
-    return gemma_backbone(model.module if hasattr(model, "module") else model.model)
+    return holder_of(model, "vision_tower")
 
 
 def vision_parts(base: Any) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -218,6 +215,11 @@ def freeze_gemma(model: Any) -> Any:
     for part in vision_parts(gemma_backbone(model)):
         part.requires_grad_(False)
     return model
+
+
+def load_gemma(name: str | Path, **options: Any) -> Gemma3ForConditionalGeneration:
+    """A Gemma 3 by `from_pretrained`, its vision tower frozen; an adapter is merged into the base that it names."""
+    return freeze_gemma(read_merged(Gemma3ForConditionalGeneration, name, **options))
 
 
 def small_gemma(

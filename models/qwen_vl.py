@@ -17,12 +17,12 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForCondition
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from models.adapters import adapter_of, base_name, merge_adapter
+from models.adapters import read_merged
 from models.feature_cache import FeatureCache, cache_key, content_hash
 from models.image_view import ImageView, fit, open_image
 from models.processor import TowerProcessor
 from models.sight import View, flat
-from models.tower_sight import TowerSight, is_frozen, takes_features
+from models.tower_sight import TowerSight, holder_of, is_frozen, takes_features
 from slides.errors import InputError
 
 VISION_MARKS = ("<|vision_start|>", "<|vision_end|>")
@@ -217,11 +217,7 @@ class QwenProcessor(TowerProcessor):
 
 def backbone(model: Any) -> Any:
     """The `Qwen2_5_VLModel` within wrappers of training and adapters."""
-    if hasattr(model, "visual"):
-        return model
-    if hasattr(model, "get_base_model"):  # adapters
-        return backbone(model.get_base_model())
-    return backbone(model.module if hasattr(model, "module") else model.model)
+    return holder_of(model, "visual")
 
 
 def freeze_vision(model: Any) -> None:
@@ -231,11 +227,7 @@ def freeze_vision(model: Any) -> None:
 
 def load_qwen(name: str | Path, **options: Any) -> Qwen2_5_VLForConditionalGeneration:
     """A Qwen2.5-VL by `from_pretrained`; an adapter is merged into the base that it names."""
-    adapter = adapter_of(name)
-    if adapter is None:
-        return Qwen2_5_VLForConditionalGeneration.from_pretrained(name, **options)
-    base = Qwen2_5_VLForConditionalGeneration.from_pretrained(base_name(adapter), **options)
-    return merge_adapter(base, adapter)
+    return read_merged(Qwen2_5_VLForConditionalGeneration, name, **options)
 
 
 def small_qwen(

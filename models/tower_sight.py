@@ -102,6 +102,15 @@ class TowerSight(Sight, ABC):
                 self.held[key] = features
 
 
+def holder_of(model: Any, tower: str) -> Any:
+    """The backbone that has the vision tower under this name, within wrappers of training and adapters."""
+    if hasattr(model, tower):
+        return model
+    if hasattr(model, "get_base_model"):  # adapters
+        return holder_of(model.get_base_model(), tower)
+    return holder_of(model.module if hasattr(model, "module") else model.model, tower)
+
+
 def is_frozen(module: torch.nn.Module) -> bool:
     """Whether none of its parameters is trained."""
     return not any(p.requires_grad for p in module.parameters())

@@ -9,7 +9,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from models.adapters import ADAPTER, join_adapters, keep_added
+from models.gemma_vl import load_gemma
 from models.qwen_vl import load_qwen
 from models.slide_vlm import SlideVLM
 from rl.config import FrugalConfig
@@ -44,6 +45,12 @@ PLACES = ("path", "folder", "root", "checkpoint", "output_dir", "logging_dir", "
 """Keys of a recipe that say where something lies on this machine."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 """How far weights under an adapter may be from those that were evaluated, as a share of the largest of a matrix."""
+READERS: dict[str, Callable[[Path], Any]] = {
+    "slide_vlm": SlideVLM.from_pretrained,
+    "qwen_vl": load_qwen,
+    "gemma_vl": load_gemma,
+}
+"""What reads the model of a folder, whole or over the base of its adapter, by the performer's family."""
 USE = """    python rl/answer.py --model FOLDER --image field.png --question "..." --options yes no
     python rl/answer.py --model FOLDER --slide a.svs --question "What is the diagnosis?"
 
@@ -164,13 +171,12 @@ def _write_performer(run: Run, out: Path, adapters: Sequence[Path], base: str | 
         _copy(folder, out, PERFORMER)
         return
     assert base is not None
-    slide = run.performer.family == "slide_vlm"
+    slide, read = run.performer.family == "slide_vlm", READERS[run.performer.family]
     # Beside a configuration, stock loaders would take the folder for a whole model.
     own = [name for name in PERFORMER if "safetensors" not in name and (slide or name != "config.json")]
     _copy(folder, out, own)
     place = out / ADAPTER if slide else out
     join_adapters(adapters, base, place)
-    read = SlideVLM.from_pretrained if slide else load_qwen
     evaluated = read(folder)
     if slide:
         keep_added(evaluated, base, place)
