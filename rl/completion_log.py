@@ -55,7 +55,7 @@ class CompletionLog(GRPOTrainer):
         return frozenset(s for case in getattr(self, "cases", ()) for s in case.slides)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """As its base."""
+        """As its base, with the pictures of the last rollouts beside their completions."""
         rows = self._fresh_rows if self.model.training else None
         self._logs["images"].clear()
         if rows is not None:
@@ -68,7 +68,10 @@ class CompletionLog(GRPOTrainer):
             self._to_tensorboard()
 
     def _to_tensorboard(self) -> None:
-        writers = [c.tb_writer for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback)]
+        callbacks = (c for c in self.callback_handler.callbacks if isinstance(c, TensorBoardCallback))
+        writers = [c.tb_writer for c in callbacks if c.tb_writer is not None]
+        if not writers:
+            return
         most = self.num_completions_to_print or SHOWN
         kept = self._logs
         columns = {
@@ -85,8 +88,6 @@ class CompletionLog(GRPOTrainer):
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
         images = list(kept["images"])
         for writer in writers:
-            if writer is None:
-                continue
             writer.add_text("completions", table, self.state.global_step)
             for number, i in enumerate(chosen if images else ()):
                 for image in images[i]:

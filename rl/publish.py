@@ -13,15 +13,20 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
 from huggingface_hub import HfApi, get_token
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from rl.publishing import publish, uploads
 from rl.recipe import parse_recipe
 from rl.report.card import About
 from slides.errors import InputError, entry
+
+# Of the HTTP library, another one in each version of the hub's, and of the operating system.
+REFUSALS: tuple[Any, ...] = (*HfHubHTTPError.__bases__, HFValidationError)
+"""What the Hub's client raises: its own errors, those of the connection, and for a name that is none."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -50,14 +55,14 @@ def push(folder: Path, repo: str, token: str, public: bool) -> str:
     """Upload what publishing wrote into a folder, and nothing else; returns the address.
 
     Raises:
-        InputError: the Hub refuses, or cannot be reached.
+        InputError: the Hub refuses, cannot be reached, or `repo` is no name of a repository.
     """
     files = uploads(folder)
     api = HfApi(token=token)
     try:
         name = api.create_repo(repo, private=not public, exist_ok=True).repo_id
         told = api.upload_folder(repo_id=name, folder_path=folder, allow_patterns=files)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except REFUSALS as error:
         raise InputError(f"--push {repo}: {error}") from error
     return str(told.repo_url)
 

@@ -1,15 +1,18 @@
-"""A performer that is published as an adapter is, over its base, the one that was evaluated."""
+"""What is published as an adapter is, over its base, what was evaluated; what the Hub refuses is told."""
 
 from __future__ import annotations
 
 from types import SimpleNamespace
 
+import huggingface_hub.constants
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
 from models.adapters import ADAPTER
 from models.build import PerformerConfig, load_performer, lora_config
+from rl.deployed import MARK
+from rl.publish import push
 from rl.publishing import _write_performer
 from slides.errors import InputError
 
@@ -40,3 +43,12 @@ def test_a_family_that_sees_images_is_read_over_its_base(make_performer, tmp_pat
     performer.save(tmp_path / "run" / "grpo")
     with pytest.raises(InputError, match="--merge"):
         _write_performer(run, tmp_path / "other", [adapter], str(tmp_path / "base"))
+
+
+@pytest.mark.parametrize(("repo", "said"), [("a/b/c", "namespace/repo_name"), ("someone/model", "refused")])
+def test_what_the_hub_refuses_is_told(tmp_path, monkeypatch, repo, said):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:1")
+    (tmp_path / MARK).write_text('{"files": []}')
+    with pytest.raises(InputError, match=f"--push {repo}: .*{said}"):
+        push(tmp_path, repo, "hf_none", public=False)
