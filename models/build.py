@@ -181,7 +181,13 @@ def lora_config(config: PerformerConfig, model: Any) -> LoraConfig | None:
         raise InputError(f"performer.lora: {error}; its keys are those of peft's LoraConfig") from error
 
 
-def _small_text(config: PerformerConfig, tokenizer: Any, **more: Any) -> dict[str, Any]:
+def small_text(config: PerformerConfig, tokenizer: Any, **more: Any) -> dict[str, Any]:
+    """Keys of the configuration of a small language model from nothing.
+
+    Args:
+        tokenizer: gives the size of the vocabulary and its special tokens.
+        more: further keys, which go before.
+    """
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": config.hidden,
@@ -212,7 +218,7 @@ def _build_qwen(config: PerformerConfig, cases: list[Case], bank: FeatureBank, t
         dtype = torch.float32 if config.lora is None else "auto"
         return QwenPerformer.load(config.pretrained, bank, config.freeze_vision, dtype, **options)
     tokenizer = _tokenizer_for(config, cases, texts)
-    model = small_qwen(tokenizer, _small_text(config, tokenizer))
+    model = small_qwen(tokenizer, small_text(config, tokenizer))
     if config.freeze_vision:
         freeze_vision(model)
     return QwenPerformer(model, QwenProcessor(Qwen2VLImageProcessorPil(), tokenizer), bank, **options)
@@ -227,7 +233,7 @@ def _build_gemma(
             config.pretrained, bank, torch.float32 if config.lora is None else "auto", **options
         )
     tokenizer = _tokenizer_for(config, cases, texts)
-    return GemmaPerformer(*small_gemma(tokenizer, _small_text(config, tokenizer)), bank, **options)
+    return GemmaPerformer(*small_gemma(tokenizer, small_text(config, tokenizer)), bank, **options)
 
 
 def _build_slide(
@@ -241,7 +247,7 @@ def _build_slide(
         model = SlideVLM.from_language_model(config.language_model, tokenizer, image_token_id=image_token_id, **shared)
     else:
         tokenizer = _tokenizer_for(config, cases, texts)
-        text_config = AutoConfig.for_model("qwen2", **_small_text(config, tokenizer))
+        text_config = AutoConfig.for_model("qwen2", **small_text(config, tokenizer))
         image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
         model = SlideVLM(SlideVLMConfig(text_config=text_config, image_token_id=image_token_id, **shared))
     model.generation_config.eos_token_id = tokenizer.eos_token_id

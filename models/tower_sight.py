@@ -20,6 +20,9 @@ from models.feature_cache import FeatureCache, module_revision
 from models.image_view import ImageView
 from models.sight import Sight, View
 
+HELD = 2e9
+"""Bytes of visual features that are kept in memory at most."""
+
 
 class TowerSight(Sight, ABC):
     """Of a model that reads images by a tower.
@@ -33,8 +36,8 @@ class TowerSight(Sight, ABC):
         self.processor = image_processor
         self.once = True
         self.cache: FeatureCache | None = None
-        self.held: LRUCache = LRUCache(2e9, getsizeof=lambda features: features.nbytes)
-        """What the tower saw last, by key; in bytes."""
+        self.held: LRUCache = LRUCache(HELD, getsizeof=lambda features: features.nbytes)
+        """What the tower saw last, by key."""
         self.autocast: Callable[[], AbstractContextManager] = nullcontext
         self.pool = ThreadPoolExecutor(max_workers=max(1, min(4, (os.cpu_count() or 2) - 1)))
         self.seen = 0

@@ -70,12 +70,11 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def place_and_limit(options: argparse.Namespace) -> tuple[Place, float]:
     """Where the recipe is to run, and how many bytes it may take there."""
-    gpu = bool(options.memory or options.gpu or torch.cuda.is_available())
     if options.memory:
         total = options.memory
     elif torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
-    elif gpu:
+    elif options.gpu:
         raise InputError("--memory: state it for a GPU that is not here, such as --memory 80GB")
     else:
         memory = psutil.virtual_memory()

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from models.attention import decoder
+from models.tower_sight import HELD
+from models.visual import COLUMNS
 from rl.doctor.jobs import Job, Sizes, jobs_of
 from rl.doctor.ledger import Moment
 from rl.doctor.subject import Subject
@@ -18,8 +21,6 @@ GB = 1e9
 SHARDINGS = ("ddp", "zero2", "zero3", "fsdp")
 STATES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0, "adafactor": 0}
 """Bytes that an optimizer keeps for a trained weight; others keep two numbers in the weight's own dtype."""
-HELD = 2e9
-"""Bytes of visual features that `QwenSight` and `FeatureBank` keep at most."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +88,7 @@ def weigh(subject: Subject, trains: tuple[Any, Any], optimizer: str | None) -> W
         sums[kind][1] += parameter.nbytes
         if learns:
             states += parameter.numel() * STATES.get(str(optimizer), 2 * parameter.itemsize)
-    text = model.get_decoder() if hasattr(model, "get_decoder") else model.get_base_model().get_decoder()
-    layer = sum(p.nbytes for p in text.layers[0].parameters())
+    layer = sum(p.nbytes for p in decoder(model).layers[0].parameters())
     (frozen, trained, adapters), (frozen_bytes, trained_bytes, adapters_bytes) = zip(*sums.values(), strict=True)
     numbers = int(frozen), int(trained), int(adapters)
     return Weights(*numbers, frozen_bytes, trained_bytes, adapters_bytes, states, layer)
@@ -154,13 +154,15 @@ def _shared_out(parts: dict[str, float], weights: Weights, place: Place) -> dict
 
 
 def features_held(run: Run, subject: Subject, images: int | None) -> float:
-    """Bytes of visual features that are kept over the steps: on the device by qwen_vl, else in the main memory.
+    """Bytes of visual features that are kept over the steps.
+
+    Those of slide_vlm lie in the main memory, those of a family with a vision tower on the device.
 
     Args:
         images: number of images or slides; None is not known, and takes the most that is kept.
     """
     if subject.config.model_type == "slide_vlm":
-        wide = 4.0 * (subject.config.feature_dim + 4)
+        wide = 4.0 * (subject.config.feature_dim + COLUMNS)
     else:
         if not (run.performer.freeze_vision and run.grpo.see_once) or run.grpo.vision_cache:
             return 0.0  # those of a cache on disk stay in the main memory, once they are there
@@ -169,7 +171,11 @@ def features_held(run: Run, subject: Subject, images: int | None) -> float:
 
 
 def fit(run: Run, subject: Subject, sizes: Sizes, place: Place, images: int | None = None) -> list[Phase]:
-    """All phases of a recipe."""
+    """All phases of a recipe.
+
+    Args:
+        images: see `features_held`.
+    """
     held = features_held(run, subject, images)
     on_device = not place.gpu or subject.config.model_type != "slide_vlm"
     return [

@@ -17,6 +17,7 @@ HARMLESS, SLOWER, DIFFERENT = range(3)
 """What a change costs: nothing but smaller batches; time or machines; the results are of another run."""
 HARM = ("same results", "slower, or more GPUs", "other results")
 LORA = {"r": 16, "lora_alpha": 64}
+"""Adapters that are proposed, as published for BiRR4CPath."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,9 @@ def changes(run: Run, place: Place, phase: str) -> Iterator[Change]:
     else:
         yield from _of_grpo(run, place, phase)
     if run.performer.lora is None and (run.performer.freeze_vision or run.performer.family != "qwen_vl"):
-        yield Change("performer.lora={r: 16, lora_alpha: 64}", DIFFERENT, _with_lora(run), place)
+        keys = ", ".join(f"{key}: {value}" for key, value in LORA.items())
+        with_lora = replace(run, performer=replace(run.performer, lora=dict(LORA)))
+        yield Change(f"performer.lora={{{keys}}}", DIFFERENT, with_lora, place)
     if len(run.ladder) > 1:
         shorter = replace(run, ladder=run.ladder[:-1])
         yield Change(f"--ladder {' '.join(map(str, shorter.ladder))}", DIFFERENT, shorter, place)
@@ -129,10 +132,6 @@ def _of_grpo(run: Run, place: Place, phase: str) -> Iterator[Change]:
     if not args.gradient_checkpointing:
         setting = "--gradient_checkpointing true"
         yield Change(setting, SLOWER, _grpo(run, gradient_checkpointing=True), place)
-
-
-def _with_lora(run: Run) -> Run:
-    return replace(run, performer=replace(run.performer, lora=dict(LORA)))
 
 
 def _changed(args: Any, **values: Any) -> Any:

@@ -61,7 +61,7 @@ def _models(run: Run) -> Iterator[Check]:
         belongs = key == ("language_model" if performer.family == "slide_vlm" else "pretrained")
         if name and belongs and not performer.checkpoint:
             yield checkpoint(f"performer.{key}", name)
-    if run.encoder.name not in (DEFAULT,) and not run.encoder.name.startswith("timm:"):
+    if run.encoder.name != DEFAULT and not run.encoder.name.startswith("timm:"):
         yield checkpoint("encoder.name", run.encoder.name)
 
 

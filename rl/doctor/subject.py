@@ -19,7 +19,7 @@ from transformers import (
     Qwen2_5_VLForConditionalGeneration,
 )
 
-from models.build import MARKS_OF, SEEING, PerformerConfig, _small_text
+from models.build import MARKS_OF, SEEING, PerformerConfig, small_text
 from models.cross_attention import spread
 from models.gemma_vl import freeze_gemma, small_gemma
 from models.language_model import located
@@ -92,14 +92,14 @@ class Subject:
             tokenizer = train_tokenizer(["a"], performer.vocab_size, MARKS_OF[performer.family])
             with torch.device("meta"):
                 small = SMALL[performer.family](
-                    tokenizer, _small_text(performer, tokenizer, vocab_size=performer.vocab_size)
+                    tokenizer, small_text(performer, tokenizer, vocab_size=performer.vocab_size)
                 )
             return cls(small.config, torch.float32, performer)
         if performer.language_model:
             text = read_config(performer.language_model)
         else:
             tokenizer = train_tokenizer(["a"], performer.vocab_size)
-            values = _small_text(performer, tokenizer, vocab_size=performer.vocab_size)
+            values = small_text(performer, tokenizer, vocab_size=performer.vocab_size)
             text = AutoConfig.for_model("qwen2", **values)
         shared = {key: getattr(performer, key) for key in SEEING}
         return cls(SlideVLMConfig(text_config=text, feature_dim=feature_dim, **shared), torch.float32, performer)
