@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,14 +9,13 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from envs.rows import read_rows
 from models.language_model import GGUF, PACKAGE, located
 from rl.doctor.machine import Check, hub, installed
 from rl.recipe import Run
 from slides.encoder import DEFAULT
 from slides.errors import InputError
-
-SLIDES = (".svs", ".tif", ".tiff", ".ndpi", ".mrxs", ".scn", ".vms", ".vmu", ".bif", ".svslide", ".dcm")
-"""Endings of files that OpenSlide reads."""
+from slides.jobs import SUFFIXES
 
 MAKERS = ("simulator", "mosaic")
 """Environments that write their cases' folder themselves."""
@@ -119,7 +116,7 @@ def _slides(run: Run) -> bool:
     if run.cases["name"] in MAKERS:
         return True
     rows = _manifest(run)
-    return any(str(v).lower().endswith(SLIDES) for row in rows[:100] for v in _values(row))
+    return any(str(v).lower().endswith(tuple(SUFFIXES)) for row in rows[:100] for v in _values(row))
 
 
 def _values(row: dict[str, Any]) -> Iterator[Any]:
@@ -135,14 +132,12 @@ def images(run: Run) -> int | None:
 
 
 def _manifest(run: Run) -> list[dict[str, Any]]:
-    """Rows of its manifest as they stand; none where there is no such file, or it is of another kind."""
+    """Rows of its manifest as they stand, without those that cannot be read; none where there is no such file.
+
+    Raises:
+        InputError: nothing of the file can be read.
+    """
     path = run.cases.get("path")
     if run.cases["name"] != "manifest" or not isinstance(path, str) or not Path(path).is_file():
         return []
-    if path.endswith(".jsonl"):
-        lines = Path(path).read_text().splitlines()
-        return [row for line in lines if line.strip() and isinstance(row := json.loads(line), dict)]
-    if path.endswith((".csv", ".tsv")):
-        with open(path, newline="") as file:
-            return list(csv.DictReader(file, delimiter="\t" if path.endswith(".tsv") else ","))
-    return []
+    return [row.values for row in read_rows(Path(path))[0]]

@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 import sys
 
+import pandas
 import pytest
 
 from rl.doctor import __main__ as doctor
 from rl.doctor.machine import hub
+from rl.doctor.needs import images, needs
+from rl.recipe import parse_recipe
 from tests.cli.conftest import RECIPE, write_recipe
 
 
@@ -73,6 +76,32 @@ def test_what_is_missing_is_named_with_its_remedy(tmp_path, monkeypatch, capsys)
         assert word in out
     assert "hf download HuggingFaceTB/SmolLM2-135M-Instruct" in out and "-> correct the path" in out
     assert "134.9 M trained" in out, "its shape is known without the hub; the aligner is with it"
+
+
+def over(tmp_path, manifest: str) -> str:
+    """A recipe over a manifest of the test's folder."""
+    return str(write_recipe(tmp_path, tmp_path, cases={"name": "manifest", "path": str(tmp_path / manifest)}))
+
+
+def test_a_manifest_that_cannot_be_read_is_no_traceback(tmp_path, monkeypatch, capsys):
+    (tmp_path / "a.jsonl").write_text('{"images": "a.png"}\n{"images":\n')
+    assert images(parse_recipe(["--config", over(tmp_path, "a.jsonl")])) == 1, "the row that can be read"
+    (tmp_path / "a.txt").write_text("images\n")
+    code, _, err = call(monkeypatch, capsys, "--config", over(tmp_path, "a.txt"), "--memory", "80GB")
+    assert code == 2 and "unknown kind of manifest" in err
+
+
+@pytest.mark.parametrize("ending", ["json", "csv", "parquet"])
+def test_a_manifest_of_any_kind_is_counted(tmp_path, ending):
+    rows, path = pandas.DataFrame({"slides": ["a.svs", "b.svs", "c.czi"]}), tmp_path / f"a.{ending}"
+    if ending == "csv":
+        rows.to_csv(path, index=False)
+    elif ending == "json":
+        rows.to_json(path, orient="records")
+    else:
+        rows.to_parquet(path)
+    run = parse_recipe(["--config", over(tmp_path, path.name)])
+    assert images(run) == 3 and "OpenSlide for its slides" in [check.what for check in needs(run)]
 
 
 def test_wrong_options(path, monkeypatch, capsys):
