@@ -29,7 +29,7 @@ CONFIGS = ROOT / "configs" / "accelerate"
 TWO = {"cpu": [], **{name: ["--num_processes", "2"] for name in ("zero2", "zero3", "fsdp2")}}
 """Launches of two processes, and what they say beside the file."""
 needs_deepspeed = pytest.mark.skipif(
-    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (extra `gpu`)"
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (extras `dev`, `gpu`)"
 )
 
 RECIPE: dict[str, Any] = {
