@@ -1,0 +1,7 @@
+"""Cases: images or slides with a question and its answer, by patient and split.
+
+- `case`, and where cases come from: `manifest` (your own files), `simulator` (drawn slides with known truth), `mosaic`
+  (labelled tiles laid out on a field).
+- `checks`: leaks, copies and contradictions; `new_cases`: cases that are only answered.
+- `token_budget` and `score_table`: choosing budgets as a Gymnasium environment, and as a table of scores.
+"""

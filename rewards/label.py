@@ -7,7 +7,8 @@ import re
 import string
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 from rewards.answer import Completion, extract_answer
 from rewards.registry import column, reward, warn_unscorable
@@ -22,7 +23,8 @@ _SAME = str.maketrans({**dict.fromkeys("‐‑‒–—−", "-"), **dict.fromke
 _LABELLED = re.compile(r"(?:\(([a-z]|[0-9]{1,2})\)|([a-z]|[0-9]{1,2})(?:\)|[.:](?= )))(.+)")
 
 
-class Options(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Options:
     """What names each of a row's options."""
 
     texts: Mapping[str, int]  # normalised text -> position

@@ -58,6 +58,8 @@ class MarkWhole(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer."""
         self.most, args.save_total_limit = args.save_total_limit, None
+        if state.global_step and state.is_world_process_zero:
+            print(f"{args.output_dir}: goes on after step {state.global_step} of {state.max_steps}")
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Called by the trainer."""

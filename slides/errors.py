@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 
 
@@ -24,6 +25,8 @@ def entry(main: Callable[[], None]) -> Callable[[], None]:
 
     @functools.wraps(main)
     def run() -> None:
+        # TRL sets it by this name, and the oldest transformers that we take knows no other.
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing` is deprecated", FutureWarning)
         try:
             main()
         except InputError as error:

@@ -74,7 +74,7 @@ def _read(path: str, side: int | None, stride: int) -> np.ndarray:
     image = read_image(path)
     scale = side / max(image.size) if side else 1.0
     across, down = (max(stride, round(length * scale / stride) * stride) for length in image.size)
-    return np.asarray(image.resize((across, down), Image.Resampling.BICUBIC))
+    return np.array(image.resize((across, down), Image.Resampling.BICUBIC))
 
 
 def _cells(pixels: np.ndarray, encoder: PatchEncoder) -> Features:

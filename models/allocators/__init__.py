@@ -1,0 +1,1 @@
+"""Networks that look at image and question and value or choose budgets."""

@@ -1,0 +1,1 @@
+"""How an allocator learns budgets: from rollouts, from score tables, by escalation, by text."""

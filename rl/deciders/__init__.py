@@ -1,0 +1,1 @@
+"""Fitted allocators that decide the budgets of cases: a file for each form."""

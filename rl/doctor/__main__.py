@@ -12,7 +12,6 @@ import argparse
 import json
 import re
 import sys
-import warnings
 from pathlib import Path
 
 import psutil
@@ -121,7 +120,6 @@ def estimate(run: Run, options: argparse.Namespace) -> Estimate:
 @entry
 def main() -> None:
     """Print the report."""
-    warnings.simplefilter("ignore", FutureWarning)
     options, rest = parse(sys.argv[1:])
     if rest and not options.config:
         raise InputError(f"{' '.join(rest)}: no such option without a recipe; give --config")

@@ -212,6 +212,7 @@ def test_killed_run_resumes_to_the_same_result(finished, slides, tmp_path):
     assert not (folder / "done.json").exists(), "the run ended before it was killed"
     done = call("rl/grpo.py", recipe)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert f"{folder}: goes on after step " in done.stdout
     steps = json.loads((folder / "done.json").read_text())["log"]
     assert [row["step"] for row in steps if "loss" in row] == list(range(1, 9))
     assert results(read_summary(recipe)) == results(read_summary(finished[0]))

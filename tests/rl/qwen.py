@@ -25,7 +25,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from trl import GRPOTrainer
 
 from models.build import LORA_TARGETS
-from models.qwen_vl import SPECIAL, QwenProcessor, backbone, freeze_vision, load_qwen, small_qwen
+from models.qwen_vl import VIDEO_TOKEN, VISION_MARKS, QwenProcessor, backbone, freeze_vision, load_qwen, small_qwen
 from models.tokenizer import train_tokenizer
 from rl.config import GroupConfig
 from rl.trainer import GroupTrainer
@@ -59,7 +59,8 @@ SHORT_RUN = {
 
 
 def make_processor() -> QwenProcessor:
-    tokenizer = train_tokenizer(["grade tumour carcinoma necrosis"], 300, SPECIAL)
+    tokenizer = train_tokenizer(["grade tumour carcinoma necrosis"], 300, VISION_MARKS)
+    tokenizer.add_tokens([VIDEO_TOKEN], special_tokens=True)  # the last, as `Forced` depends on the ids of the others
     size = {"shortest_edge": PIXELS, "longest_edge": PIXELS * 16}
     return QwenProcessor(Qwen2VLImageProcessorPil(size=size), tokenizer)
 
