@@ -60,10 +60,7 @@ class GemmaSight(TowerSight):
         base = gemma_backbone(model)
         if not all(map(is_frozen, vision_parts(base))):
             raise InputError("gemma_vl pools what a frozen vision tower sees: call `freeze_gemma` on the model first")
-        if not takes_features(base):
-            raise InputError(
-                "gemma_vl: this transformers hands Gemma 3 no ready features; pip install -U transformers"
-            )
+        _require_features(base)
         parts = vision_parts(base)
         self._keep(once, cache, autocast, parts, parts[1].mm_input_projection_weight)
 
@@ -96,6 +93,7 @@ class GemmaSight(TowerSight):
         views = flat(shown)
         if not views:
             return {}
+        _require_features(gemma_backbone(model))
         if not self.once or any(v.features is None for v in views):
             self.see(gemma_backbone(model), views)
         tokens = torch.cat([v.features for v in views])
@@ -269,3 +267,13 @@ def small_gemma(
 def _chunks(keys: Iterable[str]) -> list[list[str]]:
     listed = list(keys)
     return [listed[at : at + TOWER_IMAGES] for at in range(0, len(listed), TOWER_IMAGES)]
+
+
+def _require_features(base: Any) -> None:
+    """Refuse a model whose forward would leave out ready features.
+
+    Raises:
+        InputError: transformers is older than 5.18.
+    """
+    if not takes_features(base):
+        raise InputError("gemma_vl: this transformers hands Gemma 3 no ready features; pip install -U transformers")

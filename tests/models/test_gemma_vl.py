@@ -21,7 +21,7 @@ from models.generation import generate
 from rl.packing import block_mask, pack, packed_mask, runs_of
 from rl.trainer import GroupTrainer
 from slides.errors import InputError
-from tests.conftest import noise
+from tests.conftest import needs_features, noise
 
 BUDGETS = (64, 9, 0, 32, 4, 64)
 
@@ -78,6 +78,7 @@ def test_tokens_are_means_of_regions_of_the_grid(gemma, image_cases):
     assert torch.allclose(views[3].features[0], grid.mean((0, 1)), atol=1e-6)
 
 
+@needs_features
 def test_an_image_is_seen_once_whatever_the_budgets(gemma, image_cases, tmp_path):
     sight = gemma.processor.sight
     seen = sum(len(c.images) for c in image_cases)
@@ -111,6 +112,7 @@ def test_images_stand_in_the_text_as_in_the_stock_processor(gemma, image_cases):
 # Equality with the stock model.
 
 
+@needs_features
 @torch.no_grad()
 def test_answers_are_those_of_the_stock_model(gemma, image_cases):
     ours = gemma.answer(image_cases, [64 * len(c.images) for c in image_cases], max_new_tokens=6)
@@ -124,6 +126,7 @@ def test_answers_are_those_of_the_stock_model(gemma, image_cases):
         assert gemma.processor.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True) == answer.text
 
 
+@needs_features
 def test_completions_of_a_prompt_may_be_more_than_the_window(make_gemma, image_cases):
     made = make_gemma()
     prompts = [made.prompt(c, 16) for c in image_cases[:3]]
@@ -137,6 +140,7 @@ def test_completions_of_a_prompt_may_be_more_than_the_window(make_gemma, image_c
     assert free[0] == free[7], "greedy ones are all alike"
 
 
+@needs_features
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager", SHARED_PREFIX])
 def test_packed_rows_give_the_log_probabilities_of_the_stock_forward(gemma, image_cases, attention):
@@ -216,6 +220,7 @@ def test_the_tower_costs_the_same_at_every_budget(gemma, image_cases):
     assert costs[0] == by_hand
 
 
+@needs_features
 def test_a_saved_performer_answers_alike(gemma, image_cases, tmp_path):
     before = gemma.answer(image_cases, BUDGETS, max_new_tokens=6)
     gemma.save(tmp_path)
@@ -238,6 +243,7 @@ print(performer.processor.sight.inputs(performer.model, [views])["mm_encoder_out
 """
 
 
+@needs_features
 def test_it_sees_without_torchvision(gemma, tmp_path):
     gemma.save(tmp_path)
     root = Path(__file__).parents[2]

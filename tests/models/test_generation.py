@@ -11,6 +11,7 @@ from models.attention import decoder, implementation
 from models.build import PerformerConfig, lora_config
 from models.generation import by_length, generate, generate_sure, to_device
 from models.sight import lay_out
+from tests.conftest import needs_features
 
 LENGTH = 8
 
@@ -54,6 +55,7 @@ def test_completions_of_stored_features_are_those_of_repeated_rows(performer, ca
     assert len(ours) == 9 and ours[0] == ours[1] and len({tuple(row) for row in ours}) > 3
 
 
+@needs_features
 @pytest.mark.parametrize("once", [True, False])
 def test_completions_of_images_are_those_of_repeated_rows(qwen, image_cases, once):
     qwen.processor.sight.once = once

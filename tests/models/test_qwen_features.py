@@ -14,7 +14,7 @@ from models import qwen_vl
 from models.feature_cache import FeatureCache
 from models.qwen_vl import QwenSight, freeze_vision
 from models.sight import read_prompt
-from tests.conftest import noise
+from tests.conftest import needs_features, noise
 from tests.models.conftest import views_of, watch
 
 
@@ -32,6 +32,7 @@ def stock_features(performer, views) -> list[torch.Tensor]:
 # What is seen.
 
 
+@needs_features
 @pytest.mark.parametrize("budget", [1, 3, 4, 16, 100])
 def test_counted_tokens_grid_and_features_agree(qwen, sight, image_cases, budget):
     for case in image_cases:
@@ -44,6 +45,7 @@ def test_counted_tokens_grid_and_features_agree(qwen, sight, image_cases, budget
             assert shown is view.features and shown.shape == (len(view), 32)
 
 
+@needs_features
 def test_features_are_those_of_the_stock_tower(qwen, sight, image_cases):
     views = [v for c in image_cases for v in views_of(qwen, c, 12)] + [sight.view(noise(90, 150, 9))]
     expected = stock_features(qwen, views)
@@ -65,6 +67,7 @@ def test_many_views_are_seen_in_parts(qwen, sight, runs, monkeypatch, limit, cou
         assert view.features.untyped_storage().nbytes() == view.features.nbytes, "no other view is kept alive"
 
 
+@needs_features
 def test_a_frozen_tower_sees_a_view_once(qwen, sight, runs, image_cases):
     views = views_of(qwen, image_cases[3], 6)
     sight.prefetch(views)
@@ -112,6 +115,7 @@ def test_a_tower_that_trains_has_gradients(make_qwen, image_cases):
         assert all(v.features is None for v in views)
 
 
+@needs_features
 def test_an_unconfigured_sight_does_not_remember_a_tower_that_trains(make_qwen, image_cases):
     performer = make_qwen(freeze_vision=False)
     views = views_of(performer, image_cases[0], 4)
@@ -192,6 +196,7 @@ def cached(performer, folder: Path, **options) -> tuple[QwenSight, list[int]]:
     return sight, watch(performer)
 
 
+@needs_features
 def test_a_second_run_never_runs_the_tower(make_qwen, image_cases, tmp_path):
     first, second = make_qwen(), make_qwen()
     sight, runs = cached(first, tmp_path)
@@ -236,6 +241,7 @@ def test_a_resize_of_ours_and_of_the_processor_are_not_mistaken(make_qwen, tmp_p
     assert len(runs) == 2
 
 
+@needs_features
 def test_kept_features_may_be_rounded(make_qwen, image_cases, tmp_path):
     first, second = make_qwen(), make_qwen()
     sight, _ = cached(first, tmp_path, dtype=torch.bfloat16)

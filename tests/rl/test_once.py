@@ -18,6 +18,7 @@ from trl import GRPOTrainer
 
 from rl.trainer import GroupTrainer
 from tests.cli.conftest import ENVIRONMENT, ROOT
+from tests.conftest import needs_features
 from tests.rl.qwen import Ours, Stock, Watch, assert_same, make_rows, make_trainer, steps, train
 
 LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo", "vespo", "luspo", "sapo")
@@ -248,6 +249,7 @@ def test_bfloat16_is_close(stock_logs, tmp_path):
     assert any(a["grad_norm"] != pytest.approx(b["grad_norm"], rel=1e-3) for a, b in zip(stock, exact, strict=True))
 
 
+@needs_features
 @pytest.mark.parametrize("kept", [None, "float32", "bfloat16"])
 def test_a_cache_of_features_changes_no_step(stock_logs, tmp_path, kept):
     """Features rounded to bfloat16 move grad norms by 0.03 % here."""

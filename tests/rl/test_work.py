@@ -15,7 +15,7 @@ import rl.trainer
 from models.qwen_vl import backbone
 from rl.trainer import GroupTrainer
 from slides.errors import InputError
-from tests.conftest import noise
+from tests.conftest import needs_features, noise
 from tests.rl.qwen import IMAGES, PIXELS, Ours, Stock, Watch, make_rows, make_trainer, steps
 
 OFF_POLICY = {"per_device_train_batch_size": 8, "steps_per_generation": 2, "gradient_accumulation_steps": 1}
@@ -93,6 +93,7 @@ def test_groups_without_advantage_are_not_read(tmp_path, skip):
     assert sum(teaching) < read <= sum(teaching) + shortest
 
 
+@needs_features
 @pytest.mark.parametrize(
     "changes",
     [
@@ -241,6 +242,7 @@ def test_completions_are_logged(tmp_path):
     assert ours["prompt"].str.contains("Which grade").sum() == 4
 
 
+@needs_features
 def test_a_single_image_column_is_shown(tmp_path):
     rows = [{"prompt": r["prompt"], "image": noise(84, 56, i)} for i, r in enumerate(make_rows("text"))]
     logs = []

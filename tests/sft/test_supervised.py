@@ -15,7 +15,7 @@ from models.processor import token_types
 from rewards.registry import gold_completion
 from sft.supervised import BudgetCollator, StageTrainer, part_of, sft_config, stage_rates, train_sft
 from slides.errors import InputError
-from tests.conftest import LADDER
+from tests.conftest import LADDER, needs_features
 
 
 @pytest.fixture
@@ -184,6 +184,7 @@ def test_positions_of_a_batch_are_those_of_the_stock_model(qwen, image_cases, bu
     assert (batch["attention_mask"] == 0).any(), "some rows are padded"
 
 
+@needs_features
 @pytest.mark.parametrize("frozen", [True, False])
 def test_a_frozen_tower_gives_features_and_another_pixels(make_qwen, image_cases, frozen):
     performer = make_qwen(freeze_vision=frozen)
