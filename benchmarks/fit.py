@@ -199,7 +199,8 @@ def train_grpo(shape: dict[str, Any], model: Any, folder: str, note: Callable[..
     images = [Image.fromarray(rng.integers(0, 255, (side, side, 3), dtype=np.uint8)) for _ in range(count)]
     empty = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": ""}]}]
     rest = len(tokenizer(processor.apply_chat_template(empty, add_generation_prompt=True))["input_ids"])
-    words = " a" * (shape["text"] - rest)
+    words = "a" * (shape["text"] - rest)  # a token each, as the tokenizer knows no longer ones of them
+    assert len(tokenizer(words)["input_ids"]) == shape["text"] - rest
     args = GroupConfig(
         output_dir=folder,
         per_device_train_batch_size=shape["prompts"] * group,
