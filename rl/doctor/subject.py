@@ -120,11 +120,6 @@ class Subject:
         return self.text.num_hidden_layers
 
     @property
-    def uniform(self) -> bool:
-        """Whether each layer keeps as many keys and values as any other."""
-        return len(set(getattr(self.text, "layer_types", None) or [0])) == 1
-
-    @property
     def routes(self) -> int:
         """Layers that look at visual tokens outside the text."""
         if getattr(self.config, "in_text", True):
@@ -143,7 +138,7 @@ class Subject:
     def build(self, layers: int | None = None, attention: str = "sdpa") -> Any:
         """The model, in the context of a device that holds no data; with fewer layers if wanted.
 
-        A vision tower is shortened as well: its features come ready.
+        A vision tower is shortened as well: it keeps nothing of a layer when the next one works.
         """
         config = copy.deepcopy(self.config)
         if layers is not None:
@@ -176,7 +171,7 @@ def _shorten(vision: Any) -> None:
     if hasattr(vision, "depth"):
         vision.depth, vision.fullatt_block_indexes = 1, [0]
     else:
-        vision.num_hidden_layers = 1
+        vision.num_hidden_layers = 2  # the second works beside what the first was given
 
 
 def _kept(config: Any) -> torch.dtype:

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -19,6 +20,8 @@ from models.attention import SHARED_PREFIX, as_mask
 from models.build import lora_config
 from models.compressors.base import Tokens
 from models.cross_attention import MEMORY, decoder_layers
+from models.gemma_vl import TOWER_IMAGES
+from models.qwen_vl import TOWER_PATCHES
 from models.visual import COLUMNS
 from rl.doctor.kernels import GPU, score
 from rl.doctor.ledger import Ledger, Trace
@@ -109,7 +112,7 @@ def trace(subject: Subject, job: Update | Writing, gpu: bool) -> Trace:
 def _trace(subject: Subject, job: Update | Writing, gpu: bool) -> Trace:
     work = _update if isinstance(job, Update) else _writing
     routes = subject.routes
-    if subject.layers <= DEPTH + 1 or (isinstance(job, Writing) and not subject.uniform):
+    if subject.layers <= DEPTH + 1:
         return work(subject, job, gpu, None)  # type: ignore[arg-type]
     ends = [work(subject.shorter(layers, min(1, routes)), job, gpu, layers) for layers in (DEPTH, DEPTH + 1)]  # type: ignore[arg-type]
     grown = ends[0].deeper(ends[1], subject.layers - DEPTH - 1)
@@ -199,7 +202,10 @@ def _mask(base: Any, job: Update) -> dict[str, Any]:
     if job.prefix:
         segment = torch.zeros(job.rows, job.length, dtype=torch.long)
         dtype = torch.get_autocast_dtype("cpu") if job.bf16 else base.dtype
-        return {"attention_mask": as_mask(block_mask(segment, job.prefix), dtype), "prefix_length": job.prefix}
+        # Where image tokens see those after them, the prefix is not plainly causal: see `rl.packing.packed_mask`.
+        start = 0 if base.config.model_type == "gemma3" else job.prefix
+        mask = as_mask(block_mask(segment, start), dtype)
+        return {"attention_mask": mask, **({"prefix_length": start} if start else {})}
     return _padded(job.rows, job.length)
 
 
@@ -250,6 +256,41 @@ def _look(base: Any, rows: int, seen: Seen) -> torch.Tensor:
     return base.model.aligner(made.features, made.place)
 
 
+def _see(base: Any, count: int, seen: Seen, gpu: bool, ledger: Ledger) -> None:
+    """First sight of the images of `count` prompts by a vision tower; one of its layers stands for all of them.
+
+    Images are made ready in the main memory, all of them before the tower reads the first.
+    """
+    kind = base.config.model_type
+    if not seen.tokens or kind not in ("qwen2_5_vl", "gemma3"):
+        return
+    ledger.mark("first sight")
+    vision = base.config.vision_config
+    if kind == "gemma3":
+        at_once = min(count, TOWER_IMAGES)
+        shape: tuple[int, ...] = (vision.num_channels, vision.image_size, vision.image_size)
+    else:
+        each = seen.tokens * vision.spatial_merge_size**2
+        at_once = min(count, max(1, TOWER_PATCHES // each))
+        shape = (each, vision.in_channels * vision.temporal_patch_size * vision.patch_size**2)
+    ready = [] if gpu else [torch.zeros(shape) for _ in range(count)]
+    pixels = torch.zeros(at_once, *shape)
+    if kind == "gemma3":
+        base.get_image_features(pixels.to(base.dtype), return_dict=True)
+    else:
+        _read_patches(base.model.visual, pixels.flatten(0, 1), at_once)
+    del ready
+
+
+def _read_patches(tower: Any, pixels: torch.Tensor, images: int) -> None:
+    """What the tower of a Qwen2.5-VL makes of patches, by hand: its forward asks tensors for their values."""
+    hidden = tower.patch_embed(pixels)
+    places = torch.zeros(len(hidden), hidden.shape[-1] // tower.config.num_heads)
+    ends = np.arange(images + 1) * (len(hidden) // images)
+    hidden = tower.blocks[0](hidden, cu_seqlens=ends, position_embeddings=(places, places))
+    tower.merger(hidden)
+
+
 def _watch_layers(text: Any, embeds: torch.Tensor, ledger: Ledger) -> None:
     """Mark the moments of the backward: that of the first layer, of others, and of what comes before."""
     if not torch.is_grad_enabled():
@@ -280,8 +321,9 @@ def _writing(subject: Subject, job: Writing, gpu: bool, layers: int | None) -> T
         ledger.leave_out([*model.parameters(), *model.buffers()])
         text, head = base.get_decoder(), base.get_output_embeddings()
         with ledger, _autocast(job.bf16):
+            _see(base, count, job.seen, gpu, ledger)
             ledger.mark("prefill")
-            cache = DynamicCache(config=text.config)
+            cache = DynamicCache()  # of full layers, as `models.generation` has it
             hidden = _read(base, count, job.length, job.seen, _padded(count, job.length), ledger, cache)
             logits = head(hidden[:, -1:]).repeat_interleave(job.width, 0)
             del hidden
@@ -289,10 +331,9 @@ def _writing(subject: Subject, job: Writing, gpu: bool, layers: int | None) -> T
             ledger.mark("decode")
             full = job.length + job.width * max(0, job.written - 2)
             for layer in cache.layers:
-                if not layer.is_sliding:
-                    heads, width = layer.keys.shape[1], layer.keys.shape[3]
-                    layer.keys = layer.keys.new_empty(count, heads, full, width)
-                    layer.values = layer.values.new_empty(count, heads, full, width)
+                heads, width = layer.keys.shape[1], layer.keys.shape[3]
+                layer.keys = layer.keys.new_empty(count, heads, full, width)
+                layer.values = layer.values.new_empty(count, heads, full, width)
             allowed = torch.ones(count, job.width, full + job.width, dtype=torch.bool)
             embeds = base.get_input_embeddings()(torch.zeros(count, job.width, dtype=torch.long))
             out = text(
