@@ -120,7 +120,7 @@ def _to_case(row: Row, reading: Reading, format: str, options: Sequence[str] | N
         elif format == "labels":
             values = _label_values(row, reading)
         else:
-            values = {key: _cell(key, value) for key, value in values.items()}
+            values = {key: cell(key, value) for key, value in values.items()}
             if not reading.gold:
                 values.setdefault("id", f"{Path(reading.path).stem}:{row.number}")
     except InputError as error:
@@ -272,7 +272,7 @@ def _set_boxes(values: dict[str, Any], reading: Reading) -> None:
         raise InputError(str(error)) from None
 
 
-def _cell(name: str, value: Any) -> Any:
+def cell(name: str, value: Any) -> Any:
     """A table cell can hold a list only as JSON."""
     if name in ("images", "slides", "options") and isinstance(value, str) and value.lstrip().startswith("["):
         try:

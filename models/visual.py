@@ -16,6 +16,8 @@ from slides.store import Features, count_features, read_features
 
 COLUMNS = PLACE + 1
 """Columns that follow the features of a token: centre x, centre y and side as shares of the field; patches in it."""
+CACHE_MB = 2048
+"""Memory for compressed tokens, in MiB."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,7 +68,7 @@ class FeatureBank:
         missing: slides of the cases without features, and why; they are not shown.
     """
 
-    def __init__(self, files: dict[str, str], cache_mb: int = 2048, missing: dict[str, str] | None = None):
+    def __init__(self, files: dict[str, str], cache_mb: int = CACHE_MB, missing: dict[str, str] | None = None):
         self.files, self.missing = files, missing or {}
         self.cache_bytes = cache_mb * 2**20
         self._made: OrderedDict[tuple[str, Hashable, int], VisualTokens] = OrderedDict()

@@ -20,7 +20,7 @@ from models.slide_text import copy_qformer
 from sft.contrastive import build_model, contrastive_config, train_contrastive
 from sft.mae import mae_config, measure_mae, train_mae
 from sft.options import Stage
-from sft.supervised import sft_config, stage_rates, train_sft
+from sft.supervised import adapters_of, sft_config, stage_rates, train_sft
 from slides.errors import InputError
 
 MEASURED = 64
@@ -73,7 +73,8 @@ class Supervision:
             raise InputError(
                 f"sft.{stage.kind}: learning_rate has no effect here; give each part its own in learning_rates"
             )
-        lora = options.pop("lora", self.config.lora if rates is None or "lora" in rates else None)
+        lora = adapters_of(options, rates, self.config.lora)
+        options.pop("lora", None)
         # Without an image nothing is trained where the language model is frozen.
         blind = rates is not None and set(rates) == {"seeing"}
         ladder, text_only = options.pop("ladder", self.ladder), options.pop("text_only", 0.0 if blind else 0.05)

@@ -37,6 +37,9 @@ RATES: dict[str, dict[str, float]] = {
 
 PARTS = ("seeing", "lora", "language")
 
+OWN_KEYS = ("questions", "learning_rates", "lora", "ladder", "text_only")
+"""Keys of a stage in a recipe that are not arguments of its trainer."""
+
 LANGUAGE_WEIGHTS = "language.safetensors"
 """File of a checkpoint: weights of the language model that are trained beside its adapters."""
 
@@ -243,6 +246,17 @@ def stage_rates(kind: str, given: Mapping[str, float] | None) -> dict[str, float
     if rates and not any(rates.values()):
         raise InputError("sft: every learning rate is 0, so that nothing is trained; give one part a rate")
     return {part: rate for part, rate in rates.items() if rate} or None
+
+
+def adapters_of(
+    options: Mapping[str, Any], rates: Mapping[str, float] | None, lora: dict[str, Any] | None
+) -> dict[str, Any] | None:
+    """Adapters that a stage trains: its own key `lora`, else the performer's where they have a learning rate.
+
+    Args:
+        options: the stage's. rates: see `stage_rates`. lora: of the performer.
+    """
+    return options.get("lora", lora if rates is None or "lora" in rates else None)
 
 
 def merged(trainer: Any) -> Any:

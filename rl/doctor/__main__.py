@@ -32,6 +32,8 @@ RESERVE = 0.1
 """Share of a device that is left for what is not counted: CUDA's own, kernels' buffers, holes of the allocator."""
 WIDTHS = {"efficientnet-lite0": 1280}
 """Width of the features of encoders that come with the package."""
+WIDTH = 1024
+"""Width of those of other encoders: a guess."""
 
 
 def gigabytes(text: str) -> float:
@@ -58,7 +60,8 @@ def parse(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
     add("--text-tokens", type=int, default=Sizes.text, help="tokens of a question with its chat template")
     add("--answer-tokens", type=int, help="tokens of a gold answer; default: max_completion_length")
     add("--patches", type=int, default=Sizes.patches, help="features of a slide, for learned compressors")
-    add("--feature-dim", type=int, help="width of stored features; default: that of the packaged encoder")
+    known = ", ".join(f"{width} of {name}" for name, width in WIDTHS.items())
+    add("--feature-dim", type=int, help=f"width of stored features; default: {known}, {WIDTH} of others, a guess")
     add("--tflops", type=float, help="TFLOPs a second that the device can do; default: its data sheet, or measured")
     add("--bandwidth", type=float, help="TB of memory a second; default: as for --tflops")
     add("--mfu", type=float, default=0.4, help="share of them that training reaches; an assumption")
@@ -98,7 +101,7 @@ def estimate(run: Run, options: argparse.Namespace) -> Estimate:
     """How the recipe fits, and what to change where it does not."""
     place, limit = place_and_limit(options)
     sizes = Sizes(options.text_tokens, options.answer_tokens, options.patches)
-    width = options.feature_dim or WIDTHS.get(run.encoder.name, 1024)
+    width = options.feature_dim or WIDTHS.get(run.encoder.name, WIDTH)
     subject, count = Subject.of(run.performer, width), images(run)
     phases, jobs = fit(run, subject, sizes, place, count), jobs_of(run, subject, sizes)
     speed = rates(options, place)

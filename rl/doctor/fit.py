@@ -10,8 +10,8 @@ import torch
 
 from models.attention import decoder
 from models.tower_sight import HELD
-from models.visual import COLUMNS
-from rl.doctor.jobs import Job, Sizes, jobs_of
+from models.visual import CACHE_MB, COLUMNS
+from rl.doctor.jobs import Job, Sizes, jobs_of, learned_tokens
 from rl.doctor.ledger import Moment
 from rl.doctor.subject import Subject
 from rl.doctor.tracing import Update, prepared, trace
@@ -153,7 +153,7 @@ def _shared_out(parts: dict[str, float], weights: Weights, place: Place) -> dict
     return out
 
 
-def features_held(run: Run, subject: Subject, images: int | None) -> float:
+def features_held(run: Run, subject: Subject, sizes: Sizes, images: int | None) -> float:
     """Bytes of visual features that are kept over the steps.
 
     Those of slide_vlm lie in the main memory, those of a family with a vision tower on the device.
@@ -161,13 +161,18 @@ def features_held(run: Run, subject: Subject, images: int | None) -> float:
     Args:
         images: number of images or slides; None is not known, and takes the most that is kept.
     """
-    if subject.config.model_type == "slide_vlm":
-        wide = 4.0 * (subject.config.feature_dim + COLUMNS)
+    config, rows, most = subject.config, sum(run.ladder), HELD
+    if config.model_type == "slide_vlm":
+        wide, most = 4.0 * (config.feature_dim + COLUMNS), CACHE_MB * 2.0**20
+        if learned_tokens(config) is not None:
+            rows = sizes.patches  # whatever the budget
     else:
         if not (run.performer.freeze_vision and run.grpo.see_once) or run.grpo.vision_cache:
             return 0.0  # those of a cache on disk stay in the main memory, once they are there
         wide = float(subject.text.hidden_size * (2 if run.grpo.bf16 else subject.dtype.itemsize))
-    return HELD if images is None else min(HELD, images * sum(run.ladder) * wide)
+        if config.model_type == "gemma3":
+            rows = config.mm_tokens_per_image  # one grid, which is pooled to each budget
+    return most if images is None else min(most, images * rows * wide)
 
 
 def fit(run: Run, subject: Subject, sizes: Sizes, place: Place, images: int | None = None) -> list[Phase]:
@@ -176,7 +181,7 @@ def fit(run: Run, subject: Subject, sizes: Sizes, place: Place, images: int | No
     Args:
         images: see `features_held`.
     """
-    held = features_held(run, subject, images)
+    held = features_held(run, subject, sizes, images)
     on_device = not place.gpu or subject.config.model_type != "slide_vlm"
     return [
         phase_of(subject, job, place, {"features": held} if on_device else None)

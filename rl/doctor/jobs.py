@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from trl import SFTConfig
 
 from models.build import PerformerConfig
 from models.compressors.chain import Chain
@@ -16,10 +17,7 @@ from rl.doctor.subject import Subject
 from rl.doctor.tracing import Seen, Update, Writing
 from rl.recipe import Run
 from sft.options import Stage
-from sft.supervised import sft_config, stage_rates
-
-OWN_KEYS = ("questions", "learning_rates", "lora", "ladder", "text_only")
-"""Keys of a supervised stage that are not its trainer's."""
+from sft.supervised import OWN_KEYS, adapters_of, sft_config, stage_rates
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,12 @@ def shown(subject: Subject, budget: int, patches: int) -> tuple[Seen, int]:
     config = subject.config
     if config.model_type != "slide_vlm":
         return Seen(budget, budget), budget
-    learned = _learned(config)
+    learned = learned_tokens(config)
     seen = Seen(budget, budget) if learned is None else Seen(min(budget, learned), patches, learned=True)
     return seen, seen.tokens + config.marker_tokens if config.in_text else 0
 
 
-def _learned(config: Any) -> int | None:
+def learned_tokens(config: Any) -> int | None:
     """Tokens that learned compressors give at most; None where there are none."""
     with torch.device("meta"):
         chain = Chain(config.compressors, config.feature_dim, config.get_text_config().hidden_size)
@@ -83,12 +81,16 @@ def _length(performer: PerformerConfig, sizes: Sizes, visual: int) -> int:
     return sizes.text * (2 if performer.repeat_prompt else 1) + visual
 
 
-def _supervised(run: Run, subject: Subject, stage: Stage, sizes: Sizes) -> Job:
+def stage_arguments(run: Run, stage: Stage) -> SFTConfig:
+    """Arguments of the trainer of a stage, with its defaults."""
     options = {k: v for k, v in stage.options.items() if k not in OWN_KEYS}
+    return sft_config(Path(run.grpo.output_dir) / stage.name, options, run.grpo.seed)
+
+
+def _supervised(run: Run, subject: Subject, stage: Stage, sizes: Sizes) -> Job:
     rates = stage_rates(stage.kind, stage.options.get("learning_rates"))
-    # As `sft.running` has it.
-    lora = stage.options.get("lora", run.performer.lora if rates is None or "lora" in rates else None)
-    args = sft_config(Path(run.grpo.output_dir) / stage.name, options, run.grpo.seed)
+    lora = adapters_of(stage.options, rates, run.performer.lora)
+    args = stage_arguments(run, stage)
     seen, visual = shown(subject, stage.options.get("ladder", run.ladder)[-1], sizes.patches)
     answer = sizes.answer or run.grpo.max_completion_length
     rows = args.per_device_train_batch_size

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rl.doctor.fit import Phase, Place, fit, peak
-from rl.doctor.jobs import Sizes
+from rl.doctor.jobs import Sizes, stage_arguments
 from rl.doctor.subject import Subject
 from rl.recipe import Run
 from sft.options import Stage
@@ -96,8 +96,8 @@ def changes(run: Run, place: Place, phase: str) -> Iterator[Change]:
 
 
 def _of_stage(run: Run, place: Place, stage: Stage) -> Iterator[Change]:
-    rows = stage.options.get("per_device_train_batch_size", 32)
-    steps = stage.options.get("gradient_accumulation_steps", 1)
+    args = stage_arguments(run, stage)
+    rows, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
     where = "sft" if len(run.sft) == 1 else f"sft.{stage.kind}"
 
     def changed(**options: Any) -> Run:
@@ -108,7 +108,7 @@ def _of_stage(run: Run, place: Place, stage: Stage) -> Iterator[Change]:
         own = {"per_device_train_batch_size": rows // 2, "gradient_accumulation_steps": steps * 2}
         text = " ".join(f"{where}.{key}={value}" for key, value in own.items())
         yield Change(text, HARMLESS, changed(**own), place)
-    if not stage.options.get("gradient_checkpointing"):
+    if not args.gradient_checkpointing:
         setting = f"{where}.gradient_checkpointing=true"
         yield Change(setting, SLOWER, changed(gradient_checkpointing=True), place)
 

@@ -9,6 +9,8 @@ from typing import Any
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from envs.convert import cell
+from envs.new_cases import COLUMNS
 from envs.rows import read_rows
 from models.language_model import GGUF, PACKAGE, located
 from rl.doctor.machine import Check, hub, installed
@@ -125,10 +127,27 @@ def _values(row: dict[str, Any]) -> Iterator[Any]:
 
 
 def images(run: Run) -> int | None:
-    """How many images or slides its cases have at most, as far as the recipe tells; None where it does not."""
+    """How many images and slides its cases show at most, as far as the recipe tells; None where it does not."""
     if run.cases["name"] == "simulator" and isinstance(run.cases.get("slides"), int):
         return run.cases["slides"]
-    return len(_manifest(run)) or None
+    named = run.cases.get("slide_column") or run.cases.get("image_column") or COLUMNS["image_column"]
+    keys = {"images", "slides", str(named)}
+    # A row may show several, and several rows the same one.
+    return len({_path(entry) for row in _manifest(run) for key in keys for entry in _entries(row, key)}) or None
+
+
+def _entries(row: dict[str, Any], key: str) -> list[Any]:
+    """The entries of a cell; none of one that is empty or cannot be read."""
+    try:
+        value = cell(key, row.get(key))
+    except InputError:
+        return []
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def _path(entry: Any) -> str:
+    """Path of an entry, which ms-swift may give as a mapping."""
+    return str(entry.get("path") if isinstance(entry, dict) else entry)
 
 
 def _manifest(run: Run) -> list[dict[str, Any]]:

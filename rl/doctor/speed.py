@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from models.cost import DecoderShape, TowerShape
+from models.cost import DecoderShape, SquareTowerShape, TowerShape
 from rl.doctor.fit import weigh
 from rl.doctor.jobs import Job
 from rl.doctor.machine import Speed
@@ -60,7 +60,7 @@ def _update(shape: DecoderShape, work: Update) -> float:
         pairs = work.rows * prompt * (prompt + 1) / 2 + suffixes * (prompt + (own + 1) / 2)
     else:
         pairs = work.rows * work.length * (work.length + 1) / 2
-    forward = work.rows * work.length * shape.per_token + 4.0 * shape.layers * shape.hidden * pairs
+    forward = work.rows * work.length * shape.per_token + 4.0 * shape.layers * shape.queries * pairs
     forward += 2.0 * work.scored * shape.hidden * shape.vocab
     # A frozen weight has no gradient of its own; activations that are not kept are computed again.
     frozen = work.lora is not None or (work.rates is not None and "language" not in work.rates)
@@ -68,10 +68,14 @@ def _update(shape: DecoderShape, work: Update) -> float:
 
 
 def _see(subject: Subject, work: Writing) -> float:
-    """FLOPs of a vision tower at first sight of a prompt's images."""
-    if subject.config.model_type != "qwen2_5_vl":
-        return 0.0
-    return TowerShape.from_config(subject.config.vision_config).read(work.seen.tokens)
+    """FLOPs of a vision tower at first sight of a prompt's image."""
+    config = subject.config
+    if config.model_type == "qwen2_5_vl":
+        return TowerShape.from_config(config.vision_config).read(work.seen.tokens)
+    if config.model_type == "gemma3":
+        square = SquareTowerShape.from_config(config.vision_config, config.mm_tokens_per_image)
+        return square.read(subject.text.hidden_size)
+    return 0.0
 
 
 def step_seconds(costs: Sequence[Cost]) -> float:

@@ -8,14 +8,18 @@ import pytest
 import torch
 
 from models.build import PerformerConfig
-from rl.doctor.fit import Place, fit, peak, phase_of, weigh
+from models.cost import DecoderShape
+from models.tower_sight import HELD
+from models.visual import CACHE_MB, COLUMNS
+from rl.doctor.fit import Place, features_held, fit, peak, phase_of, weigh
 from rl.doctor.jobs import Job, Sizes, jobs_of
 from rl.doctor.knobs import changes, turned
 from rl.doctor.ledger import Ledger
 from rl.doctor.machine import measure_cpu, speed_of
+from rl.doctor.speed import _update as flops_of
 from rl.doctor.speed import cost_of
 from rl.doctor.subject import Subject, known_configs, read_config
-from rl.doctor.tracing import DEPTH, Seen, Update, _update, prepared, trace
+from rl.doctor.tracing import DEPTH, Seen, Update, Writing, _mask, _see, _update, _writing, prepared, trace
 from rl.recipe import parse_recipe
 from slides.errors import InputError
 from tests.cli.conftest import write_recipe
@@ -86,6 +90,63 @@ def test_layers_that_are_not_traced_are_added_by_the_line():
     assert found.kept == pytest.approx(whole.kept, rel=1e-3)
     for name, moment in found.moments.items():
         assert moment.peak == pytest.approx(whole.moments[name].peak, rel=1e-2), name
+
+
+def test_a_gemma_is_traced_at_few_layers_too():
+    deep = Subject.of(PerformerConfig(**{**TINY, "layers": DEPTH + 5}, family="gemma_vl"), 24)
+    writing = Writing(2, 4, 48, 16, Seen(16, 16), False, True, None)
+    found, whole = trace(deep, writing, True), _writing(deep, writing, True, None)
+    assert "full_attention" in deep.text.layer_types, "the cache is of full layers all the same"
+    assert found.kept == pytest.approx(whole.kept, rel=1e-3)
+    for name, moment in found.moments.items():
+        assert moment.peak == pytest.approx(whole.moments[name].peak, rel=5e-2), name
+
+
+@pytest.mark.parametrize(("family", "whole"), [("gemma_vl", True), ("qwen_vl", False)])
+def test_the_mask_is_of_the_whole_row_where_image_tokens_see_each_other(family, whole):
+    packed = replace(UPDATE, prefix=20, supervised=False)
+    with torch.device("meta"):
+        extra = _mask(Subject.of(PerformerConfig(**TINY, family=family), 24).build(), packed)
+    assert extra["attention_mask"].shape == (4, 1, 64 if whole else 44, 64)
+    assert extra.get("prefix_length") == (None if whole else 20)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["qwen_vl", "gemma_vl"])
+def test_first_sight_is_what_the_tower_takes(family):
+    subject = Subject.of(PerformerConfig(**{**TINY, "layers": 4}, family=family), 24)
+    model, count, vision = subject.build(), 3, subject.config.vision_config
+    tokens, traced, real = Seen(64, 64), Ledger(), Ledger()
+    with traced:
+        _see(model, count, tokens, True, traced)
+    with real:
+        real.mark("all")
+        if family == "qwen_vl":
+            side = 8 * vision.spatial_merge_size
+            width = 3 * vision.temporal_patch_size * vision.patch_size**2
+            pixels = torch.zeros(count * side**2, width)
+            model.get_image_features(pixels, torch.tensor([[1, side, side]] * count), return_dict=True)
+        else:
+            pixels = torch.zeros(count, 3, vision.image_size, vision.image_size)
+            model.get_image_features(pixels, return_dict=True)
+    peaks = traced.trace.moments["first sight"].peak, real.trace.moments["all"].peak
+    assert peaks[0] == pytest.approx(peaks[1], rel=0.1)
+
+
+def test_features_are_kept_as_the_families_keep_them(tmp_path):
+    ladder, images = [1, 4, 16], 10
+
+    def held(count, **performer) -> float:
+        run = recipe(tmp_path, performer={**TINY, **performer}, ladder=ladder)
+        return features_held(run, Subject.of(run.performer, 24), Sizes(patches=500), count)
+
+    assert held(images, family="qwen_vl") == images * sum(ladder) * 32 * 4
+    assert held(images, family="gemma_vl") == images * 64 * 32 * 4, "one grid of an image, whatever the ladder"
+    assert held(images) == images * sum(ladder) * 4 * (24 + COLUMNS)
+    learned = {"name": "resampler", "latents": 16, "width": 16, "layers": 1, "heads": 2}
+    assert held(images, compressors=[learned]) == images * 500 * 4 * (24 + COLUMNS)
+    assert held(None) == held(10**9) == CACHE_MB * 2**20
+    assert held(None, family="gemma_vl") == HELD
 
 
 @pytest.mark.parametrize(
@@ -184,6 +245,35 @@ def test_seconds_follow_flops(tmp_path):
         assert fast.flops == slow.flops > 0 and fast.seconds <= slow.seconds
     measured = measure_cpu(size=64, seconds=0.01)
     assert measured.flops > 0 and measured.bytes > 0
+
+
+def test_flops_of_an_update_are_those_of_the_cost_model():
+    shape = DecoderShape(2, 32, 16, 64, 300, query_width=64)
+    work = replace(UPDATE, rows=1, length=1000, scored=1000)
+    # Both attend to all pairs but one half of a diagonal.
+    assert flops_of(shape, work) == pytest.approx(shape.train(1000, 1000), rel=1e-3)
+
+
+@pytest.mark.parametrize("family", ["qwen_vl", "gemma_vl"])
+def test_seeing_is_counted(family):
+    subject, speed = Subject.of(PerformerConfig(**TINY, family=family), 24), speed_of("H100")
+    work = Writing(2, 4, 48, 16, Seen(16, 16), False, True, None)
+    found = cost_of(subject, Job("generation", work, 1, (None, None), ADAM), speed, 0.4).flops
+    shape = DecoderShape.from_config(subject.text)
+    assert found > 2 * (shape.prefill(48) + 4 * shape.decode(16, 48)) * 1.01
+
+
+def test_a_stage_has_the_adapters_and_defaults_that_it_is_trained_with(tmp_path):
+    stages = [
+        {"stage": "align", "max_steps": 4},
+        {"stage": "case", "max_steps": 4, "learning_rates": {"lora": 1.0e-4}},
+        {"stage": "warm_start", "max_steps": 4, "lora": None},
+    ]
+    run = recipe(tmp_path, performer={**TINY, "lora": {"r": 2}}, sft=stages)
+    align, case, warm = jobs_of(run, Subject.of(run.performer, 24), Sizes())[:3]
+    assert [job.work.lora for job in (align, case, warm)] == [None, {"r": 2}, None]
+    settings = [change.setting for change in changes(run, Place(gpu=False), align.name)]
+    assert f"sft.align.per_device_train_batch_size={align.work.rows // 2} " in settings[0]
 
 
 def test_an_unknown_model_is_named_with_a_remedy():

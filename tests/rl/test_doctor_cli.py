@@ -104,6 +104,22 @@ def test_a_manifest_of_any_kind_is_counted(tmp_path, ending):
     assert images(run) == 3 and "OpenSlide for its slides" in [check.what for check in needs(run)]
 
 
+def test_images_are_counted_and_not_rows(tmp_path):
+    rows = [
+        {"images": ["a.png", "b.png"], "prompt": "?", "answer": "x"},
+        {"images": ["b.png"], "slides": "c.svs"},
+        {"images": [{"path": "d.png"}]},
+        {"images": None},
+    ]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert images(parse_recipe(["--config", over(tmp_path, "a.jsonl")])) == 4
+    pandas.DataFrame({"images": ['["a.png", "b.png"]', "b.png"]}).to_csv(tmp_path / "a.csv", index=False)
+    assert images(parse_recipe(["--config", over(tmp_path, "a.csv")])) == 2
+    pandas.DataFrame({"picture": ["a.png", "b.png", "a.png"]}).to_csv(tmp_path / "b.csv", index=False)
+    cases = {"name": "manifest", "path": str(tmp_path / "b.csv"), "image_column": "picture"}
+    assert images(parse_recipe(["--config", str(write_recipe(tmp_path, tmp_path, cases=cases))])) == 2
+
+
 def test_wrong_options(path, monkeypatch, capsys):
     code, _, err = call(monkeypatch, capsys, "--memory", "lots")
     assert code == 2 and "lots" in err
