@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -167,8 +168,10 @@ def features_held(run: Run, subject: Subject, sizes: Sizes, images: int | None) 
         if learned_tokens(config) is not None:
             rows = sizes.patches  # whatever the budget
     else:
-        if not (run.performer.freeze_vision and run.grpo.see_once) or run.grpo.vision_cache:
-            return 0.0  # those of a cache on disk stay in the main memory, once they are there
+        if not (run.performer.freeze_vision and run.grpo.see_once):
+            return 0.0
+        if run.grpo.vision_cache and Path(run.grpo.vision_cache).is_dir():
+            return 0.0  # a run before has seen them, and what is read from disk stays in the main memory
         wide = float(subject.text.hidden_size * (2 if run.grpo.bf16 else subject.dtype.itemsize))
         if config.model_type == "gemma3":
             rows = config.mm_tokens_per_image  # one grid, which is pooled to each budget

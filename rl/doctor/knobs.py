@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -91,7 +92,7 @@ def changes(run: Run, place: Place, phase: str) -> Iterator[Change]:
             yield Change(f"{name} over 2 GPUs (configs/accelerate)", SLOWER, run, Place(True, 2, kind))
     if run.grpo.vision_cache is None and run.performer.family == "qwen_vl" and run.grpo.see_once:
         setting = "--vision_cache FOLDER (from the second run on: what is found there stays in the main memory)"
-        cached = replace(run, grpo=_changed(run.grpo, vision_cache="cached"))
+        cached = replace(run, grpo=_changed(run.grpo, vision_cache=os.curdir))  # any folder that is there
         yield Change(setting, HARMLESS, cached, place)
 
 

@@ -136,8 +136,8 @@ def test_first_sight_is_what_the_tower_takes(family):
 def test_features_are_kept_as_the_families_keep_them(tmp_path):
     ladder, images = [1, 4, 16], 10
 
-    def held(count, **performer) -> float:
-        run = recipe(tmp_path, performer={**TINY, **performer}, ladder=ladder)
+    def held(count, *words: str, **performer) -> float:
+        run = recipe(tmp_path, *words, performer={**TINY, **performer}, ladder=ladder)
         return features_held(run, Subject.of(run.performer, 24), Sizes(patches=500), count)
 
     assert held(images, family="qwen_vl") == images * sum(ladder) * 32 * 4
@@ -147,6 +147,10 @@ def test_features_are_kept_as_the_families_keep_them(tmp_path):
     assert held(images, compressors=[learned]) == images * 500 * 4 * (24 + COLUMNS)
     assert held(None) == held(10**9) == CACHE_MB * 2**20
     assert held(None, family="gemma_vl") == HELD
+    cache = tmp_path / "cache"
+    assert held(None, "--vision_cache", str(cache), family="qwen_vl") == HELD, "of the first run"
+    cache.mkdir()
+    assert held(None, "--vision_cache", str(cache), family="qwen_vl") == 0
 
 
 @pytest.mark.parametrize(
