@@ -12,7 +12,7 @@ from typing import NamedTuple, TypeAlias
 # TRL hands a reward either plain text or a list of messages, one list a completion.
 Completion: TypeAlias = str | list[dict[str, object]]
 
-# Rewards of how an answer is written, which do not say whether it is right.
+# Built-in rewards of how an answer is written, which do not say whether it is right.
 SHAPING = frozenset({"format", "length", "overlong", "repetition"})
 
 THINK, END_THINK, ANSWER, END_ANSWER = "<think>", "</think>", "<answer>", "</answer>"

@@ -42,6 +42,7 @@ class RewardFunction:
 
     Attributes:
         weight: factor in the sum of rewards, for `GRPOConfig.reward_weights`.
+        scores: whether it says that an answer is right; otherwise it shapes training only.
         running: where it runs, for how long, and what an error does.
         counts: completions so far, `{"scored": n, "none": n, "errors": n}`; `none` counts those that the reward does
             not apply to, `errors` those that got None for an exception or a timeout (`on_error: none`).
@@ -55,9 +56,11 @@ class RewardFunction:
         params: dict[str, Any],
         weight: float = 1.0,
         running: Running | None = None,
+        scores: bool = True,
     ):
         self.__name__ = name  # TRL logs rewards/<name>/mean
         self.weight = weight
+        self.scores = scores
         self.params = params
         self.running = running or Running()
         self.counts = {"scored": 0, "none": 0, "errors": 0}
@@ -74,14 +77,19 @@ class RewardFunction:
         """The name in logs and tables."""
         return self.__name__
 
+    @property
+    def score_weight(self) -> float:
+        """Weight in the score of an answer; 0 for what only shapes training, as a penalty does."""
+        return max(self.weight, 0.0) if self.scores else 0.0
+
     def __repr__(self) -> str:
         return (
-            f"RewardFunction({self.name!r}, source={self._source!r}, weight={self.weight}, params={self.params}, "
-            f"{self.running})"
+            f"RewardFunction({self.name!r}, source={self._source!r}, weight={self.weight}, scores={self.scores}, "
+            f"params={self.params}, {self.running})"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (self.name, self._source, self.params, self.weight, self.running)
+        return _restore, (self.name, self._source, self.params, self.weight, self.running, self.scores)
 
     def __call__(self, completions: Sequence[Any], **columns: Any) -> list[float | None]:
         """Score a batch.
@@ -207,5 +215,7 @@ def _put(part: Rows, outcome: workers.Outcome, values: list[float | None], faile
         values[part.first : part.first + len(part)] = outcome
 
 
-def _restore(name: str, source: str, params: dict[str, Any], weight: float, running: Running) -> RewardFunction:
-    return RewardFunction(name, source, find(source)[2], params, weight, running)
+def _restore(
+    name: str, source: str, params: dict[str, Any], weight: float, running: Running, scores: bool
+) -> RewardFunction:
+    return RewardFunction(name, source, find(source)[2], params, weight, running, scores)

@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rewards.answer import ANSWER, END_ANSWER, END_THINK, THINK
+from rewards.answer import ANSWER, END_ANSWER, END_THINK, SHAPING, THINK
 from rewards.calling import RewardError, RewardTimeout
 from rewards.function import TIMEOUT, RewardFunction, Running
 from rewards.lookup import RewardFn, find, hint, reward, reward_names
@@ -35,16 +35,16 @@ CASE_COLUMNS = ("answer", "options", "task", "prompt", "id", "patient", "questio
 ROLLOUT_COLUMNS = ("budget", "tokens", "max_budget")
 TRL_COLUMNS = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 COLUMNS = frozenset(CASE_COLUMNS + ROLLOUT_COLUMNS + TRL_COLUMNS)
-KEYS = ("name", "weight", "params", "timeout", "workers", "on_error")
+KEYS = ("name", "weight", "scores", "params", "timeout", "workers", "on_error")
 
 
 def get_reward(spec: str | Mapping[str, Any], base: str | Path | None = None) -> RewardFunction:
     """The reward that one entry of a recipe's `rewards` names.
 
     Args:
-        spec: a name, or `{"name": name, "weight": 1.0, "params": {...}, "timeout": 60, "workers": 0,
-            "on_error": "raise"}`. The name is a registered reward, `module:function`, or `path.py:function`; the last
-            three keys are those of `Running`.
+        spec: a name, or `{"name": name, "weight": 1.0, "scores": True, "params": {...}, "timeout": 60,
+            "workers": 0, "on_error": "raise"}`. The name is a registered reward, `module:function`, or
+            `path.py:function`; `scores` is false for those in `SHAPING`; the last three keys are those of `Running`.
         base: folder that a path is relative to (the recipe's); the current folder is tried after it.
 
     Raises:
@@ -68,6 +68,8 @@ def get_reward(spec: str | Mapping[str, Any], base: str | Path | None = None) ->
         workers = 0
     if on_error not in ("raise", "none"):
         problems.append(f"reward {name!r}: `on_error` is {on_error!r}; write raise or none")
+    if "scores" in spec and not isinstance(spec["scores"], bool):
+        problems.append(f"reward {name!r}: `scores` is {spec['scores']!r}; write true, or false where it only shapes")
     if not isinstance(params, Mapping):
         problems.append(f"reward {name!r}: `params` is {params!r}; write {{parameter: value}}")
         params = {}
@@ -81,7 +83,8 @@ def get_reward(spec: str | Mapping[str, Any], base: str | Path | None = None) ->
     if problems:
         raise InputError(problems)
     running = Running(float(timeout), workers, on_error)
-    return RewardFunction(short, source, function, dict(params), float(weight), running)
+    scores = spec.get("scores", short not in SHAPING)
+    return RewardFunction(short, source, function, dict(params), float(weight), running, scores)
 
 
 def get_rewards(specs: Sequence[str | Mapping[str, Any]], base: str | Path | None = None) -> list[RewardFunction]:

@@ -10,7 +10,7 @@ text. A constant that scores high is a reward that will be hacked. The third rea
 protocol, writes each report again, and lists what could not be read or was lost. How-to: docs/rewards.md.
 
 The exit status is 0 when all is well and 2 when a gold answer does not score 1, a report cannot be used, or the
-arguments are wrong.
+arguments are wrong. Rewards with `scores: false`, which only shape training, need not give 1 to a gold answer.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ import numpy as np
 from envs.case import Case
 from envs.columns import case_columns, extra_columns
 from envs.registry import make_env
-from rewards.answer import SHAPING
 from rewards.registry import RewardFunction, get_rewards, gold_completion
 from rewards.synoptic.biopsy import lost_words
 from rewards.synoptic.check import check_record
@@ -88,8 +87,9 @@ def check_rewards(cases: Sequence[Case], rewards: Sequence[RewardFunction]) -> d
     """Score the gold answers and constant answers of all cases.
 
     Returns:
-        `n` cases; `rewards`: name -> {`n` rows it applies to, `gold` mean, `constants`: answer -> mean score};
-        `problems`: gold answers that do not score 1 and cases that no reward scores; `failed`: whether there are any.
+        `n` cases; `rewards`: name -> {`n` rows it applies to, `scores` (whether it counts in the score), `gold` mean,
+        `constants`: answer -> mean score}; `problems`: gold answers that do not score 1 and cases that no reward
+        scores; `failed`: whether there are any.
     """
     problems: list[str] = []
     results: dict[str, Any] = {}
@@ -98,14 +98,14 @@ def check_rewards(cases: Sequence[Case], rewards: Sequence[RewardFunction]) -> d
     for reward in rewards:
         gold = _scores(reward, cases, [gold_completion({"answer": c.answer}) for c in cases])
         applies = ~np.isnan(gold)
-        if reward.name not in SHAPING:
+        if reward.score_weight > 0:
             scored |= applies
             problems += [
                 f"case {c.id}: its gold answer {c.answer[:80]!r} scores {s:.3f} under {reward.name}, not 1"
                 for c, s in zip(cases, gold, strict=True)
                 if not np.isnan(s) and abs(s - 1) > 1e-6
             ]
-        row: dict[str, Any] = {"n": int(applies.sum())}
+        row: dict[str, Any] = {"n": int(applies.sum()), "scores": reward.score_weight > 0}
         if applies.any():
             row["gold"] = float(gold[applies].mean())
             row["constants"] = {
@@ -275,11 +275,11 @@ def _filled(protocol: Protocol | None, answer: Callable[[Any], str]) -> str:
 def _print_rewards(findings: Mapping[str, Any]) -> None:
     print(f"{findings['n']} cases")
     for name, row in findings["rewards"].items():
-        print(f"\n{name}: applies to {row['n']}")
+        print(f"\n{name}: applies to {row['n']}{'' if row['scores'] else ', shapes training only'}")
         if "gold" in row:
             print(f"  {'gold answer':<36}{row['gold']:.3f}")
         for constant, score in sorted(row.get("constants", {}).items(), key=lambda item: -item[1]):
-            mark = "  <- earns much without looking" if score >= HIGH and name not in SHAPING else ""
+            mark = "  <- earns much without looking" if score >= HIGH and row["scores"] else ""
             print(f"  {constant:<36}{score:.3f}{mark}")
     _print_problems(findings["problems"])
 

@@ -102,7 +102,7 @@ def load_rewards(run: Run, cases: Sequence[Case]) -> list[RewardFunction]:
     scores = scorer(gold, probes, [1] * len(probes), [1] * len(probes))
     problems = [
         f"case {c.id}: its gold answer {c.answer!r} scores {s:.3f} under `rewards`, not 1; "
-        f"mend the answer or the reward"
+        "mend the answer or the reward, or set `scores: false` for a reward that only shapes training"
         for c, s in zip(probes, scores, strict=True)
         if abs(s - 1) > 1e-6
     ]

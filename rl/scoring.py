@@ -8,13 +8,12 @@ import numpy as np
 
 from envs.case import Case
 from envs.columns import case_columns, extra_columns
-from rewards.answer import SHAPING
 from rewards.registry import RewardFunction
 from slides.errors import InputError
 
 
 class Scorer:
-    """Scores answers by the recipe's rewards, shaping rewards left out.
+    """Scores answers by the recipe's rewards, those left out that only shape training.
 
     Args:
         rewards: the recipe's rewards.
@@ -22,7 +21,7 @@ class Scorer:
     """
 
     def __init__(self, rewards: Sequence[RewardFunction], max_budget: int):
-        self.rewards = [r for r in rewards if r.__name__ not in SHAPING and r.weight > 0]
+        self.rewards = [r for r in rewards if r.score_weight > 0]
         if not self.rewards:
             raise InputError("rewards: none of them says whether an answer is right; add choice, ap50 or your own")
         self.max_budget = max_budget
@@ -42,7 +41,7 @@ class Scorer:
         values = np.array(
             [[np.nan if v is None else float(v) for v in r(completions=list(texts), **columns)] for r in self.rewards]
         )
-        weights = np.array([r.weight for r in self.rewards])[:, None] * ~np.isnan(values)
+        weights = np.array([r.score_weight for r in self.rewards])[:, None] * ~np.isnan(values)
         if (weights.sum(0) == 0).any():
             case = cases[int(np.argmax(weights.sum(0) == 0))]
             names = ", ".join(r.__name__ for r in self.rewards)

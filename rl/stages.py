@@ -27,7 +27,6 @@ from models.build import build_performer, load_performer, lora_config
 from models.performer import Performer
 from models.sharded import load_whole
 from models.visual import FeatureBank
-from rewards.answer import SHAPING
 from rl.allocation.frozen import FrozenAnswers, Plan, learn_from_frozen
 from rl.allocation.objectives import Objective
 from rl.allocation.online import AllocatorLearner, PolicyLearner, ValueLearner
@@ -221,7 +220,7 @@ class Stages:
             performer=performer,
             cases=train,
             learner=learner,
-            score_weights=[0.0 if r.__name__ in SHAPING else r.weight for r in self.rewards],
+            score_weights=[r.score_weight for r in self.rewards],
         )
         trainer.train(resume_from_checkpoint=resumed)
         model = merged(trainer)

@@ -73,7 +73,7 @@ def transfer(stages: Stages, recipe: Path) -> tuple[dict[str, Any], Path]:
         **outcome.summary(),
         "transfer": {"recipe": str(recipe), "shared_patients": shared},
         "missing_slides": missing_slides(cases, bank.missing),
-        **provenance(run),
+        **provenance(stages),
     }
     write_outcome(folder, outcome, summary, pictures_of(stages, performer, outcome))
     return summary, folder

@@ -239,6 +239,7 @@ def colors(n: int) -> list[tuple[str, str]]:
 def environment_of(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """What the run hangs on: names and values."""
     found = [(key, number(summary[key])) for key in ("git", "seed") if summary.get(key) is not None]
+    found += [(f"weight of {name} in the score", number(w)) for name, w in (summary.get("scored_by") or {}).items()]
     found += [(f"{name} cases", number(n)) for name, n in (summary.get("splits") or {}).items()]
     found += [(f"seconds of {label(name)}", number(s)) for name, s in (summary.get("seconds") or {}).items()]
     return found + list((summary.get("versions") or {}).items())

@@ -19,7 +19,6 @@ from envs.case import Case
 from models.performer import Performer
 from rl.checkpoints import is_done, stage_seconds
 from rl.prepare import cases_of
-from rl.recipe import Run
 from rl.report.page import Pictured, write_page
 from rl.report.picture import plot
 from rl.report.pictures import Pictures
@@ -58,7 +57,7 @@ def write_report(stages: Stages, performer: Performer, outcome: Outcome, summary
         "patients": {s: len({c.patient for c in members}) for s, members in stages.splits.items()},
         "seconds": stage_seconds(stages.run.folder),
         "reproduce": reproduce(summary, sys.argv[1:]),
-        **provenance(stages.run),
+        **provenance(stages),
     }
     write_outcome(stages.run.folder / "report", outcome, summary, pictures_of(stages, performer, outcome))
     return summary
@@ -86,12 +85,13 @@ def write_outcome(folder: Path, outcome: Outcome, summary: dict[str, Any], pictu
         write_page(folder, pictures)
 
 
-def provenance(run: Run) -> dict[str, Any]:
-    """What the figures hang on beside the cases: units, ladder, seed, versions, revision, command."""
+def provenance(stages: Stages) -> dict[str, Any]:
+    """What the figures hang on beside the cases: units, rewards of the score, ladder, seed, versions, revision."""
     return {
         "price_unit": "score per cost of the largest budget",
-        "ladder": run.ladder,
-        "seed": run.grpo.seed,
+        "scored_by": {r.name: r.score_weight for r in stages.scorer.rewards},
+        "ladder": stages.run.ladder,
+        "seed": stages.run.grpo.seed,
         "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
         "git": _revision(),
         "command": _command(),

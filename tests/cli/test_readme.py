@@ -17,5 +17,6 @@ def test_the_reward_of_the_readme_runs(tmp_path):
     (tmp_path / "my_rewards.py").write_text(code[1])
     choice, brevity = get_rewards(yaml.safe_load(line[1])["rewards"], base=tmp_path)
     assert (choice.weight, brevity.weight) == (1.0, 0.2)
+    assert (choice.score_weight, brevity.score_weight) == (1.0, 0.0)
     short, long = ("<think></think><answer>" + "a" * n + "</answer>" for n in (20, 40))
     assert brevity(completions=[short, long, "nothing"]) == [1.0, 0.5, 0.0]

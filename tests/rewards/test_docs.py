@@ -24,6 +24,7 @@ def test_the_users_own_reward(tmp_path):
     choice, brevity = get_rewards(recipe["rewards"], base=tmp_path)
     assert (choice.name, choice.weight) == ("choice", 1.0)
     assert (brevity.name, brevity.weight, brevity.params) == ("brevity", 0.2, {"limit": 40})
+    assert (choice.scores, brevity.scores) == (True, False)
     completions = [f"<think>{'word ' * n}</think> <answer>benign</answer>" for n in (2, 37, 56, 100)]
     values = brevity([*completions, "no answer"], answer=["benign"] * 5)
     assert values == pytest.approx([1.0, 1.0, 0.5, 0.0, 0.0], abs=0.06)

@@ -67,6 +67,7 @@ def test_a_bare_name_and_a_spec():
         ({"name": "choice", "workers": 1.5}, r"`workers` is 1\.5"),
         ({"name": "choice", "on_error": "ignore"}, "`on_error` is 'ignore'; write raise or none"),
         ({"name": "choice", "on_error": None}, "`on_error` is None; write raise or none"),
+        ({"name": "choice", "scores": 0}, "`scores` is 0; write true, or false"),
         ({"name": "choice", "params": [1]}, "`params` is"),
         ({"name": "format", "params": {"sofd": True}}, "no parameter 'sofd'; did you mean 'soft'"),
         ({"name": "format", "params": {"columns": True}}, "no parameter 'columns'"),
@@ -103,6 +104,14 @@ def test_all_problems_together():
 def test_get_rewards_keeps_order_and_weights():
     found = get_rewards(["format", {"name": "choice", "weight": 2}])
     assert [(r.name, r.weight) for r in found] == [("format", 1.0), ("choice", 2.0)]
+
+
+def test_what_is_built_in_for_shaping_does_not_score_unless_it_is_said_to():
+    specs = ["choice", "format", {"name": "length", "scores": True}, {"name": "ap50", "weight": 2, "scores": False}]
+    rewards = get_rewards(specs)
+    assert [r.scores for r in rewards] == [True, False, True, False]
+    assert [r.score_weight for r in rewards] == [1.0, 0.0, 1.0, 0.0]
+    assert [r.score_weight for r in pickle.loads(pickle.dumps(rewards))] == [1.0, 0.0, 1.0, 0.0]
 
 
 def test_path_is_relative_to_the_recipe_then_to_the_current_folder(user_file, tmp_path, monkeypatch):

@@ -65,6 +65,12 @@ def test_a_hackable_reward_is_marked(tmp_path, capsys):
     assert "c0" in findings["problems"][0] and "talk" in findings["problems"][0]
     _print_rewards(findings)
     assert "earns much without looking" in capsys.readouterr().out
+    shaping = [{"name": "own.py:talk", "scores": False}]
+    findings = check_rewards(cases, get_rewards(["choice", *shaping], base=tmp_path))
+    assert not findings["failed"] and findings["rewards"]["talk"]["gold"] == 0
+    _print_rewards(findings)
+    assert "talk: applies to 3, shapes training only" in capsys.readouterr().out
+    assert check_rewards(cases, get_rewards(shaping, base=tmp_path))["failed"]  # nothing scores the cases
 
 
 def test_cases_without_a_usable_gold_or_a_reward_are_named():

@@ -16,7 +16,6 @@ from models.allocators.network import AllocatorConfig
 from models.allocators.policy import PolicyAllocator, PolicyConfig
 from models.allocators.value import ValueAllocator
 from models.performer import Performer
-from rewards.answer import SHAPING
 from rewards.registry import get_rewards
 from rl.allocation.objectives import Objective
 from rl.allocation.online import AllocatorLearner, PolicyLearner, ValueLearner
@@ -84,7 +83,7 @@ def make_trainer(cases, make_learner, tmp_path) -> Callable[..., FrugalTrainer]:
             performer=performer,
             cases=asked,
             learner=make_learner(performer, form),
-            score_weights=[0.0 if r.__name__ in SHAPING else r.weight for r in rewards],
+            score_weights=[r.score_weight for r in rewards],
         )
 
     return make

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from envs.case import Case
-from rl.prepare import check_questions, load_features
+from rl.prepare import check_questions, load_features, load_rewards
 from rl.recipe import EncoderConfig
 from rl.report.writing import missing_slides
 from sft.options import Stage
@@ -139,6 +141,16 @@ def test_slides_that_cannot_be_extracted_are_left_out(tmp_path, caplog):
         load([*cases, case("d", blank, broken)], tmp_path)
     (problem,) = caught.value.problems
     assert problem.startswith("case d: ") and str(blank) in problem and str(broken) in problem
+
+
+def test_a_gold_answer_need_not_score_1_under_what_only_shapes(tmp_path):
+    (tmp_path / "mine.py").write_text("def brief(completions):\n    return [0.0 for _ in completions]\n")
+    asked = [replace(case("a"), task="choice", options=("nothing", "tumour"))]
+    for scores, refused in ((True, True), (False, False)):
+        specs = ["choice", {"name": "mine.py:brief", "weight": 0.2, "scores": scores}]
+        run = SimpleNamespace(rewards=specs, base=tmp_path, ladder=[1, 4])
+        with pytest.raises(InputError, match="set `scores: false`") if refused else nullcontext():
+            assert [r.name for r in load_rewards(run, asked)] == ["choice", "brief"]
 
 
 def test_kinds_of_question_that_no_case_asks_are_named_before_anything_runs():

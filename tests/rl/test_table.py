@@ -99,13 +99,25 @@ def test_a_score_is_the_weighted_mean_of_the_rewards_that_apply(cases, tmp_path)
     assert scores.tolist() == pytest.approx([(1 + 3 * 0.25) / 4, 1.0])
 
 
+def test_a_reward_of_the_users_that_only_shapes_does_not_count_as_right(cases, tmp_path):
+    (tmp_path / "mine.py").write_text("def brevity(completions):\n    return [1.0 for _ in completions]\n")
+    brevity = {"name": "mine.py:brevity", "weight": 0.2}
+    for spec, wrong in ((brevity, 0.2 / 1.2), ({**brevity, "scores": False}, 0.0), ({**brevity, "weight": -0.2}, 0.0)):
+        rewards = get_rewards(["choice", spec], base=tmp_path)
+        scores = Scorer(rewards, 16)([say("normal"), say("tumour")], cases[:1] * 2, [1, 1], [1, 1])
+        assert scores.tolist() == pytest.approx([1.0, wrong])
+        assert rewards[1].score_weight == pytest.approx(0.2 if wrong else 0.0)
+
+
 def test_a_case_that_no_reward_scores_is_named(cases):
     open_case = dataclasses.replace(cases[1], id="free-text", task="open", options=None)
     with pytest.raises(InputError, match=r"case free-text: no reward scores its task 'open' \(asked: choice\)"):
         Scorer(get_rewards(["choice"]), 16)([say("a"), say("b")], [cases[0], open_case], [1, 1], [1, 1])
 
 
-@pytest.mark.parametrize("specs", [["format"], ["format", {"name": "choice", "weight": 0}]])
+@pytest.mark.parametrize(
+    "specs", [["format"], ["format", {"name": "choice", "weight": 0}], [{"name": "ap50", "scores": False}]]
+)
 def test_rewards_that_say_nothing_of_right_and_wrong_are_refused(specs):
     with pytest.raises(InputError, match="add choice, ap50 or your own"):
         Scorer(get_rewards(specs), 16)
