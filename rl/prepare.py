@@ -16,8 +16,9 @@ from envs.case import Case
 from envs.registry import make_env
 from models.visual import FeatureBank
 from rewards.registry import RewardFunction, get_rewards, gold_completion
-from rl.recipe import EncoderConfig, Run, checked
+from rl.recipe import EncoderConfig, Run
 from rl.scoring import Scorer
+from rl.values import checked
 from slides.encoder import load_encoder
 from slides.errors import InputError
 from slides.extraction import Outputs, extract_slides

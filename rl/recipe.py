@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 import torch
 from accelerate import PartialState
-from trl import TrlParser
+from transformers import TrainingArguments
+from trl import SFTConfig
 
 from models.allocators.shares import SHARES
 from models.build import PerformerConfig
@@ -20,19 +19,16 @@ from rewards.objectives import OBJECTIVES, OF_GROUPS
 from rl.allocation.sampling import ADVANTAGES
 from rl.allocation.text_options import TextOptions
 from rl.config import FrugalConfig
-from sft.options import Stage, read_stages
+from rl.recipe_file import Recipe, config_of, content_of, parsed
+from rl.values import checked, plain_types, told, typed
+from sft.options import OWN, Stage, read_stages
 from slides.errors import InputError
-from slides.parsing import parse_yaml, read_yaml
-
-T = TypeVar("T")
+from slides.parsing import parse_yaml
 
 FORMS = ("value", "policy", "text", "escalate")
 """Forms of the allocator; `rl.allocate.make_decider` has a branch for each."""
 OPERATING = ("one_error", "within")
 """Rules of `evaluation.operating`."""
-
-NUMBERS = "; YAML reads 1e-3 as text, write 1.0e-3"
-"""Remedy where a text stands for a number."""
 
 
 @dataclass
@@ -186,34 +182,6 @@ class EvaluationOptions:
 
 
 @dataclass
-class Recipe:
-    """What a run does, beside TRL's own GRPO arguments."""
-
-    cases: dict[str, Any] = field(
-        default_factory=dict,
-        metadata={"help": "environment: `name` (manifest, mosaic, simulator or your own) and its parameters"},
-    )
-    encoder: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of EncoderConfig"})
-    performer: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of PerformerConfig"})
-    ladder: list[int] = field(
-        default_factory=lambda: [1, 4, 16, 49, 196], metadata={"help": "budgets in visual tokens"}
-    )
-    sft: Any = field(default_factory=dict, metadata={"help": "one stage or a list of them, see docs/training.md"})
-    questions: list[str] | None = field(
-        default=None, metadata={"help": "kinds of question of GRPO and report; others are for stages of sft alone"}
-    )
-    balance: bool = field(
-        default=False, metadata={"help": "repeat training cases so that the answers of each choice question are even"}
-    )
-    rewards: list[Any] = field(default_factory=lambda: ["choice", {"name": "format", "weight": 0.2}])
-    allocator: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of AllocatorOptions"})
-    evaluation: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of EvaluationOptions"})
-    set: list[str] = field(
-        default_factory=list, metadata={"help": "overrides of nested keys, such as cases.slides=40 sft.max_steps=10"}
-    )
-
-
-@dataclass
 class Run:
     """A parsed recipe."""
 
@@ -250,116 +218,91 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
     """Read `--config recipe.yaml` and the command line.
 
     Raises:
-        InputError: no such file, not a mapping, an unknown key (with the nearest known one) or a bad value.
+        InputError: no recipe, not a mapping, unknown keys (with the nearest known one) and bad values, told together.
     """
     # Told here, before anything else asks for it: without an accelerator several processes talk through gloo.
     PartialState(cpu=not torch.accelerator.is_available())
-    argv = list(sys.argv[1:] if argv is None else argv)
-    path = Path(argv[argv.index("--config") + 1]) if "--config" in argv[:-1] else None
-    known = {f.name for cls in (Recipe, FrugalConfig) for f in dataclasses.fields(cls)}
-    if path is not None:
-        if not path.is_file():
-            raise InputError(f"{path}: no such recipe; see configs/recipes")
-        content = read_yaml(path)
-        if not isinstance(content, dict):
-            raise InputError(f"{path}: a recipe is a mapping of keys to values")
-        problems = [f"{path}: unknown key {k!r}{_near(k, known)}" for k in content if k not in known | {"env"}]
-        if problems:
-            raise InputError(problems)
-    try:
-        recipe, grpo = TrlParser([Recipe, FrugalConfig]).parse_args_and_config(argv)
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{path or 'command line'}: {error}") from error
+    problems: list[str] = []
+    path, rest = config_of(list(sys.argv[1:] if argv is None else argv))
+    content = content_of(path, problems)
+    recipe, grpo = parsed(content, rest, path, problems)
     nested = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name != "set"}
     for item in recipe.set:
-        _override(nested, item)
+        with told(problems):
+            _override(nested, item)
     ladder = nested["ladder"]
     whole = isinstance(ladder, list) and all(isinstance(b, int) and not isinstance(b, bool) for b in ladder)
     if not whole or not ladder or sorted(set(ladder)) != ladder or ladder[0] < 1:
-        raise InputError(f"ladder: {ladder} must be ascending token counts, each a whole number of at least 1")
+        problems.append(f"ladder: {ladder} must be ascending token counts, each a whole number of at least 1")
     if not isinstance(nested["cases"], dict) or "name" not in nested["cases"]:
-        raise InputError(
+        problems.append(
             "cases: `name` is missing; name an environment: manifest, mosaic, simulator or module:function"
         )
-    performer = checked(PerformerConfig, nested["performer"], "performer")
+    with told(problems):
+        performer = checked(PerformerConfig, nested["performer"], "performer")
+    with told(problems):
+        encoder = checked(EncoderConfig, nested["encoder"], "encoder")
+    with told(problems):
+        given = isinstance(nested["performer"], dict) and nested["performer"].get("checkpoint")
+        # A checkpoint is taken as it is unless the recipe says how it is to be trained.
+        sft = _stages(nested["sft"] or ([] if given else {}))
+    with told(problems):
+        allocator = checked(AllocatorOptions, nested["allocator"], "allocator")
+        problems += allocator.problems()
+    with told(problems):
+        evaluation = checked(EvaluationOptions, nested["evaluation"], "evaluation")
+        if evaluation.operating not in OPERATING:
+            problems.append(
+                f"evaluation.operating: {evaluation.operating!r} is not known; known are {', '.join(OPERATING)}"
+            )
+    if problems or grpo is None:
+        raise InputError(problems)
     run = Run(
         cases=nested["cases"],
-        encoder=checked(EncoderConfig, nested["encoder"], "encoder"),
+        encoder=encoder,
         performer=performer,
         ladder=ladder,
-        # A checkpoint is taken as it is unless the recipe says how it is to be trained.
-        sft=read_stages(nested["sft"] or ([] if performer.checkpoint else {})),
+        sft=sft,
         questions=nested["questions"],
         balance=recipe.balance,
         rewards=nested["rewards"],
-        allocator=checked(AllocatorOptions, nested["allocator"], "allocator"),
-        evaluation=checked(EvaluationOptions, nested["evaluation"], "evaluation"),
+        allocator=allocator,
+        evaluation=evaluation,
         grpo=grpo,
         path=path,
     )
-    problems = run.allocator.problems()
     if grpo.use_vllm and performer.checkpoint is None and performer.family != "qwen_vl":
         problems.append(
             f"use_vllm: vLLM serves performer.family qwen_vl alone, not {performer.family} (slide_vlm is no stock "
             "model, gemma_vl pools its tokens); set use_vllm to false"
         )
-    if run.evaluation.operating not in OPERATING:
-        problems.append(
-            f"evaluation.operating: {run.evaluation.operating!r} is not known; known are {', '.join(OPERATING)}"
-        )
-    if problems:
-        raise InputError(problems)
     if not set(run.allocator.look) <= set(ladder):
-        raise InputError(f"allocator.look: {run.allocator.look} must be budgets of the ladder {ladder}")
+        problems.append(f"allocator.look: {run.allocator.look} must be budgets of the ladder {ladder}")
     glances = {b for b in (run.allocator.look_state, run.allocator.look_confidence) if b is not None}
     plain = run.allocator.form == "value" and run.allocator.share != "split"
     if glances and (len(glances) > 1 or not plain or not glances <= set(ladder)):
-        raise InputError(
+        problems.append(
             f"allocator.look_state, look_confidence: {sorted(glances)} must be one budget of the ladder {ladder}, "
             "with allocator.form value and no allocator.share split"
         )
+    if problems:
+        raise InputError(problems)
     return run
 
 
-def checked(cls: type[T], values: dict[str, Any], where: str) -> T:
-    """Make a dataclass from a mapping; wrong types and unknown keys are errors, which name the nearest known key."""
-    if not isinstance(values, dict):
-        raise InputError(f"{where}: {values!r} is no mapping of keys to values")
-    known = {f.name: f.type for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = get_type_hints(cls)
-    problems = []
-    for key, value in values.items():
-        if key not in known:
-            problems.append(f"{where}: unknown key {key!r}{_near(key, set(known))}")
-        elif not _fits(value, hints[key]):
-            remedy = NUMBERS if isinstance(value, str) and _fits(0.0, hints[key]) else ""
-            problems.append(f"{where}.{key}: {value!r} is no {known[key]}{remedy}")
-        elif dataclasses.is_dataclass(hints[key]):
-            values = {**values, key: checked(hints[key], value, f"{where}.{key}")}
+def _stages(spec: Any) -> list[Stage]:
+    """The stages of `sft`, with the numbers that their trainers take."""
+    stages: list[Stage] = []
+    problems: list[str] = []
+    for stage in read_stages(spec):
+        where = f"sft.{stage.kind}." if isinstance(spec, list) else "sft."
+        with told(problems):
+            types = plain_types(TrainingArguments if stage.wordless else SFTConfig) | OWN
+            taken = typed(stage.options, types, where)
+            stages.append(dataclasses.replace(stage, options=taken))
     if problems:
         raise InputError(problems)
-    return cls(**values)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value of YAML is of a type; types that YAML does not have are not looked into."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin in (Union, UnionType):
-        return any(_fits(value, each) for each in inner)
-    if origin is list:
-        return isinstance(value, list) and all(_fits(each, inner[0]) for each in value)
-    if origin is dict:
-        return isinstance(value, dict)
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, hint) if hint in (str, bool, NoneType) else True
-
-
-def _near(key: str, known: set[str]) -> str:
-    near = difflib.get_close_matches(str(key), sorted(known), 1)
-    return f"; did you mean {near[0]!r}?" if near else "; remove it"
+    return stages
 
 
 def _override(nested: dict[str, Any], item: str) -> None:

@@ -30,6 +30,15 @@ DEFAULTS: dict[str, Any] = {
     "ddp_find_unused_parameters": True,
 }
 
+OWN: dict[str, Any] = {
+    "learning_rates": dict[str, float] | None,
+    "text_only": float,
+    "share": float,
+    "decoder_width": int,
+    "patches": int,
+}
+"""Numbers of the stages beside the arguments of their trainers, and their types."""
+
 A = TypeVar("A", bound=TrainingArguments)
 
 

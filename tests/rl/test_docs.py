@@ -11,7 +11,7 @@ import yaml
 from models.build import PerformerConfig
 from models.compressors.aligner import ALIGNERS, MARKERS
 from models.compressors.chain import COMPRESSORS, make_compressor
-from rl.recipe import checked
+from rl.values import checked
 from sft.options import STAGES, read_stages
 from sft.supervised import PARTS, stage_rates
 

@@ -103,12 +103,106 @@ def test_an_unknown_nested_key_is_named_with_the_nearest(recipe, section, key, n
         ("performer", "hidden", 8.0, "performer.hidden: 8.0 is no int"),
         ("encoder", "qc", True, "encoder: unknown key 'qc'; remove it"),
         ("allocator", "look", 1, "allocator.look: 1 is no list[int]"),
-        ("allocator", "price", "1e-1", "allocator.price: '1e-1' is no float; YAML reads 1e-3 as text, write 1.0e-3"),
+        ("allocator", "price", "1e-1x", "allocator.price: '1e-1x' is no float"),
+        ("allocator", "fit_epochs", "1e1", "allocator.fit_epochs: '1e1' is no int; write a whole number"),
         ("evaluation", "linear_probe", 0, "evaluation.linear_probe: 0 is no bool"),
     ],
 )
 def test_a_value_of_another_type_is_named(recipe, section, key, value, message):
     assert problems(recipe(**{section: {key: value}})) == [message]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("learning_rate", "many", "learning_rate: 'many' is no float"),
+        ("max_steps", 4.5, "max_steps: 4.5 is no int"),
+        ("max_steps", "1e1x", "max_steps: '1e1x' is no int"),
+        ("max_steps", "1e1", "max_steps: '1e1' is no int; write a whole number"),
+        ("num_generations", [4], "num_generations: [4] is no int | None"),
+        ("gold_rollout", 3, "gold_rollout: 3 is no bool"),
+        ("balance", "often", "balance: 'often' is no bool"),
+        ("rewards", "choice", "rewards: 'choice' is no list[Any]"),
+    ],
+)
+def test_a_value_of_another_type_is_named_at_the_top_level(recipe, key, value, message):
+    argv = recipe(**{key: value})
+    assert problems(argv) == [f"{argv[1]}: {message}"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_train_epochs": "many"}, "sft.num_train_epochs: 'many' is no float"),
+        ({"max_steps": 4.5}, "sft.max_steps: 4.5 is no int"),
+        ({"bf16": "false"}, "sft.bf16: 'false' is no bool | None"),
+        ({"text_only": "some"}, "sft.text_only: 'some' is no float"),
+        ([{"stage": "mae", "learning_rate": True}, {}], "sft.mae.learning_rate: True is no float"),
+        ([{"stage": "mae", "share": "half"}, {}], "sft.mae.share: 'half' is no float"),
+        (
+            {"stage": "case", "learning_rates": {"seeing": "fast"}},
+            "sft.learning_rates: {'seeing': 'fast'} is no dict[str, float] | None",
+        ),
+    ],
+)
+def test_a_value_of_another_type_is_named_in_every_stage(recipe, options, message):
+    assert problems(recipe(sft=options)) == [message]
+
+
+def test_a_number_that_yaml_reads_as_text_is_taken_for_it(recipe):
+    assert yaml.safe_load("5e-4") == "5e-4"
+    stages = [{"stage": "mae", "learning_rate": "1e-4"}, {"stage": "case", "learning_rates": {"seeing": "5e-4"}}]
+    allocator = {"price": "1e-1", "price_range": ["3e-3", 1.0], "target": None}
+    run = parse_recipe([*recipe(sft=stages, allocator=allocator, learning_rate="2e-5", min_p="1e-1"), "--set",
+                        "sft.case.weight_decay=1e-2"])  # fmt: skip
+    assert run.sft[0].options == {"learning_rate": 1e-4}
+    assert run.sft[1].options == {"learning_rates": {"seeing": 5e-4}, "weight_decay": 1e-2}
+    assert (run.allocator.price, run.allocator.price_range) == (0.1, [0.003, 1.0])
+    assert (run.grpo.learning_rate, run.grpo.min_p) == (2e-5, 0.1)
+    assert "no float" in problems(recipe(learning_rate="1e999"))[0]
+
+
+def test_what_is_wrong_at_all_levels_is_told_together(recipe):
+    argv = recipe(
+        lader=[1, 2],
+        max_steps=4.5,
+        ladder=[4, 1],
+        performer={"hidden": 8.0, "layer": 2},
+        sft=[{"stage": "mae", "max_steps": "x"}, {"learning_rate": "y"}],
+        evaluation={"operating": "best"},
+    )
+    found = problems([*argv, "--set", "cases", "--lerning_rate", "1"])
+    starts = [
+        f"{argv[1]}: unknown key 'lader'",
+        f"{argv[1]}: max_steps: 4.5",
+        "command line: unknown argument --lerning_rate; did you mean 'learning_rate'?",
+        "--set cases: write",
+        "ladder: [4, 1]",
+        "performer: unknown key 'layer'",
+        "performer.hidden: 8.0",
+        "sft.mae.max_steps: 'x'",
+        "sft.warm_start.learning_rate: 'y'",
+        "evaluation.operating: 'best'",
+    ]
+    assert [start for start, line in zip(starts, found, strict=True) if not line.startswith(start)] == []
+
+
+def test_a_batch_that_splits_an_image_does_not_hide_what_is_wrong_in_a_section(recipe):
+    first, second = problems(recipe(per_device_train_batch_size=12, encoder={"mp": 1}))
+    assert "make the first a multiple of 8" in first and second.startswith("encoder: unknown key 'mp'")
+
+
+def test_without_a_recipe_it_is_said_what_to_give(recipe):
+    for argv in ([], ["--config"], ["--max_steps", "3"]):
+        assert problems(argv) == ["give a recipe: --config configs/recipes/demo.yaml, or one of your own"]
+    named = recipe()[1]
+    assert str(parse_recipe([f"--config={named}"]).path) == named
+
+
+def test_a_bad_value_on_the_command_line_is_one_line(recipe, capsys):
+    (problem,) = problems([*recipe(), "--max_steps", "1e1x"])
+    assert problem == "command line: argument --max_steps/--max-steps: invalid int value: '1e1x'"
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(("section", "value"), [("performer", ["a"]), ("sft", 3), ("cases", None)])

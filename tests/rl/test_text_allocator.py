@@ -22,8 +22,9 @@ from rl.allocation.text_options import TextOptions
 from rl.checkpoints import stage_seconds
 from rl.config import FrugalConfig
 from rl.deciders.text import text_decider
-from rl.recipe import AllocatorOptions, checked
+from rl.recipe import AllocatorOptions
 from rl.scoring import Scorer
+from rl.values import checked
 from sft.supervised import sft_config, train_sft
 from slides.errors import InputError
 from tests.conftest import LADDER

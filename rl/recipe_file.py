@@ -1,0 +1,118 @@
+"""A recipe's file and command line, before its sections are read."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn
+
+from trl import TrlParser
+
+from rl.config import FrugalConfig
+from rl.values import fits, near, plain_types, read, told
+from slides.errors import InputError
+from slides.parsing import read_yaml
+
+
+@dataclass
+class Recipe:
+    """What a run does, beside TRL's own GRPO arguments."""
+
+    cases: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "environment: `name` (manifest, mosaic, simulator or your own) and its parameters"},
+    )
+    encoder: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of EncoderConfig"})
+    performer: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of PerformerConfig"})
+    ladder: list[int] = field(
+        default_factory=lambda: [1, 4, 16, 49, 196], metadata={"help": "budgets in visual tokens"}
+    )
+    sft: Any = field(default_factory=dict, metadata={"help": "one stage or a list of them, see docs/training.md"})
+    questions: list[str] | None = field(
+        default=None, metadata={"help": "kinds of question of GRPO and report; others are for stages of sft alone"}
+    )
+    balance: bool = field(
+        default=False, metadata={"help": "repeat training cases so that the answers of each choice question are even"}
+    )
+    rewards: list[Any] = field(default_factory=lambda: ["choice", {"name": "format", "weight": 0.2}])
+    allocator: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of AllocatorOptions"})
+    evaluation: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of EvaluationOptions"})
+    set: list[str] = field(
+        default_factory=list, metadata={"help": "overrides of nested keys, such as cases.slides=40 sft.max_steps=10"}
+    )
+
+
+KNOWN = frozenset(f.name for cls in (Recipe, FrugalConfig) for f in dataclasses.fields(cls))
+"""Keys of the top level."""
+TYPES = {"balance": bool, "rewards": list[Any]}
+"""Types of those that are no section and no argument of the trainer."""
+
+
+class _Parser(TrlParser):
+    """TRL's, whose errors are told as all others are."""
+
+    def error(self, message: str) -> NoReturn:
+        """Called where an argument of the command line cannot be read."""
+        raise InputError(f"command line: {message}")
+
+
+def config_of(argv: list[str]) -> tuple[Path | None, list[str]]:
+    """The recipe's path, and the command line without it."""
+    for at, argument in enumerate(argv):
+        name, equals, value = argument.partition("=")
+        if name == "--config":
+            given = [value] if equals else argv[at + 1 : at + 2]
+            return Path(given[0]) if given else None, argv[:at] + argv[at + 2 - bool(equals) :]
+    return None, argv
+
+
+def content_of(path: Path | None, problems: list[str]) -> dict[str, Any]:
+    """Keys and values of a recipe's file, those left out that are told as problems."""
+    if path is None:
+        return {}
+    if not path.is_file():
+        raise InputError(f"{path}: no such recipe; see configs/recipes")
+    content = read_yaml(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: a recipe is a mapping of keys to values")
+    variables = content.pop("env", None) or {}
+    if not isinstance(variables, dict):
+        raise InputError(f"{path}: env: {variables!r} is no mapping of variables to values")
+    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    types = plain_types(FrugalConfig) | TYPES
+    kept: dict[str, Any] = {}
+    for key, value in content.items():
+        if key not in KNOWN:
+            problems.append(f"{path}: unknown key {key!r}{near(key, KNOWN)}")
+            continue
+        with told(problems):
+            # A switch that is written as text is read as on the command line.
+            as_it_is = key not in types or (isinstance(value, str) and not fits(0, types[key]) and key not in TYPES)
+            kept[key] = value if as_it_is else read(value, types[key], f"{path}: {key}")
+    return kept
+
+
+def parsed(
+    content: dict[str, Any], argv: list[str], path: Path | None, problems: list[str]
+) -> tuple[Recipe, FrugalConfig | None]:
+    """The recipe and the trainer's arguments; None, and problems, where these are wrong."""
+    parser = _Parser([Recipe, FrugalConfig])
+    parser.set_defaults_with_config(**content)
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        named = [a for a in unknown if a.startswith("--")] or unknown
+        problems += [f"command line: unknown argument {a}{near(a.lstrip('-'), KNOWN)}" for a in named]
+    recipe, grpo = (
+        {f.name: getattr(found, f.name) for f in dataclasses.fields(cls) if f.init} for cls in (Recipe, FrugalConfig)
+    )
+    if path is None and not recipe["set"] and not recipe["cases"]:
+        raise InputError([*problems, "give a recipe: --config configs/recipes/demo.yaml, or one of your own"])
+    if problems:
+        return Recipe(**recipe), None  # what was left out may be what the others go with
+    try:
+        return Recipe(**recipe), FrugalConfig(**grpo)
+    except (ValueError, TypeError) as error:
+        problems.append(f"{path or 'command line'}: {error}")
+        return Recipe(**recipe), None
