@@ -19,10 +19,14 @@ from typing import Any, NoReturn
 import numpy as np
 
 from rewards.lookup import RewardFn
+from slides.errors import InputError
 
 
-class RewardError(RuntimeError):
-    """A reward function does not keep its contract: wrong number or type of values, a missing column, too slow."""
+class RewardError(InputError):
+    """A reward function does not keep its contract: wrong number or type of values, a missing column, too slow.
+
+    The function is the user's to mend, so that an entry tells it in a line, without our traceback.
+    """
 
 
 class RewardTimeout(RewardError):

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from envs.case import Case
 from rewards.registry import get_rewards
@@ -133,6 +134,24 @@ def test_command_line(tmp_path):
     assert json.loads((tmp_path / "out.json").read_text())["unique"] == 3
     wrong = run("--reports", str(path))
     assert wrong.returncode == 2 and "--protocol" in wrong.stderr
+
+
+def test_a_reward_that_breaks_its_contract_is_one_line_and_status_2(tmp_path):
+    (tmp_path / "own.py").write_text(
+        "def few(completions):\n    return [1.0]\ndef words(completions):\n    return ['1' for _ in completions]\n"
+    )
+    rows = [
+        {"id": i, "patient": i, "images": ["a.png"], "task": "open", "prompt": "What?", "answer": "b"} for i in "xyz"
+    ]
+    manifest = tmp_path / "cases.jsonl"
+    manifest.write_text("".join(json.dumps({**row, "split": "test"}) + "\n" for row in rows))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    for name, told in (
+        ("few", "error: reward 'few' returned 1 values for 3 completions; return one for each"),
+        ("words", "error: reward 'words' returned str '1' for completion 0; return a number, or None where the"),
+    ):
+        done = run("--manifest", str(manifest), "--rewards", f"{tmp_path / 'own.py'}:{name}")
+        assert done.returncode == 2 and done.stderr.startswith(told) and done.stderr.count("\n") == 1, done.stderr
 
 
 DATA = ROOT.parent / "shared" / "data" / "reports" / "biopsy_reports.jsonl"
