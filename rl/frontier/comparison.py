@@ -83,7 +83,9 @@ class Frontier:
         if not log:
             return float((left + right) @ width / 2 / width.sum())
         # The integral of a + b c over log c is a log c + b c.
-        slope = (right - left) / np.diff(x)
+        # Two prices may cost the same in a resample; the piece between them has no width and adds nothing.
+        wide = width > 0
+        slope = np.divide(right - left, np.diff(x), out=np.zeros_like(left), where=wide)
         start = left - slope * x[:-1]
         return float((start @ width + slope @ np.diff(x)) / width.sum())
 

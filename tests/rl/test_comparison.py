@@ -43,6 +43,14 @@ def planted(seed: int, settings_: int = 4) -> Paid:
     return Paid((rng.random((N, settings_)) < rate).astype(float), cost)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("log", [False, True])
+def test_points_of_equal_cost_leave_the_mean_defined(log):
+    twice = Frontier(np.array([0.1, 0.3, 0.3, 0.6]), np.array([0.2, 0.5, 0.5, 0.7]), True)
+    once = Frontier(np.array([0.1, 0.3, 0.6]), np.array([0.2, 0.5, 0.7]), True)
+    assert twice.mean(0.1, 1.0, log) == pytest.approx(once.mean(0.1, 1.0, log))
+
+
 @quick
 @given(points)
 def test_frontiers_are_what_the_points_buy(found):
