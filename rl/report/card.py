@@ -79,7 +79,7 @@ def write_card(
     rows = [(f"budget {p['budget']}", p) for p in summary["static"]]
     rows += [
         (f"**allocator, price {summary['headline']['price']:g}**", point),
-        ("random", summary["operating_random"]),
+        ("random, same mean budget", summary["operating_random"]),
     ]
     rows += [("no image", summary["text_only"]), ("commonest answer", summary["majority"])]
     stages = {

@@ -35,15 +35,16 @@ def print_outcome(summary: dict[str, Any], folder: Path) -> None:
 def _table(summary: dict[str, Any]) -> None:
     head, n = summary["headline"], summary["n"]
     print(f"\n{n} test cases of {summary['n_patients']} patients; 95 % intervals by patient")
-    print(f"{'':18s}{'accuracy':>9s}  {'95 % interval':15s}{'tokens':>8s}{'cost':>8s}")
+    print(f"{'':26s}{'accuracy':>9s}  {'95 % interval':15s}{'tokens':>8s}{'cost':>8s}")
     largest = summary["static"][-1]["flops"]
     rows = [(f"static {p['budget']}", p) for p in summary["static"]]
     rows += [(f"allocator λ={head['price']:g}", summary["operating_point"])]
-    rows += [("random, same cost", summary["operating_random"]), ("oracle", summary["oracle"])]
+    rows += [("random, same mean budget", summary["operating_random"]), ("oracle", summary["oracle"])]
     rows += [("text only", summary["text_only"]), ("majority answer", summary["majority"])]
     for name, p in rows:
         low, high = p["ci95"]
-        print(f"{name:18s}{p['accuracy']:9.3f}  [{low:.3f}, {high:.3f}] {p['tokens']:7.1f}{p['flops'] / largest:8.3f}")
+        print(f"{name:26s}{p['accuracy']:9.3f}  [{low:.3f}, {high:.3f}] {p['tokens']:7.1f}{p['flops'] / largest:8.3f}")
+    print("cost: FLOPs, the largest budget = 1, deciding included; the random allocator pays for no look")
 
 
 def _headline(summary: dict[str, Any]) -> None:

@@ -42,7 +42,7 @@ GAINS = {
 }
 CONTROLS = {
     "operating_point": "allocator",
-    "operating_random": "random, equal mean budget",
+    "operating_random": "random, same mean budget, no look paid",
     "oracle": "oracle, cheapest right budget",
     "text_only": "text only, no image",
     "majority": "majority answer",
@@ -150,7 +150,9 @@ def headline(summary: dict[str, Any]) -> dict[str, str]:
     lost = head["accuracy_lost"]
     best = f"the best static budget, {head['best_static_budget']} tokens"
     text = f"That is {_beside(lost, -1)} {best}{_ends(lost, -1)}. "
-    text += f"A random allocator of equal cost reaches {random['accuracy']:.3f}"
+    dealt = random["flops"] / summary["static"][-1]["flops"]
+    text += "A random allocator with the same mean budget, which pays for no look, reaches "
+    text += f"{random['accuracy']:.3f} at {dealt:.0%} of the largest budget's cost".replace("%", " %")
     if "gain_over_random" in head:
         gain = head["gain_over_random"]
         text += f"; this one is {_beside(gain, 1)} it{_ends(gain, 1)}"

@@ -166,9 +166,11 @@ def test_the_headline_says_which_side_it_is_on(summary):
     head["accuracy_lost"] = {"value": 0.0123, "ci95": [-0.004, 0.03]}
     head["gain_over_random"] = {"value": 0.031, "ci95": [0.01, 0.05]}
     summary["operating_point"] |= {"flops": 0.25 * summary["static"][-1]["flops"]}
+    summary["operating_random"] |= {"flops": 0.125 * summary["static"][-1]["flops"], "accuracy": 0.8}
     told = headline(summary)
     assert told["title"].startswith("25 % of the cost of the largest budget")
     assert "1.2 points below the best static budget, 256 tokens [−3.0, +0.4]." in told["text"]
+    assert "same mean budget, which pays for no look, reaches 0.800 at 12 % of the largest budget's" in told["text"]
     assert "3.1 points above it [+1.0, +5.0]." in told["text"]
     head["accuracy_lost"] = {"value": -0.01, "ci95": [-0.02, 0.0]}
     assert "1.0 points above the best static budget" in headline(summary)["text"]
