@@ -34,6 +34,7 @@ class Case:
         split: `train`, `val` or `test`.
         question: kind of question, for tables by question; the task when it is left empty.
         extra: all other columns of the row, handed to reward functions by name.
+        patient_named: whether the data names the patient; otherwise the case counts as one of its own.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Case:
     split: str = "train"
     question: str = ""
     extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    patient_named: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", tuple(self.images))
@@ -156,7 +158,8 @@ class Case:
         return case
 
 
-FIELDS = frozenset(f.name for f in fields(Case))
+FIELDS = frozenset(f.name for f in fields(Case)) - {"patient_named"}
+"""Columns of a row that are a case's own."""
 
 
 def parse_boxes(text: str) -> list[tuple[float, float, float, float]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +133,8 @@ def _to_case(row: Row, reading: Reading, format: str, options: Sequence[str] | N
     values = {**{key: value for key, value in defaults.items() if value is not None}, **values}
     problems = _resolve(values, reading)
     try:
-        _finish(values, reading, task, fallback=format != "cases" or not reading.gold, readable=not problems)
-        case = Case.from_dict(values, gold=reading.gold)
+        named = _finish(values, reading, task, fallback=format != "cases" or not reading.gold, readable=not problems)
+        case = replace(Case.from_dict(values, gold=reading.gold), patient_named=named)
     except InputError as error:
         problems += error.problems
     if problems:
@@ -176,11 +176,18 @@ def _resolve(values: dict[str, Any], reading: Reading) -> list[str]:
     return problems
 
 
-def _finish(values: dict[str, Any], reading: Reading, task: str | None, *, fallback: bool, readable: bool) -> None:
-    """Set patient, split, boxes and resolution in place; files are opened only when they are `readable`."""
-    patient = _patient(values, reading, fallback=fallback)
+def _finish(values: dict[str, Any], reading: Reading, task: str | None, *, fallback: bool, readable: bool) -> bool:
+    """Set patient, split, boxes and resolution in place; files are opened only when they are `readable`.
+
+    Returns:
+        whether the row names its patient. With `fallback` one that does not is a patient by file stem.
+    """
+    files = [*values.get("images", []), *values.get("slides", [])]
+    patient = _patient(values, files, reading)
     if patient is not None:
         values["patient"] = patient
+    elif fallback and files:
+        values["patient"] = Path(files[0]).stem
     if reading.split_column in values:
         split = str(values.pop(reading.split_column))
         values["split"] = SPLIT_NAMES.get(split.strip().lower(), split)
@@ -188,6 +195,7 @@ def _finish(values: dict[str, Any], reading: Reading, task: str | None, *, fallb
         _set_boxes(values, reading)
     if "mpp" in values:
         values["mpp"] = _number(values["mpp"], "mpp")
+    return patient is not None
 
 
 def _known_labels(rows: Sequence[Row], reading: Reading) -> list[str]:
@@ -229,9 +237,8 @@ def _label_values(row: Row, reading: Reading) -> dict[str, Any]:
     return values
 
 
-def _patient(values: Mapping[str, Any], reading: Reading, *, fallback: bool) -> str | None:
-    """What may not be divided by a split; None leaves the row without one, which is then reported."""
-    files = [*values.get("images", []), *values.get("slides", [])]
+def _patient(values: Mapping[str, Any], files: Sequence[str], reading: Reading) -> str | None:
+    """What may not be divided by a split; None where the row does not say."""
     if reading.patient_pattern is not None and files:
         match = reading.patient_pattern.search(Path(files[0]).name)
         if not match or not match.groups() or not match.group(1):
@@ -243,7 +250,7 @@ def _patient(values: Mapping[str, Any], reading: Reading, *, fallback: bool) -> 
             return as_text(values[name])
     if reading.patient_column:
         raise InputError(f"`{reading.patient_column}` (patient_column) is empty")
-    return Path(files[0]).stem if fallback and files else None
+    return None
 
 
 def _set_boxes(values: dict[str, Any], reading: Reading) -> None:

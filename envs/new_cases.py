@@ -54,6 +54,7 @@ def new_case(
         protocol=protocol,
         split="test",
         question=question,
+        patient_named=False,
     )
     # What someone names by hand is meant: no slide is left out.
     _, broken = inspect_files(case.images, case.slides)

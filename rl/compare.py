@@ -20,6 +20,7 @@ matplotlib.use("agg")
 from matplotlib import pyplot as plt
 
 from rewards.bootstrap import Bootstrap
+from rl.report.patients import of_patients
 from slides.errors import InputError, entry
 from slides.whole import whole, write_text
 
@@ -64,7 +65,8 @@ def compare(runs: list[dict[str, Any]], draws: int = 2000) -> dict[str, Any]:
             )
     bootstrap = Bootstrap([first["cases"][i]["patient"] for i in ids], draws)
     scores = {run["name"]: np.array([run["cases"][i]["score"] for i in ids]) for run in runs}
-    out: dict[str, Any] = {"n": len(ids), "n_patients": first["summary"]["n_patients"], "runs": {}}
+    patients = {key: first["summary"].get(key, 0) for key in ("n_patients", "n_without_patient")}
+    out: dict[str, Any] = {"n": len(ids), **patients, "runs": {}}
     for run in runs:
         summary = run["summary"]
         out["runs"][run["name"]] = {
@@ -115,7 +117,7 @@ def main() -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     write_text(options.out / "compare.json", json.dumps(found, indent=1) + "\n")
     plot(found, options.out / "compare.png")
-    print(f"{found['n']} test questions of {found['n_patients']} patients")
+    print(f"{found['n']} test questions {of_patients(found)}")
     head = f"{'':20s}{'score':>6s} {'95 % interval':16s}{'tokens':>7s}{'GFLOPs':>8s}"
     print(f"{head}  over majority           over text only")
     for name, run in found["runs"].items():

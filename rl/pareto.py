@@ -20,6 +20,7 @@ from models.allocators.network import LookNetwork
 from models.performer import Performer
 from rl.allocate import collapse, make_decider
 from rl.evaluation.attribution import attribute
+from rl.evaluation.cautions import cautions
 from rl.evaluation.trial import Trial
 from rl.fields import field_results
 from rl.probe import linear_probe
@@ -50,7 +51,7 @@ def evaluate(stages: Stages, performer: Performer, start: LookNetwork) -> dict[s
         "attribution": {**points, "grpo_allocator": summary["operating_point"]},
         "synoptic": field_results(outcome.cases, found.texts, run.evaluation.bootstrap, run.grpo.seed),
         "linear_probe": linear_probe(stages, outcome.whole, outcome.decisions.rungs, best, outcome.bootstrap),
-        "warnings": collapse(stages, performer, trial.decider),
+        "warnings": [*cautions(outcome), *collapse(stages, performer, trial.decider)],
     }
     summary = write_report(stages, performer, outcome, summary)
     if stages.is_main:

@@ -35,10 +35,10 @@ PERFORMER = (
 ALLOCATOR = ("config.json", "model.safetensors", "decider.json", "escalation.npz", "cost.json")
 """Files of a run's folders that are published, and no other."""
 KNOWN = (
-    "n", "n_patients", "splits", "patients", "static", "allocator", "random", "oracle", "text_only", "majority",
-    "operating_point", "operating_random", "operating", "headline", "frontier", "calibration", "information",
-    "latency", "by_question", "chosen", "attribution", "synoptic", "linear_probe", "warnings", "price_unit", "ladder",
-    "seed", "versions", "git", "seconds",
+    "n", "n_patients", "n_without_patient", "splits", "patients", "static", "allocator", "random", "oracle",
+    "text_only", "majority", "operating_point", "operating_random", "operating", "headline", "frontier",
+    "calibration", "information", "latency", "by_question", "chosen", "attribution", "synoptic", "linear_probe",
+    "warnings", "price_unit", "ladder", "seed", "versions", "git", "seconds",
 )  # fmt: skip
 """Keys of the report that are published: figures over all cases. Others name files, commands or cases."""
 PLACES = ("path", "folder", "root", "checkpoint", "output_dir", "logging_dir", "run_name", "vision_cache")

@@ -17,6 +17,7 @@ from envs.case import Case
 from envs.registry import make_env
 from rl.allocate import make_decider
 from rl.checkpoints import is_done
+from rl.evaluation.cautions import cautions
 from rl.evaluation.trial import Trial
 from rl.prepare import load_features, load_rewards
 from rl.recipe import Run, parse_recipe
@@ -71,6 +72,7 @@ def transfer(stages: Stages, recipe: Path) -> tuple[dict[str, Any], Path]:
         logger.warning("%d test patients of %s are named as patients that the run learnt from", shared, recipe)
     summary = {
         **outcome.summary(),
+        "warnings": cautions(outcome),
         "transfer": {"recipe": str(recipe), "shared_patients": shared},
         "missing_slides": missing_slides(cases, bank.missing),
         **provenance(stages),

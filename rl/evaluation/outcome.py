@@ -141,6 +141,17 @@ class Outcome:
             for unit, (answer, stage1, fixed) in units.items()
         }
 
+    @cached_property
+    def gains(self) -> dict[str, Any]:
+        """What the operating point has over the controls of the same cases."""
+        score, rungs = self.decisions.score, self.decisions.rungs
+        rivals = {
+            "random": mixed(self.table.score, rungs),
+            "text_only": self.whole.at([0]).score[:, 0],
+            "majority": self.majority,
+        }
+        return {f"gain_over_{name}": self.bootstrap.difference(score - other) for name, other in rivals.items()}
+
     def headline(self, own: Point) -> dict[str, Any]:
         """The figures that a claim rests on, of the operating point."""
         table, bootstrap, score, k = self.table, self.bootstrap, self.decisions.score, self.preferred.best
@@ -157,9 +168,7 @@ class Outcome:
             "accuracy_lost_vs_best": lost_to_best(score, table.score, bootstrap),
             "gain_at_equal_cost": found["equal_cost"]["gain"],
             "area_over_static": self.frontier["chosen_on_val"]["linear"],
-            "gain_over_random": bootstrap.difference(score - mixed(table.score, self.decisions.rungs)),
-            "gain_over_text_only": bootstrap.difference(score - self.whole.at([0]).score[:, 0]),
-            "gain_over_majority": bootstrap.difference(score - self.majority),
+            **self.gains,
             "hypervolume": volume["adaptive"]["value"],
             "hypervolume_static": volume["static"]["value"],
             "tokens_share": own.tokens / self.static[-1].tokens,
@@ -180,6 +189,7 @@ class Outcome:
         return {
             "n": len(self.cases),
             "n_patients": len(set(table.patients)),
+            "n_without_patient": sum(not c.patient_named for c in self.cases),
             "static": [p.to_dict() for p in self.static],
             "allocator": [p.to_dict() for p, _ in pairs],
             "random": [p.to_dict() for _, p in pairs],

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from rl.recipe import Run
+from rl.report.patients import of_patients, unit
 from slides.whole import write_text
 
 TEMPLATE = Path(__file__).with_name("card.md.j2")
@@ -96,6 +97,9 @@ def write_card(
         base=base,
         data={"name": name, "license": about.data_license},
         summary=summary,
+        patients=of_patients(summary),
+        unit=unit(summary),
+        counted="patients" in summary and unit(summary) == "patient",
         rows=rows,
         largest=summary["static"][-1]["flops"],
         differences=told,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rl.fields import print_fields
+from rl.report.patients import of_patients, unit
 
 GAINS = (
     "gain_over_sft", "gain_over_sft_continued", "gain_over_random", "gain_over_text_only", "gain_over_majority",
@@ -34,7 +35,7 @@ def print_outcome(summary: dict[str, Any], folder: Path) -> None:
 
 def _table(summary: dict[str, Any]) -> None:
     head, n = summary["headline"], summary["n"]
-    print(f"\n{n} test cases of {summary['n_patients']} patients; 95 % intervals by patient")
+    print(f"\n{n} test cases {of_patients(summary)}; 95 % intervals by {unit(summary)}")
     print(f"{'':26s}{'accuracy':>9s}  {'95 % interval':15s}{'tokens':>8s}{'cost':>8s}")
     largest = summary["static"][-1]["flops"]
     rows = [(f"static {p['budget']}", p) for p in summary["static"]]

@@ -16,6 +16,7 @@ from matplotlib.colors import to_rgb
 
 from rl.report import figures
 from rl.report.examples import Row, answers_of, gains, helps, ladder_of, mistakes, spread
+from rl.report.patients import of_patients, unit
 from rl.report.pictures import Shown
 from rl.report.tables import figure, interval, label, measures, number, synoptic_tables
 from slides.whole import write_text
@@ -134,6 +135,7 @@ def render(summary: dict[str, Any], rows: Sequence[Row], name: str, pictures: Pi
         "missing": summary.get("missing_slides") or [],
         "command": summary.get("command"),
         "environment": environment_of(summary),
+        "unit": unit(summary),
         "figures": drawn,
         "style": Markup((here / "page.css").read_text(encoding="utf-8")),
         "script": Markup((here / "page.js").read_text(encoding="utf-8")),
@@ -179,7 +181,7 @@ def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
     equal = head.get("cost_saved_vs_static")
     rival = "no static budget is as accurate" if equal is None else "of the cheapest static budget that is as accurate"
     found = [
-        ("Test cases", f"{summary['n']:,}".replace(",", " "), f"of {summary['n_patients']} patients"),
+        ("Test cases", f"{summary['n']:,}".replace(",", " "), of_patients(summary).strip("()")),
         (
             "Visual tokens",
             f"{own['tokens']:.1f}",

@@ -193,6 +193,17 @@ def test_mask_boxes_are_those_drawn(tmp_path_factory, cells):
     assert boxes_from_mask(str(path), (100, 100)) == expected
 
 
+def test_rows_say_whether_they_name_a_patient(home):
+    for i in range(3):
+        image(home / f"{i}.png", seed=i)
+    rows = [["0.png", "a", "p1"], ["1.png", "b", ""], ["2.png", "a", "p2"]]
+    path = write_csv(home, ["file", "label", "patient"], rows)
+    cases = build(path=path, prompt="Which?")
+    assert [(case.patient, case.patient_named) for case in cases] == [("p1", True), ("1", False), ("p2", True)]
+    found = build(path=path, prompt="Which?", patient_pattern="^(.)")
+    assert all(case.patient_named for case in found), "the file name says"
+
+
 # ---- ms-swift
 
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from benchmarks.report_page import made_up, summary_of
 from rl.report.console import print_outcome
+from rl.report.page import tiles
 
 
 def test_the_random_allocator_is_told_with_what_it_costs(capsys):
@@ -16,3 +19,23 @@ def test_the_random_allocator_is_told_with_what_it_costs(capsys):
     random, largest = summary["operating_random"]["flops"], summary["static"][-1]["flops"]
     assert row.startswith("random, same mean budget") and row.endswith(f"{random / largest:.3f}")
     assert "same cost" not in told and "pays for no look" in told
+
+
+@pytest.mark.parametrize(
+    ("lost", "told", "by"),
+    [
+        (0, "60 test cases of 20 patients;", "patient"),
+        (
+            60,
+            "60 test cases (no patients named: each case counts as one, so that intervals may be too narrow);",
+            "case",
+        ),
+        (5, "60 test cases of 20 patients (5 cases name none: each counts as one, so", "patient"),
+    ],
+)
+def test_patients_are_told_as_the_data_name_them(capsys, lost, told, by):
+    summary = summary_of(made_up(60)) | {"n_without_patient": lost}
+    print_outcome(summary, Path("report"))
+    out = capsys.readouterr().out
+    assert told in out and f"95 % intervals by {by}\n" in out
+    assert ("no patients named" in tiles(summary)[0][2]) == (lost == 60)
