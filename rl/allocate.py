@@ -22,6 +22,7 @@ from rl.deciders.policy import fit_policy
 from rl.deciders.split import fit_split
 from rl.deciders.text import text_decider
 from rl.deciders.value import fit_value
+from rl.deployed import check_trained
 from rl.guards import collapsed
 from rl.recipe import parse_recipe
 from rl.stages import Stages
@@ -68,7 +69,9 @@ def collapse(stages: Stages, performer: Performer, decider: Decider) -> list[str
 @entry
 def main() -> None:
     """Fit on the recipe's run."""
-    stages = Stages(parse_recipe())
+    run = parse_recipe()
+    check_trained(run)
+    stages = Stages(run)
     performer, start = stages.joint()
     decider = make_decider(stages, performer, start)
     predicted = decider.predicted("val")

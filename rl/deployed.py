@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,8 @@ from rl.recipe import Run
 from rl.stages import Stages
 from slides.errors import InputError
 
-NEEDED = {f"grpo/{DONE}": "rl/grpo.py", f"allocator/{KEPT}": "rl/pareto.py"}
+TRAINED = f"grpo/{DONE}"
+NEEDED = {TRAINED: "rl/grpo.py", f"allocator/{KEPT}": "rl/pareto.py"}
 """Last file of each part that answering takes, and what writes it."""
 SUMMARY = "report/summary.json"
 MARK = "frugalpath.json"
@@ -79,16 +80,27 @@ def check_finished(run: Run) -> None:
     if (run.folder / MARK).is_file():
         _check_settings(run, json.loads((run.folder / MARK).read_text())["parts"])
         return
-    recipe = f"--config {run.path}" if run.path else "--config RECIPE"
-    missing = {name: script for name, script in NEEDED.items() if not (run.folder / name).is_file()}
-    if f"grpo/{DONE}" in missing:
-        missing = dict.fromkeys(missing, "rl/grpo.py")
-    if missing:
-        raise InputError(
-            f"{run.folder}: the run is not finished, it has no {', '.join(missing)}; run: "
-            f"python {next(iter(missing.values()))} {recipe}"
-        )
+    _check_files(run, NEEDED)
     _check_settings(run, json.loads((run.folder / "grpo" / DONE).read_text())["parts"])
+
+
+def check_trained(run: Run) -> None:
+    """Refuse a run whose training is not finished, which its report does not do for it.
+
+    Raises:
+        InputError: with what is missing and what writes it.
+    """
+    _check_files(run, {TRAINED: NEEDED[TRAINED]})
+
+
+def _check_files(run: Run, needed: Mapping[str, str]) -> None:
+    missing = {name: script for name, script in needed.items() if not (run.folder / name).is_file()}
+    if missing:
+        script = NEEDED[TRAINED] if TRAINED in missing else next(iter(missing.values()))
+        recipe = f"--config {run.path}" if run.path else "--config RECIPE"
+        raise InputError(
+            f"{run.folder}: the run is not finished, it has no {', '.join(missing)}; run: python {script} {recipe}"
+        )
 
 
 def _check_settings(run: Run, kept: dict[str, Any]) -> None:

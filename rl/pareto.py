@@ -3,10 +3,10 @@
     python rl/pareto.py --config configs/recipes/<x>.yaml
     python rl/pareto.py --config configs/recipes/<x>.yaml --transfer configs/recipes/<other>.yaml
 
-Reads the run's score tables (and makes those that are missing) and writes `report/`: summary.json, cases.jsonl,
-pareto.png and report.html. All choices (best static budget, operating price) are made on validation cases; all figures
-are of test cases. With `--transfer` the run is applied as it is to the test cases of another recipe instead, see
-`rl.transfer`.
+Takes a run that rl/grpo.py has trained. Reads its score tables (and makes those that are missing) and writes
+`report/`: summary.json, cases.jsonl, pareto.png and report.html. All choices (best static budget, operating price) are
+made on validation cases; all figures are of test cases. With `--transfer` the run is applied as it is to the test
+cases of another recipe instead, see `rl.transfer`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 from models.allocators.network import LookNetwork
 from models.performer import Performer
 from rl.allocate import collapse, make_decider
+from rl.deployed import check_trained
 from rl.evaluation.attribution import attribute
 from rl.evaluation.cautions import cautions
 from rl.evaluation.trial import Trial
@@ -65,7 +66,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--transfer", type=Path)
     options, rest = parser.parse_known_args(sys.argv[1:])
-    stages = Stages(parse_recipe(rest))
+    run = parse_recipe(rest)
+    check_trained(run)
+    stages = Stages(run)
     if options.transfer is not None:
         summary, folder = transfer(stages, options.transfer)
         if stages.is_main:

@@ -17,6 +17,7 @@ import pytest
 import tifffile
 from PIL import Image
 
+import rl.allocate
 import rl.grpo
 import rl.pareto
 import sft.train
@@ -187,6 +188,15 @@ def test_another_form_reports_on_the_same_training(finished, tmp_path):
     before, after = read_summary(recipe), read_summary(Path(own))
     assert [p["accuracy"] for p in after["static"]] == [p["accuracy"] for p in before["static"]]
     assert len(after["allocator"]) == len(json.loads((tmp_path / "run" / "allocator" / "escalate.json").read_text()))
+
+
+@pytest.mark.parametrize("script", [rl.pareto, rl.allocate])
+def test_a_run_that_was_never_trained_is_not_trained_by_its_report(tmp_path, slides, called, script):
+    recipe = write_recipe(tmp_path, slides)
+    status, out, err = called(script.main, "--config", recipe)
+    assert status == 2 and out == ""
+    assert f"no grpo/done.json; run: python rl/grpo.py --config {recipe}" in err
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_settings_are_refused(finished):
