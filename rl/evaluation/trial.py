@@ -17,7 +17,7 @@ from rl.evaluation.attribution import best_static
 from rl.evaluation.calibration import base_rates
 from rl.evaluation.controls import majority_scores
 from rl.evaluation.information import image_kinds
-from rl.evaluation.latency import measure
+from rl.evaluation.latency import measured_once
 from rl.evaluation.operating import operating_price
 from rl.evaluation.outcome import Outcome, Preferred
 from rl.probe import mean_features
@@ -56,18 +56,19 @@ class Trial:
         decided = [self.decider.decide("test", p) for p in (*self.prices, self.preferred.operating["price"])]
         table = self.stages.table("grpo", self.performer, "test")
         predicted = self.decider.predicted("test")
-        return self._outcome(self.stages.splits["test"], table, decided, predicted, self.stages.scorer)
+        folder = self.stages.run.folder / "tables"
+        return self._outcome(self.stages.splits["test"], table, decided, predicted, self.stages.scorer, folder)
 
     def on(self, cases: Sequence[Case], table: ScoreTable, scorer: Scorer, folder: Path) -> Outcome:
         """What came of other cases, whose images the performer's bank has.
 
         Args:
             table: of these cases, budget 0 and the ladder's columns.
-            folder: where answers are kept that the table does not have.
+            folder: where answers are kept that the table does not have, and the times of answers.
         """
         prices, ladder = (*self.prices, self.preferred.operating["price"]), table.at(self.ladder)
         decided = [self.decider.decide_on(cases, p, ladder, scorer, folder) for p in prices]
-        return self._outcome(cases, table, decided, self.decider.values(cases), scorer)
+        return self._outcome(cases, table, decided, self.decider.values(cases), scorer, folder)
 
     def _outcome(
         self,
@@ -76,9 +77,11 @@ class Trial:
         decided: list[Decisions],
         predicted: np.ndarray | None,
         scorer: Scorer,
+        folder: Path,
     ) -> Outcome:
         shown = [self.performer.sources(c) for c in cases]
         val = self.val.at(self.ladder)
+        most = self.stages.max_new_tokens
         return Outcome(
             ladder=self.ladder,
             cases=list(cases),
@@ -87,7 +90,7 @@ class Trial:
             decisions=decided[-1],
             preferred=self.preferred,
             divide=self.decider.share_look(cases),
-            latency=measure(self.performer, self.decider, cases, decided, self.stages.max_new_tokens),
+            latency=measured_once(self.performer, self.decider, cases, decided, most, table, folder),
             bootstrap=self.bootstrap(table),
             predicted=predicted,
             base=base_rates(val.score, val.questions, table.questions),

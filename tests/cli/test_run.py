@@ -172,11 +172,14 @@ def test_a_warm_start_without_training_is_refused(tmp_path, monkeypatch, capsys)
 def test_second_call_trains_nothing(finished):
     recipe, _ = finished
     before = (recipe.parent / "run" / "grpo" / "model.safetensors").stat().st_mtime_ns
-    summary = results(read_summary(recipe))
+    whole = read_summary(recipe)
+    summary = results(whole)
     again = call("rl/pareto.py", recipe)
     assert again.returncode == 0, again.stderr[-2000:]
     assert (recipe.parent / "run" / "grpo" / "model.safetensors").stat().st_mtime_ns == before
     assert results(read_summary(recipe)) == summary
+    for key in ("latency", "operating_point", "frontier"):
+        assert read_summary(recipe)[key] == whole[key], "what was timed is not timed again"
 
 
 def test_another_form_reports_on_the_same_training(finished, tmp_path):

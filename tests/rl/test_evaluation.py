@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,9 +16,9 @@ from rewards.bootstrap import Bootstrap
 from rl.deciders.base import Decider, Decisions
 from rl.evaluation.calibration import base_rates, calibration, rank_correlation, reliability, spend
 from rl.evaluation.information import budget_information, entropy, image_kinds, mutual_information
-from rl.evaluation.latency import TIMED, measure
+from rl.evaluation.latency import TIMED, measure, measured_once
 from rl.evaluation.operating import operating_price
-from rl.recipe import EvaluationOptions
+from rl.recipe import AllocatorOptions, EvaluationOptions
 
 quick = settings(max_examples=30, deadline=None)
 N = 4000
@@ -189,6 +190,35 @@ class Fixed(Decider):
 
     def decide(self, split, price):
         raise NotImplementedError
+
+
+def test_what_was_timed_is_kept_beside_the_tables(make_performer, cases, tmp_path):
+    decider, performer = Fixed(), make_performer()
+    run = SimpleNamespace(allocator=AllocatorOptions())
+    decider.stages = SimpleNamespace(run=run, is_main=True)
+    many = [cases[i % len(cases)] for i in range(4)]
+
+    def timed(prices, text="x"):
+        decided = [
+            Decisions(p, *(np.ones(4, int), np.ones(4), np.ones(4), np.ones(4)), decider.choose(many, p)[1])
+            for p in prices
+        ]
+        nothing = np.zeros((4, 3))
+        answered = ScoreTable(
+            [c.id for c in many], ["p"] * 4, ["q"] * 4, BUDGETS, *[nothing] * 6, text=[[text] * 3] * 4
+        )
+        return measured_once(performer, decider, many, decided, 4, answered, tmp_path)
+
+    first, again = timed([0.0, 0.2]), timed([0.0, 0.05, 0.2, 0.3])
+    np.testing.assert_equal(again.answer, first.answer)
+    np.testing.assert_equal([again.look[p] for p in (0.0, 0.05, 0.2, 0.3)], [first.look[p] for p in (0, 0, 0.2, 0.2)])
+    run.allocator = AllocatorOptions(width=8)
+    other = timed([0.0])
+    np.testing.assert_equal(other.answer, first.answer)
+    assert (other.look[0.0] != first.look[0.0]).any(), "another allocator is timed anew"
+    run.allocator = AllocatorOptions()
+    np.testing.assert_equal(timed([0.0]).look[0.0], first.look[0.0])
+    assert (timed([0.0], "other answers").answer[1] != first.answer[1]).any()
 
 
 def test_answers_and_deciding_are_timed_apart(make_performer, cases):
