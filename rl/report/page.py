@@ -185,7 +185,7 @@ def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
         (
             "Visual tokens",
             f"{own['tokens']:.1f}",
-            f"a case on average; the largest budget takes {largest['tokens']:.1f}",
+            f"a case on average; the largest budget takes {round(largest['tokens'], 1):g}",
         ),
         ("Cost of equal accuracy", "—" if equal is None else f"{1 - equal:.0%}".replace("%", " %"), rival),
     ]

@@ -114,9 +114,10 @@ def _calibration(part: Mapping[str, Any]) -> list[Table]:
 
 
 def _information(part: Mapping[str, Any]) -> list[Table]:
+    kinds = part.get("image_kinds", "?")
     names = {
         "question": "the kind of question",
-        "image_given_question": f"the kind of image ({part.get('image_kinds', '?')} kinds), the question known",
+        "image_given_question": f"the kind of image ({kinds} kind{'' if kinds == 1 else 's'}), the question known",
     }
     keys = ("bits", "chance", "chance95", "p")
     rows = [[name, *(number(part[k][key]) for key in keys)] for k, name in names.items() if k in part]

@@ -9,6 +9,7 @@ import pytest
 from benchmarks.report_page import made_up, summary_of
 from rl.report.console import print_outcome
 from rl.report.page import tiles
+from rl.report.tables import measures
 
 
 def test_the_random_allocator_is_told_with_what_it_costs(capsys):
@@ -39,3 +40,13 @@ def test_patients_are_told_as_the_data_name_them(capsys, lost, told, by):
     out = capsys.readouterr().out
     assert told in out and f"95 % intervals by {by}\n" in out
     assert ("no patients named" in tiles(summary)[0][2]) == (lost == 60)
+
+
+def test_numbers_are_told_as_one_writes_them():
+    summary = summary_of(made_up(60))
+    summary["static"][-1]["tokens"] = 49.0
+    assert tiles(summary)[1][2].endswith("the largest budget takes 49")
+    summary["static"][-1]["tokens"] = 48.26
+    assert tiles(summary)[1][2].endswith("the largest budget takes 48.3")
+    summary["information"]["image_kinds"] = 1
+    assert "(1 kind)" in str(measures(summary)["What the chosen budget hangs on"])
