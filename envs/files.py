@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from slides.images import MAX_PIXELS, ImageError, allow_pixels, open_image, slide_format, too_large
+from slides.images import MAX_PIXELS, OR_DROP, ImageError, allow_pixels, open_image, slide_format, too_large
 
 logger = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ def inspect_files(
         except ImageError as error:
             return str(error)
         except Exception as error:  # decoders raise almost anything on broken bytes; each becomes a named problem
-            return f"cannot be decoded ({error}); replace the file or drop its row"
+            return f"cannot be decoded ({error}); replace the file{OR_DROP}"
 
     fresh: dict[str, FileFacts] = {}
     with ThreadPoolExecutor(workers) as pool:

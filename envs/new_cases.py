@@ -15,7 +15,7 @@ from envs.convert import Reading, to_cases
 from envs.files import inspect_files
 from envs.rows import read_rows
 from slides.errors import InputError
-from slides.images import MAX_PIXELS
+from slides.images import MAX_PIXELS, OR_DROP
 
 COLUMNS = {"image_column": "file", "slide_column": None, "answer_column": "label", "split_column": "split"}
 """Columns of a manifest of labels, as `envs.manifest.build` has them."""
@@ -58,7 +58,7 @@ def new_case(
     )
     # What someone names by hand is meant: no slide is left out.
     _, broken = inspect_files(case.images, case.slides)
-    problems = [*case.problems(gold=False), *(f"{path}: {why}" for path, why in broken.items())]
+    problems = [*case.problems(gold=False), *(f"{path}: {why.removesuffix(OR_DROP)}" for path, why in broken.items())]
     if problems:
         raise InputError(problems)
     return case

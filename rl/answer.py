@@ -1,6 +1,6 @@
 """Answer a case, or many, with a finished run, at a price or at a fixed budget.
 
-    python rl/answer.py --config RECIPE --image field.png --question "Does this show metastasis?" [--options yes no]
+    python rl/answer.py --config RECIPE --image field.png --question "Is this metastasis?" --options normal metastasis
     python rl/answer.py --config RECIPE --slide a.svs b.svs --question "What is the diagnosis?" --budget 16
     python rl/answer.py --config RECIPE --manifest new.jsonl --price 0.1 --json --out answers.jsonl
     python rl/answer.py --config RECIPE --split test
@@ -20,7 +20,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -28,11 +28,12 @@ from accelerate import PartialState
 
 from envs.case import TASKS, Case
 from envs.new_cases import new_case, read_new_cases
-from rl.answering import answer_all, closing, head, line, totals
+from rl.answering import answer_all, closing, head, line, not_an_option, totals
 from rl.checkpoints import is_done
-from rl.deployed import MARK, Deployed, check_finished, operating_price
+from rl.deployed import MARK, Deployed, check_finished, evaluation, operating_price
 from rl.prepare import load_rewards
 from rl.recipe import Run, parse_recipe
+from rl.report.asked import foreign
 from rl.scoring import Scorer
 from rl.stages import Stages
 from slides.errors import InputError, entry
@@ -134,6 +135,12 @@ def prepare(args: argparse.Namespace, run: Run, stack: ExitStack) -> tuple[Deplo
     return Deployed(run, cases, folder), cases, scorer
 
 
+def warn(messages: Iterable[str]) -> None:
+    """Tell on standard error, which leaves the rows alone."""
+    for message in messages:
+        print(f"warning: {message}", file=sys.stderr)
+
+
 @entry
 def main() -> None:
     """Answer, and print each answer as it comes."""
@@ -149,12 +156,18 @@ def main() -> None:
     price = operating_price(run) if args.price is None and args.budget is None else args.price
     with ExitStack() as stack:
         deployed, cases, scorer = prepare(args, run, stack)
+        if not args.split:
+            known = evaluation(run)
+            warn(dict.fromkeys(text for case in cases if (text := foreign(case, known))))
         rows = []
         if not args.json:
             print(head())
-        for row in answer_all(deployed.decider(), cases, price=price, budget=args.budget, scorer=scorer):
+        answers = answer_all(deployed.decider(), cases, price=price, budget=args.budget, scorer=scorer)
+        for case, row in zip(cases, answers, strict=True):
             rows.append(row)
             print(json.dumps(row) if args.json else line(row), flush=True)
+            if problem := not_an_option(row, case):
+                warn([f"{case.id}: {problem}"])
         if len(rows) > 1:
             found = {**({} if price is None else {"price": price}), **totals(rows)}
             print(json.dumps({"totals": found}) if args.json else closing(found))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from envs.case import Case
 from rewards.answer import extract_answer
+from rewards.label import find_option, read_options
 from rl.deciders.base import Answered, Decider
 from rl.scoring import Scorer
 
@@ -64,6 +65,16 @@ def _row(case: Case, answered: Answered) -> dict[str, Any]:
         "latency_ms_stage2": round(answered.ms, 3),
         "confidence": answered.confidence,
     }
+
+
+def not_an_option(row: Mapping[str, Any], case: Case) -> str | None:
+    """What is said of an answer that names none of the case's options."""
+    if not case.options or row["answer"] is None:
+        return None
+    known = read_options(case.options)
+    if known is None or find_option(row["answer"], known) is not None:
+        return None
+    return f"the answer {row['answer']!r} is none of the options {', '.join(case.options)}"
 
 
 def totals(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -112,20 +112,26 @@ def _check_settings(run: Run, kept: dict[str, Any]) -> None:
         )
 
 
+def evaluation(run: Run) -> dict[str, Any]:
+    """What the run's report, or a published run, tells of it; empty where there is no report."""
+    path = run.folder / (EVALUATION if (run.folder / MARK).is_file() else SUMMARY)
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
 def operating_price(run: Run) -> float:
     """The price that the run's report chose.
 
     Raises:
         InputError: there is no report.
     """
-    path = run.folder / (EVALUATION if (run.folder / MARK).is_file() else SUMMARY)
-    if not path.is_file():
+    found = evaluation(run)
+    if not found:
         recipe = f"--config {run.path}" if run.path else "--config RECIPE"
         raise InputError(
-            f"{path}: there is no report to take the price from; give --price or --budget, or run: "
+            f"{run.folder / SUMMARY}: there is no report to take the price from; give --price or --budget, or run: "
             f"python rl/pareto.py {recipe}"
         )
-    return json.loads(path.read_text())["headline"]["price"]
+    return found["headline"]["price"]
 
 
 def _differing(key: str, before: Any, now: Any) -> list[str]:

@@ -23,6 +23,7 @@ from models.slide_vlm import SlideVLM
 from rl.config import FrugalConfig
 from rl.deployed import EVALUATION, MARK, SUMMARY, check_finished, settings
 from rl.recipe import AllocatorOptions, EncoderConfig, EvaluationOptions, Run, parse_recipe
+from rl.report.asked import example
 from rl.report.card import About, data_name, write_card
 from sft.supervised import LANGUAGE_WEIGHTS
 from slides.errors import InputError
@@ -38,7 +39,7 @@ KNOWN = (
     "n", "n_patients", "n_without_patient", "splits", "patients", "static", "allocator", "random", "oracle",
     "text_only", "majority", "operating_point", "operating_random", "operating", "headline", "frontier",
     "calibration", "information", "latency", "by_question", "chosen", "attribution", "synoptic", "linear_probe",
-    "warnings", "price_unit", "ladder", "seed", "versions", "git", "seconds",
+    "warnings", "price_unit", "ladder", "seed", "versions", "git", "seconds", "asked",
 )  # fmt: skip
 """Keys of the report that are published: figures over all cases. Others name files, commands or cases."""
 PLACES = ("path", "folder", "root", "checkpoint", "output_dir", "logging_dir", "run_name", "vision_cache")
@@ -51,8 +52,7 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "gemma_vl": load_gemma,
 }
 """What reads the model of a folder, whole or over the base of its adapter, by the performer's family."""
-USE = """    python rl/answer.py --model FOLDER --image field.png --question "..." --options yes no
-    python rl/answer.py --model FOLDER --slide a.svs --question "What is the diagnosis?"
+USE = """    python rl/answer.py --model FOLDER {example}
 
 `FOLDER` is this folder. The model alone: `load_performer(FOLDER, ...)`, or `from_pretrained(FOLDER)`{extra}."""
 
@@ -102,7 +102,7 @@ def publish(
             about, title=about.title or f"FrugalPath {to.name}", data=about.data or data_name(run)
         )
         extra = "; only adapters are kept, the base is fetched by its name" if adapters else ""
-        write_card(part / "README.md", own, summary, about, known, USE.format(extra=extra))
+        write_card(part / "README.md", own, summary, about, known, USE.format(extra=extra, example=example(summary)))
         mark = {"format": 1, "weights": "adapter" if adapters else "whole", "parts": settings(own)}
         files = sorted(str(p.relative_to(part)) for p in part.rglob("*") if p.is_file())
         _write_json(part / MARK, {**mark, "files": [*files, MARK]})

@@ -21,6 +21,10 @@ Image.MAX_IMAGE_PIXELS = MAX_PIXELS
 Image.init()  # Pillow would know only a few of the formats until then
 
 
+OR_DROP = " or drop its row"
+"""End of a remedy, for files that a manifest names."""
+
+
 class ImageError(InputError):
     """An image that is not decoded; the sentence reads on from its path."""
 
@@ -73,7 +77,7 @@ def too_large(width: int, height: int, limit: int) -> ImageError:
 
 def undecodable(error: Exception) -> ImageError:
     """What is said of a file that holds no whole image."""
-    return ImageError(f"cannot be decoded ({error}); replace the file or drop its row")
+    return ImageError(f"cannot be decoded ({error}); replace the file{OR_DROP}")
 
 
 def slide_format(path: str | os.PathLike) -> str | None:

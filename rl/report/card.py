@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from rl.recipe import Run
+from rl.report.asked import example
 from rl.report.patients import of_patients, unit
 from slides.whole import write_text
 
@@ -23,7 +24,7 @@ DIFFERENCES = {
     "accuracy_lost": "lost against the best fixed budget on validation cases",
 }
 """Keys of the headline, and what they compare the operating point with."""
-OF_RUN = """    python rl/answer.py --config RECIPE --image field.png --question "..."
+OF_RUN = """    python rl/answer.py --config RECIPE {example}
     python rl/publish.py --config RECIPE --to FOLDER"""
 """How a run's own folder is used."""
 
@@ -49,12 +50,13 @@ def write_card(
     summary: Mapping[str, Any],
     about: About = About(),
     base: str | None = None,
-    use: str = OF_RUN,
+    use: str | None = None,
 ) -> None:
     """Write the card.
 
     Args:
-        summary: of the run's report. base: name of the model that training began with. use: how it is asked, Markdown.
+        summary: of the run's report. base: name of the model that training began with. use: how it is asked,
+            Markdown; by default how the run's own folder is.
     """
     title = about.title or f"FrugalPath {(run.path.stem if run.path else run.folder.name).replace('_', ' ')}"
     name = about.data or data_name(run)
@@ -106,7 +108,8 @@ def write_card(
         ladder=run.ladder,
         training=training(run),
         versions=", ".join(f"{k} {v}" for k, v in summary["versions"].items()),
-        use=use,
+        asked=(summary.get("asked") or {}).get("questions", []),
+        use=OF_RUN.format(example=example(summary)) if use is None else use,
     )
     write_text(path, str(card).rstrip() + "\n")
 

@@ -19,6 +19,7 @@ from envs.case import Case
 from models.performer import Performer
 from rl.checkpoints import is_done, stage_seconds
 from rl.prepare import cases_of
+from rl.report.asked import asked_of
 from rl.report.page import Pictured, write_page
 from rl.report.picture import plot
 from rl.report.pictures import Pictures
@@ -55,6 +56,7 @@ def write_report(stages: Stages, performer: Performer, outcome: Outcome, summary
         "missing_slides": missing_slides(stages.cases, stages.bank.missing),
         "splits": {s: len(members) for s, members in stages.splits.items()},
         "patients": {s: len({c.patient for c in members}) for s, members in stages.splits.items()},
+        "asked": asked_of(stages.cases),
         "seconds": stage_seconds(stages.run.folder),
         "reproduce": reproduce(summary, sys.argv[1:]),
         **provenance(stages),

@@ -108,10 +108,13 @@ def test_the_card_tells_data_results_and_limits(finished, published):
     assert row in text, "results stand with n and interval"
     for split in ("train", "val", "test"):
         assert f"| {split} | {summary['splits'][split]} | {summary['patients'][split]} |" in text
-    for control in ("random", "no image", "commonest answer"):
+    for control in ("random, same mean budget", "no image", "commonest answer"):
         assert f"| {control} | " in text
     assert summary["versions"]["torch"] in text and "Seed " in text
     own = (finished[0].parent / "run" / "grpo" / "README.md").read_text()
+    for card_text in (text, own):
+        assert "--question 'What is the diagnosis?' --options " in card_text or "quadrant" in card_text
+        assert "- What is the diagnosis? (" in card_text
     assert "not a medical device" in own and "time machine" not in own, "it takes the place of the trainer's"
 
 

@@ -37,6 +37,7 @@ def test_all_that_is_wrong_with_a_question_is_told_at_once(folder):
     with pytest.raises(InputError) as told:
         new_case([str(folder / "c.png")], [str(folder / "a.svs")], " ", options=["yes"])
     assert len(told.value.problems) == 4
+    assert "drop its row" not in str(told.value), "no manifest has a row of it"
     for word in ("c.png: cannot be decoded", "a.svs: cannot be read", "`prompt` is empty", "at least two"):
         assert word in str(told.value)
 
