@@ -44,6 +44,7 @@ class GemmaSight(TowerSight):
 
     bidirectional = True
     stock = False
+    parts = ("vision_tower", "multi_modal_projector")
 
     def __init__(self, image_token_id: int, image_processor: Any, side: int):
         super().__init__(image_token_id, image_processor)
@@ -57,7 +58,7 @@ class GemmaSight(TowerSight):
         Raises:
             InputError: the vision tower is trained, or this transformers hands Gemma 3 no ready features.
         """
-        base = gemma_backbone(model)
+        base = self.eyes(model)
         if not all(map(is_frozen, vision_parts(base))):
             raise InputError("gemma_vl pools what a frozen vision tower sees: call `freeze_gemma` on the model first")
         _require_features(base)
@@ -95,7 +96,7 @@ class GemmaSight(TowerSight):
             return {}
         _require_features(gemma_backbone(model))
         if not self.once or any(v.features is None for v in views):
-            self.see(gemma_backbone(model), views)
+            self.see(self.eyes(model), views)
         tokens = torch.cat([v.features for v in views])
         return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=tokens[None])}}
 

@@ -38,11 +38,12 @@ class QwenSight(TowerSight):
     """Of Qwen2.5-VL; a frozen vision tower sees each view once, unless `configure` says otherwise."""
 
     typed_tokens = True
+    parts = ("visual",)
 
     def configure(
         self, model: Any, once: bool, cache: FeatureCache | None, autocast: Callable[[], AbstractContextManager]
     ) -> None:
-        tower = backbone(model).visual
+        tower = self.eyes(model).visual
         self.trained = not is_frozen(tower)
         self._keep(once and not self.trained, cache, autocast, [tower], tower.patch_embed.proj.weight)
 
@@ -124,7 +125,7 @@ class QwenSight(TowerSight):
         if any(v.features is None for v in views):
             if not is_frozen(base.visual):
                 return dict(self.fields(views))
-            self.see(base, views)
+            self.see(self.eyes(base), views)
         return {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=[v.features for v in views])}}
 
     @torch.no_grad()

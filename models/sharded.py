@@ -7,22 +7,33 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
-def head_in_forward(model: nn.Module) -> None:
-    """Let the model's forward gather the language head, too.
+def shares_out(accelerator: Any) -> bool:
+    """Whether the weights of the models that it prepares are shared out among processes."""
+    zero = accelerator.state.deepspeed_plugin
+    return accelerator.distributed_type == DistributedType.FSDP or (zero is not None and zero.zero_stage == 3)
+
+
+def make_ready(model: Any) -> None:
+    """Let a model be shared out.
 
     TRL's fused head multiplies by the head's weights and never calls the head, so that FSDP2 neither gathers them nor
-    averages their gradients over the processes: each would keep its own.
+    averages their gradients over the processes: each would keep its own. The model's forward gathers them here.
+
+    Accelerate refuses a model that names layers which it does not have, as Gemma 3 does by its tower's family.
 
     Args:
         model: the outermost module, before it is shared out.
     """
     model.register_forward_pre_hook(_gather_head)
+    made = {type(module).__name__ for module in model.modules()}
+    model._no_split_modules = [name for name in model._no_split_modules or () if name in made]
 
 
 def _gather_head(model: Any, _: tuple) -> None:

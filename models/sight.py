@@ -62,6 +62,16 @@ class Sight:
             autocast: context that the tower runs in.
         """
 
+    def keep_tower(self, model: Any, device: torch.device | None) -> None:
+        """See by a copy of the model's frozen vision tower from now on, before its weights are shared out.
+
+        Processes have different images to see, and some have none, while weights that are shared out are gathered by
+        all of them together.
+
+        Args:
+            device: where the copy stays; None for the model's own tower.
+        """
+
     def view(self, image: Any) -> View:
         """The view of an image of a training set, made once; a view is returned as it is."""
         raise NotImplementedError

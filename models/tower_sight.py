@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import inspect
 import json
@@ -31,6 +32,9 @@ class TowerSight(Sight, ABC):
         image_processor: of transformers, makes an image what the tower reads.
     """
 
+    parts: tuple[str, ...]
+    """Modules of the backbone that make an image its features; the first is the tower."""
+
     def __init__(self, image_token_id: int, image_processor: Any):
         super().__init__(image_token_id)
         self.processor = image_processor
@@ -42,12 +46,25 @@ class TowerSight(Sight, ABC):
         self.pool = ThreadPoolExecutor(max_workers=max(1, min(4, (os.cpu_count() or 2) - 1)))
         self.seen = 0
         """Images that the tower has read."""
+        self._own: Any = None
         self._revision = ""
         self._lock = Lock()
 
     def __deepcopy__(self, memo: dict) -> Self:
         # Whoever copies a processor, to print it for instance, gets by with this one's threads and features.
         return self
+
+    def keep_tower(self, model: Any, device: torch.device | None) -> None:
+        base, self._own = holder_of(model, self.parts[0]), None
+        towers = {name: getattr(base, name) for name in self.parts}
+        if device is not None and all(map(is_frozen, towers.values())):
+            # The backbone's ways and settings, without its other weights.
+            self._own = copy.copy(base)
+            self._own._modules = {name: copy.deepcopy(part).to(device).eval() for name, part in towers.items()}
+
+    def eyes(self, model: Any) -> Any:
+        """What sees for a model: its backbone, or one of no more than the copied tower."""
+        return holder_of(model, self.parts[0]) if self._own is None else self._own
 
     def prefetch(self, views: Sequence[View]) -> None:
         """Begin to look up, or else read and prepare the images on other threads."""

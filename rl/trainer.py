@@ -22,7 +22,7 @@ from models.build import make_sight
 from models.feature_cache import FeatureCache
 from models.generation import by_length, generate, to_device
 from models.processor import ViewProcessor, token_types
-from models.sharded import gathered, head_in_forward
+from models.sharded import gathered, make_ready, shares_out
 from models.sight import Prompt, read_prompt
 from rl.batches import EpochSampler, LoadedOnce, ShownOnce, share, shuffle_groups, split_silent, take
 from rl.checkpoints import SaveBetweenRollouts
@@ -50,12 +50,11 @@ class GroupTrainer(CompletionLog):
             raise ValueError("tools, environments and rollout_func make prompts of their own; use TRL's GRPOTrainer")
         if self._dist.fsdp_version == 1 or not self.args.ds3_gather_for_generation:
             # Weights are then gathered in every forward, of which processes may need different numbers.
-            self.args.prefill_once = self.args.see_once = False
-        if (self.is_deepspeed_enabled or self.is_fsdp_enabled) and not self._prefills_once:
-            self.args.see_once = False  # only our generation sees while weights are gathered
+            self.args.prefill_once = False
         own = self.accelerator.unwrap_model(self.model)
-        head_in_forward(own)
+        make_ready(own)
         self.sight = make_sight(own, self.processing_class)
+        self.sight.keep_tower(own, self.accelerator.device if shares_out(self.accelerator) else None)
         self.sight.configure(own, self.args.see_once, self._vision_cache(), self.accelerator.autocast)
         if self.use_vllm:
             self.vllm_generation = VLLMRollouts(self.vllm_generation, self.sight)

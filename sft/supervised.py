@@ -23,7 +23,7 @@ from envs.case import Case
 from models.adapters import ADAPTER
 from models.build import SEEING_PARTS
 from models.performer import Performer
-from models.sharded import head_in_forward, whole
+from models.sharded import make_ready, shares_out, whole
 from models.sight import stack_positions
 from rewards.registry import gold_completion
 from sft.options import training_arguments
@@ -67,7 +67,7 @@ class StageTrainer(SFTTrainer):
     def __init__(self, *args: Any, rates: Mapping[str, float] | None = None, **kwargs: Any):
         self.rates = rates
         super().__init__(*args, **kwargs)
-        head_in_forward(self.accelerator.unwrap_model(self.model))
+        make_ready(self.accelerator.unwrap_model(self.model))
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As its base; every group is divided by part, before anything of it is used."""
@@ -219,6 +219,8 @@ def train_sft(
         callbacks=list(callbacks),
         rates=rates,
     )
+    if shares_out(trainer.accelerator):
+        performer.processor.sight.keep_tower(model, trainer.accelerator.device)
     trainer.train(resume_from_checkpoint=resume)
     model = merged(trainer)
     if lora is not None:

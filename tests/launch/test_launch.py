@@ -11,7 +11,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from slides.store import write_features
-from tests.conftest import grid_features
+from tests.conftest import grid_features, noise
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "accelerate"
@@ -59,32 +59,69 @@ RECIPE: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
 }  # fmt: skip
+LORA = {"r": 4, "lora_alpha": 8}
+TOWERS: dict[str, dict[str, Any]] = {
+    "qwen": {"family": "qwen_vl", "lora": LORA},
+    "gemma": {"family": "gemma_vl", "lora": LORA, "layers": 2},
+}
+"""Performers with a frozen vision tower, by the folder of their run."""
+TOWERS_OF = {"one_gpu": ("qwen", "gemma"), "zero3": ("qwen",), "fsdp2": ("qwen", "gemma")}
+"""Which of them run under a launch: weights that are shared out are what could keep a tower from seeing."""
+BLIND = {"max_steps": 10, "text_only": 0.25, "ladder": [9]}
+"""Supervised batches of which one process has all seen, or shows none, while the other still has some to see."""
 SAMPLED = {"max_steps": 4, "gold_rollout": False, "generation_kwargs": None, "budgets_per_image": 2}
+
+
+def ask(folder: Path, key: str, files: list[str]) -> Path:
+    """A manifest of one question about each of 20 slides or images; every other one is of a tumour."""
+    rows = [
+        {
+            "id": f"case{i}", "patient": f"p{i}", "task": "choice", "options": ["normal", "tumour"],
+            "prompt": "Normal or tumour?" + " Look well." * (i % 3), "answer": ("normal", "tumour")[i % 2],
+            key: [file], "split": "train" if i < 16 else ("val", "val", "test", "test")[i - 16],
+        }
+        for i, file in enumerate(files)
+    ]  # fmt: skip
+    path = folder / "cases.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
 
 
 @pytest.fixture(scope="module")
 def manifest(tmp_path_factory) -> Path:
     """Questions about stored features; those of tumours are shifted."""
     folder = tmp_path_factory.mktemp("cases")
-    rows = []
     for i in range(20):
         write_features(folder / f"{i}.h5", grid_features(4, 4, 2.0 * (i % 2), seed=i))
-        rows.append({
-            "id": f"case{i}", "patient": f"p{i}", "task": "choice", "options": ["normal", "tumour"],
-            "prompt": "Normal or tumour?" + " Look well." * (i % 3), "answer": ("normal", "tumour")[i % 2],
-            "slides": [f"{i}.h5"], "split": "train" if i < 16 else ("val", "val", "test", "test")[i - 16],
-        })  # fmt: skip
-    path = folder / "cases.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    return ask(folder, "slides", [f"{i}.h5" for i in range(20)])
 
 
-def recipe(manifest: Path, folder: Path, processes: int, **changes: Any) -> Path:
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    """Questions about images; those of tumours are darker."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for i in range(20):
+        noise(112, 84, i).point(lambda value, dark=i % 2: value // (1 + dark)).save(folder / f"{i}.png")
+    return ask(folder, "images", [f"{i}.png" for i in range(20)])
+
+
+def recipe(
+    manifest: Path, folder: Path, processes: int, stage: Mapping[str, Any] | None = None, **changes: Any
+) -> Path:
     """A recipe file of a run in `folder`; a step takes the same cases on any number of processes.
 
     The training cases are a whole number of steps: an epoch's last step has fewer on one process than on two.
+
+    Args:
+        stage: further keys of the supervised stage.
     """
-    sft = {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "logging_steps": 1}
+    sft = {
+        "max_steps": 3,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        **(stage or {}),
+    }
     content = {
         "cases": {"name": "manifest", "path": str(manifest)},
         **RECIPE,
@@ -118,8 +155,8 @@ def finish(process: subprocess.Popen) -> None:
 
 
 @pytest.fixture(scope="module")
-def launched(manifest, tmp_path_factory) -> Callable[[str], Path]:
-    """Folder of what the processes of a launch did: `run`, `sampled` and, after its resumption, `resumed`."""
+def launched(manifest, pictures, tmp_path_factory) -> Callable[[str], Path]:
+    """Folder of what the processes of a launch did: `run`, `sampled`, after its resumption `resumed`, `TOWERS_OF`."""
     done: dict[str, Path] = {}
 
     def launch(name: str) -> Path:
@@ -130,6 +167,9 @@ def launched(manifest, tmp_path_factory) -> Callable[[str], Path]:
             again = {**SAMPLED, "sft": None, "per_device_train_batch_size": 8}
             again["performer"] = {**RECIPE["performer"], "checkpoint": str(folder / "run" / "sft")}
             recipes += [recipe(manifest, folder / part, processes, **again) for part in ("sampled", "resumed")]
+            for part in TOWERS_OF.get(name, ()):
+                own = {"performer": {**RECIPE["performer"], **TOWERS[part]}, "encoder": {"field_side": 112}}
+                recipes.append(recipe(pictures, folder / part, processes, BLIND, **own))
             finish(start(options, recipes))
             done[name] = folder
         return done[name]
@@ -144,7 +184,7 @@ def losses(folder: Path) -> list[dict[str, float]]:
 
 
 def assert_same_losses(found: list[dict[str, float]], expected: list[dict[str, float]]) -> None:
-    assert len(found) == len(expected) == 6
+    assert len(found) == len(expected) >= 6
     for own, other in zip(found, expected, strict=True):
         assert own == pytest.approx(other, rel=1e-4, abs=1e-4)
 
@@ -157,6 +197,20 @@ def test_losses_are_those_of_one_process(launched, name):
     expected = losses(launched("one_gpu") / "run")
     assert len({round(row["loss"], 3) for row in expected}) >= 5, "there was something to learn"
     assert_same_losses(losses(launched(name) / "run"), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        pytest.param(*launch.values, part, marks=launch.marks)
+        for launch in LAUNCHES
+        for part in TOWERS_OF.get(str(launch.values[0]), ())
+    ],
+)
+def test_a_frozen_tower_sees_while_weights_are_shared_out(launched, name, part):
+    expected = losses(launched("one_gpu") / part)
+    assert len(expected) == BLIND["max_steps"] + RECIPE["max_steps"]
+    assert_same_losses(losses(launched(name) / part), expected)
 
 
 @pytest.mark.parametrize("name", ["one_gpu", *LAUNCHES])

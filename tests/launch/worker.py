@@ -1,6 +1,6 @@
-"""Processes of a launch without a GPU: a run, as `rl/grpo.py` begins it, then one that is stopped and resumed.
+"""Processes of a launch without a GPU: a run, as `rl/grpo.py` begins it, one that is stopped and resumed, and others.
 
-accelerate launch ... tests/launch/worker.py <recipe of the run> [<recipe> <the same in another output_dir>]
+accelerate launch ... tests/launch/worker.py <recipe> [<recipe> <the same in another output_dir> [<recipe> ...]]
 """
 
 from __future__ import annotations
