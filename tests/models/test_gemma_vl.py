@@ -16,7 +16,7 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 from models.attention import SHARED_PREFIX, decoder
 from models.build import PerformerConfig, load_performer, lora_config, make_sight
 from models.feature_cache import FeatureCache
-from models.gemma_vl import MARKS, GemmaPerformer, GemmaSight, gemma_backbone
+from models.gemma_vl import MARKS, GemmaPerformer, GemmaSight, gemma_backbone, vision_parts
 from models.generation import generate
 from rl.packing import block_mask, pack, packed_mask, runs_of
 from rl.trainer import GroupTrainer
@@ -96,6 +96,20 @@ def test_an_image_is_seen_once_whatever_the_budgets(gemma, image_cases, tmp_path
         after = gemma.answer(image_cases, BUDGETS, max_new_tokens=4)
         assert [a.text for a in after] == [a.text for a in before]
         assert sight.seen == 3 * seen, "the second time from disk"
+
+
+def test_a_copied_tower_sees_for_a_model_whose_own_holds_nothing(gemma, image_cases):
+    """As on a process that has none of its weights."""
+    sight, path, base = gemma.processor.sight, image_cases[0].images[0], gemma_backbone(gemma.model)
+    view, copied = (sight.view_at(path, 9) for _ in range(2))
+    sight.inputs(gemma.model, [[view]])
+    sight.keep_tower(gemma.model, torch.device("cpu"))
+    sight.configure(gemma.model, True, None, sight.autocast)
+    for part in vision_parts(base):
+        for parameter in part.parameters():
+            parameter.data = torch.empty(0)
+    sight.inputs(gemma.model, [[copied]])
+    assert sight.seen == 2 and torch.allclose(copied.features, view.features)
 
 
 # The text.

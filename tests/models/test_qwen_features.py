@@ -124,6 +124,24 @@ def test_an_unconfigured_sight_does_not_remember_a_tower_that_trains(make_qwen, 
     assert set(performer.processor.sight.inputs(performer.model, [views])) == {"mm_encoder_outputs"}
 
 
+def test_a_copied_tower_sees_for_a_model_whose_own_holds_nothing(qwen, sight, image_cases):
+    """As on a process that has none of its weights."""
+    views, copied = views_of(qwen, image_cases[3], 6), views_of(qwen, image_cases[3], 6)
+    expected = stock_features(qwen, views)
+    sight.keep_tower(qwen.model, torch.device("cpu"))
+    sight.configure(qwen.model, True, None, nullcontext)
+    for parameter in qwen.model.model.visual.parameters():
+        parameter.data = torch.empty(0)
+    sight.inputs(qwen.model, [copied])
+    assert all(torch.allclose(v.features, own) for v, own in zip(copied, expected, strict=True))
+
+
+def test_a_tower_that_trains_is_not_copied(make_qwen):
+    performer = make_qwen(freeze_vision=False)
+    performer.processor.sight.keep_tower(performer.model, torch.device("cpu"))
+    assert performer.processor.sight.eyes(performer.model) is performer.model.model
+
+
 def test_a_model_that_takes_no_features_gets_pixels(qwen, sight, image_cases, monkeypatch):
     monkeypatch.setattr(qwen_vl, "takes_features", lambda base: False)
     views = views_of(qwen, image_cases[0], 4)
