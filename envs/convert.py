@@ -182,7 +182,9 @@ def _finish(values: dict[str, Any], reading: Reading, task: str | None, *, fallb
     Returns:
         whether the row names its patient. With `fallback` one that does not is a patient by file stem.
     """
-    files = [*values.get("images", []), *values.get("slides", [])]
+    # What is of another type is told by the case.
+    lists = (values.get(name) for name in ("images", "slides"))
+    files = [file for found in lists if isinstance(found, list) for file in found if isinstance(file, str)]
     patient = _patient(values, files, reading)
     if patient is not None:
         values["patient"] = patient
@@ -257,10 +259,13 @@ def _set_boxes(values: dict[str, Any], reading: Reading) -> None:
     """Turn a mask or pixel boxes into the gold answer in 0..1000."""
     mask = values.pop(_MASK, None)
     pixels = reading.box_frame == "pixels" and mask is None
-    if not (mask or pixels) or not values.get("images") or (pixels and not reading.gold and "answer" not in values):
+    if not (mask or pixels) or (pixels and not reading.gold and "answer" not in values):
         return
+    shown = values.get("images")
+    if not shown or not isinstance(shown, list):
+        return  # told by the case
     try:
-        with open_image(values["images"][0]) as image:
+        with open_image(shown[0]) as image:
             size = image.size
         if mask:
             path = resolve_path(mask, reading.root, allow_outside=reading.allow_outside)

@@ -28,7 +28,7 @@ def test_only_whole_checkpoints_are_resumed_from(tmp_path):
 def test_earlier_checkpoints_are_dropped_when_the_new_one_is_whole(tmp_path, most, best, kept):
     args, clock = SimpleNamespace(output_dir=str(tmp_path), save_total_limit=most), Clock()
     marker = MarkWhole(clock)
-    marker.on_train_begin(args, None, None)
+    marker.on_train_begin(args, SimpleNamespace(global_step=0), None)
     assert args.save_total_limit is None, "the trainer drops none by itself"
     (tmp_path / "checkpoint-1").mkdir()  # a killed run's
     marked = clock.mark
