@@ -40,6 +40,7 @@ from rl.scoring import Scorer
 from rl.table import score_table
 from rl.vllm_rollouts import require_vllm
 from sft.options import Stage
+from sft.resume import train_from
 from sft.running import Supervision, asked
 from sft.supervised import merged
 from slides.errors import InputError
@@ -222,7 +223,7 @@ class Stages:
             learner=learner,
             score_weights=[r.score_weight for r in self.rewards],
         )
-        trainer.train(resume_from_checkpoint=resumed)
+        train_from(trainer, resumed)
         model = merged(trainer)
         if self.run.performer.lora is not None:
             performer.model = model

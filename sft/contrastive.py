@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from models.compressors.base import PLACE, Tokens
 from models.slide_text import LOSSES, SlideTextConfig, SlideTextModel, text_batch
 from sft.options import training_arguments
+from sft.resume import train_from
 from slides.errors import InputError
 
 STANDARDISED = 256
@@ -156,7 +157,7 @@ def train_contrastive(
         processing_class=tokenizer,
         callbacks=list(callbacks),
     )
-    trainer.train(resume_from_checkpoint=resume)
+    train_from(trainer, resume)
     return trainer
 
 

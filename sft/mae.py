@@ -13,6 +13,7 @@ from models.compressors.chain import Chain
 from models.compressors.reconstruction import MaskedReconstruction
 from models.compressors.resampler import Resampler
 from sft.options import training_arguments
+from sft.resume import train_from
 from slides.errors import InputError
 
 
@@ -60,7 +61,7 @@ def train_mae(
         data_collator=_collate,
         callbacks=list(callbacks),
     )
-    trainer.train(resume_from_checkpoint=resume)
+    train_from(trainer, resume)
     return trainer
 
 

@@ -27,6 +27,7 @@ from models.sharded import make_ready, shares_out, whole
 from models.sight import stack_positions
 from rewards.registry import gold_completion
 from sft.options import training_arguments
+from sft.resume import train_from
 from slides.errors import InputError
 
 RATES: dict[str, dict[str, float]] = {
@@ -221,7 +222,7 @@ def train_sft(
     )
     if shares_out(trainer.accelerator):
         performer.processor.sight.keep_tower(model, trainer.accelerator.device)
-    trainer.train(resume_from_checkpoint=resume)
+    train_from(trainer, resume)
     model = merged(trainer)
     if lora is not None:
         performer.model = model

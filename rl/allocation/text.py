@@ -25,6 +25,7 @@ from rl.checkpoints import Clock, MarkWhole, is_done, last_whole, mark_done
 from rl.config import FrugalConfig
 from rl.stages import Stages, trained
 from rl.trainer import GroupTrainer
+from sft.resume import train_from
 from sft.supervised import BudgetCollator, StageTrainer, sft_config
 from slides.errors import InputError
 
@@ -146,7 +147,7 @@ def train_text(stages: Stages, performer: Performer) -> TextAllocator:
             allocator=allocator,
             cases=train,
         )
-        trainer.train(resume_from_checkpoint=resumed)
+        train_from(trainer, resumed)
     if "ref" in allocator.model.peft_config:
         allocator.model.delete_adapter("ref")
     if stages.is_main:
@@ -212,7 +213,7 @@ def _warm_start(stages: Stages, performer: Performer) -> TextAllocator:
             processing_class=performer.processor,
             callbacks=[MarkWhole(clock)],
         )
-        trainer.train(resume_from_checkpoint=resumed)
+        train_from(trainer, resumed)
     if stages.is_main:
         allocator.save(folder)
         mark_done(folder, parts, **trained(trainer), seconds=clock.seconds)

@@ -21,6 +21,7 @@ from rl.allocation.objectives import Objective
 from rl.allocation.online import AllocatorLearner, PolicyLearner, ValueLearner
 from rl.config import FrugalConfig
 from rl.joint import FrugalTrainer
+from sft.resume import train_from
 from tests.conftest import LADDER, WIDTH
 from tests.rl.qwen import SHORT_RUN
 
@@ -104,7 +105,7 @@ def whole_and_resumed(
         if cut:
             make(**{**own, "max_steps": at}).train()
         trainer = make(**own)
-        trainer.train(resume_from_checkpoint=f"{own['output_dir']}/checkpoint-{at}" if cut else None)
+        train_from(trainer, f"{own['output_dir']}/checkpoint-{at}" if cut else None)
         ends.append(trainer)
     return ends
 

@@ -129,6 +129,16 @@ def test_an_epoch_has_the_same_order_in_a_resumed_run(make_performer, make_train
     assert_same_weights(*ends)
 
 
+def test_a_checkpoint_of_the_last_step_is_not_trained_on(make_performer, make_trainer, tmp_path):
+    """An epoch is four steps."""
+    whole, resumed = whole_and_resumed(
+        lambda **own: make_trainer(make_performer(), **own), tmp_path, 3, last=3, save_steps=3
+    )
+    assert resumed.state.global_step == 3
+    assert [row["step"] for row in resumed.state.log_history if "loss" in row] == [1, 2, 3]
+    assert_same_weights(whole, resumed)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
