@@ -98,6 +98,7 @@ def test_an_image_is_seen_once_whatever_the_budgets(gemma, image_cases, tmp_path
         assert sight.seen == 3 * seen, "the second time from disk"
 
 
+@needs_features
 def test_a_copied_tower_sees_for_a_model_whose_own_holds_nothing(gemma, image_cases):
     """As on a process that has none of its weights."""
     sight, path, base = gemma.processor.sight, image_cases[0].images[0], gemma_backbone(gemma.model)

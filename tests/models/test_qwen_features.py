@@ -124,6 +124,7 @@ def test_an_unconfigured_sight_does_not_remember_a_tower_that_trains(make_qwen, 
     assert set(performer.processor.sight.inputs(performer.model, [views])) == {"mm_encoder_outputs"}
 
 
+@needs_features
 def test_a_copied_tower_sees_for_a_model_whose_own_holds_nothing(qwen, sight, image_cases):
     """As on a process that has none of its weights."""
     views, copied = views_of(qwen, image_cases[3], 6), views_of(qwen, image_cases[3], 6)
