@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
+# One thread a worker, here and in every process that a test starts: how many threads share a sum decides how it is
+# rounded, and workers that each take all cores slow one another down. Libraries read these when they are loaded.
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
+    os.environ[_name] = "1"
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +26,8 @@ from models.build import PerformerConfig, build_performer
 from models.performer import Performer, QwenPerformer
 from models.visual import FeatureBank
 from slides.store import Features, write_features
+
+torch.set_num_threads(1)  # also where torch was loaded before
 
 WIDTH = 8
 """Width of the made-up features."""
@@ -149,3 +160,11 @@ def qwen(make_qwen) -> QwenPerformer:
 def fixed_seed() -> None:
     """Tests draw the same numbers in whatever order they run."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """What most users have: sums that are shared out over threads."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)

@@ -97,7 +97,8 @@ def test_some_patches_are_drawn_anew_for_each_batch(tokenizer):
     assert not torch.equal(drawn[0], drawn[1])
 
 
-def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tokenizer, tmp_path):
+def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tokenizer, tmp_path, two_threads):
+    """To the bit, although the gradients of rows that are picked by number are summed by two threads."""
     slides, texts = pairs(48, 1)
     weights = []
     for stop in (False, True):
