@@ -2,33 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import logging
-import os
-import sqlite3
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
+from slides.content import FileFacts, cache_keys, digest, remember, remembered
 from slides.images import MAX_PIXELS, OR_DROP, ImageError, allow_pixels, open_image, slide_format, too_large
-
-logger = logging.getLogger(__name__)
-
-_WHOLE = 64 * 2**20  # files up to this size are hashed whole, larger ones (slides) at three places
-_PIECE = 2**20
-
-
-@dataclass(frozen=True)
-class FileFacts:
-    """What was found out about one file: content hash, and width and height in pixels (0 for slides)."""
-
-    digest: str
-    width: int = 0
-    height: int = 0
 
 
 class AbsentFile(ValueError):
@@ -89,18 +70,12 @@ def inspect_files(
     allow_pixels(max_pixels)
     kinds = dict.fromkeys(slides, False) | dict.fromkeys(images, True)
     facts: dict[str, FileFacts] = {}
-    problems: dict[str, str] = {}
-    keys: dict[str, str] = {}
-    for path, is_image in kinds.items():
-        try:
-            keys[path] = _cache_key(path, is_image)
-        except OSError as error:
-            problems[path] = f"cannot be read ({error.strerror})"
-    known = _cache_read(keys.values()) if use_cache else {}
+    keys, problems = cache_keys(kinds)
+    known = remembered(keys.values()) if use_cache else {}
     todo = []
     for path, key in keys.items():
-        if key in known:
-            facts[path] = known[key]
+        if key in known and (known[key].width or not kinds[path]):
+            facts[path] = known[key] if kinds[path] else FileFacts(known[key].digest)
         else:
             todo.append(path)
 
@@ -128,7 +103,7 @@ def inspect_files(
             else:
                 problems[path] = result
     if use_cache and fresh:
-        _cache_write(fresh)
+        remember(fresh)
     for path, fact in list(facts.items()):
         if fact.width * fact.height > max_pixels:
             problems[path] = str(too_large(fact.width, fact.height, max_pixels))
@@ -137,9 +112,9 @@ def inspect_files(
 
 
 def _look(path: str, is_image: bool, max_pixels: int) -> FileFacts | str:
-    digest = _digest(path)
+    found = digest(path)
     if not is_image:
-        return FileFacts(digest)
+        return FileFacts(found)
     if slide := slide_format(path):
         return f"is a whole slide ({slide}), whose first picture may be that of its label; give it under `slides`"
     with open_image(path, max_pixels) as image:
@@ -147,60 +122,4 @@ def _look(path: str, is_image: bool, max_pixels: int) -> FileFacts | str:
         # An eighth of the size still reads the whole JPEG stream, at a fraction of the time.
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))
         image.load()
-    return FileFacts(digest, width, height)
-
-
-def _digest(path: str) -> str:
-    """SHA-256 of the content; of size, head, middle and tail for files over 64 MB."""
-    size = os.path.getsize(path)
-    if size == 0:
-        raise OSError("the file is empty")
-    with open(path, "rb") as file:
-        if size <= _WHOLE:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        state = hashlib.sha256(str(size).encode())
-        for start in (0, size // 2, size - _PIECE):
-            file.seek(start)
-            state.update(file.read(_PIECE))
-        return state.hexdigest()
-
-
-def _cache_key(path: str, is_image: bool) -> str:
-    """Hashed, since a path may hold a patient's number and the cache is a file of its own."""
-    stat = os.stat(path)
-    text = f"{os.path.realpath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0{is_image}"
-    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
-
-
-def _open_cache() -> sqlite3.Connection:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frugalpath"
-    folder.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(folder / "files.sqlite", timeout=60)
-    connection.execute(
-        "CREATE TABLE IF NOT EXISTS files (key TEXT PRIMARY KEY, digest TEXT, width INTEGER, height INTEGER)"
-    )
-    return connection
-
-
-def _cache_read(keys: Iterable[str]) -> dict[str, FileFacts]:
-    found: dict[str, FileFacts] = {}
-    try:
-        with closing(_open_cache()) as cache:
-            for key in keys:
-                row = cache.execute("SELECT digest, width, height FROM files WHERE key = ?", (key,)).fetchone()
-                if row:
-                    found[key] = FileFacts(*row)
-    except (OSError, sqlite3.Error) as error:
-        logger.warning("no cache of checked files (%s); every file is checked again", error)
-    return found
-
-
-def _cache_write(facts: Mapping[str, FileFacts]) -> None:
-    try:
-        with closing(_open_cache()) as cache, cache:
-            cache.executemany(
-                "INSERT OR REPLACE INTO files VALUES (?, ?, ?, ?)",
-                [(key, fact.digest, fact.width, fact.height) for key, fact in facts.items()],
-            )
-    except (OSError, sqlite3.Error) as error:
-        logger.warning("the cache of checked files could not be written (%s)", error)
+    return FileFacts(found, width, height)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -12,7 +13,8 @@ import torch
 from models.compressors.base import PLACE, Tokens
 from models.compressors.pool import Pool
 from slides.errors import InputError
-from slides.store import Features, count_features, read_features
+from slides.field_store import StoredField, count_stored, load_stored
+from slides.store import Features
 
 COLUMNS = PLACE + 1
 """Columns that follow the features of a token: centre x, centre y and side as shares of the field; patches in it."""
@@ -63,19 +65,24 @@ class FeatureBank:
     """Stored features of the cases' images and slides, compressed to a budget; every one is made once.
 
     Args:
-        files: feature file (HDF5) of each image or slide path.
+        files: feature file (HDF5), or place in a store of fields, of each image or slide path.
         cache_mb: memory for compressed tokens, in MiB; the least recently used go first.
         missing: slides of the cases without features, and why; they are not shown.
     """
 
-    def __init__(self, files: dict[str, str], cache_mb: int = CACHE_MB, missing: dict[str, str] | None = None):
-        self.files, self.missing = files, missing or {}
+    def __init__(
+        self,
+        files: Mapping[str, str | StoredField],
+        cache_mb: int = CACHE_MB,
+        missing: dict[str, str] | None = None,
+    ):
+        self.files, self.missing = dict(files), missing or {}
         self.cache_bytes = cache_mb * 2**20
         self._made: OrderedDict[tuple[str, Hashable, int], VisualTokens] = OrderedDict()
         self._held = 0
         self._counts: dict[str, int] = {}
 
-    @property
+    @cached_property
     def dim(self) -> int:
         """Width d of the stored features."""
         return self.load(next(iter(self.files))).features.shape[1]
@@ -90,13 +97,13 @@ class FeatureBank:
         self.missing |= other.missing
 
     def load(self, source: str) -> Features:
-        """All stored features of a source, from its file."""
-        return read_features(self.files[source])
+        """All stored features of a source."""
+        return load_stored(self.files[source])
 
     def count(self, source: str) -> int:
         """Stored features of a source."""
         if source not in self._counts:
-            self._counts[source] = count_features(self.files[source])
+            self._counts[source] = count_stored(self.files[source])
         return self._counts[source]
 
     def see(self, source: str, budget: int) -> VisualTokens:

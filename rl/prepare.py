@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, release_memory
 from tqdm import tqdm
 
 from envs.case import Case
@@ -22,11 +22,11 @@ from rl.values import checked
 from slides.encoder import load_encoder
 from slides.errors import InputError
 from slides.extraction import Outputs, extract_slides
+from slides.field_store import StoredField, load_stored
 from slides.fields import encode_fields
 from slides.jobs import SlideJob
 from slides.options import ExtractOptions
 from slides.status import DONE
-from slides.store import read_features
 from slides.trial import try_features
 
 logger = logging.getLogger(__name__)
@@ -124,16 +124,14 @@ def load_features(cases: Sequence[Case], encoder: EncoderConfig, folder: Path) -
     slides = list(dict.fromkeys(p for c in cases for p in c.slides))
     stored = [p for p in slides if p.endswith(".h5")]
     whole = [p for p in slides if not p.endswith(".h5")]
-    files: dict[str, str] = {}
+    files: dict[str, str | StoredField] = {}
     missing: dict[str, str] = {}
-    with PartialState().main_process_first():
-        if fields:
-            model = load_encoder(encoder.name, revision=encoder.revision, trust_remote_code=encoder.trust_remote_code)
-            files.update(encode_fields(fields, folder / "fields", model, encoder.field_side))
+    if fields:
+        files.update(_encode(fields, encoder, folder / "fields"))
     if whole:
         missing = _extract(whole, encoder, folder / "slides")
         files.update({p: str(_features(p, folder / "slides")) for p in whole if p not in missing})
-    width = read_features(next(iter(files.values()))).features.shape[1] if files else None
+    width = load_stored(next(iter(files.values()))).features.shape[1] if files else None
     missing |= _unusable(stored, width)
     files.update({p: p for p in stored if p not in missing})
     _check_missing(cases, missing, encoder.strict)
@@ -198,6 +196,35 @@ def _unusable(stored: Sequence[str], width: int | None) -> dict[str, str]:
     }
 
 
+def _encode(fields: list[str], encoder: EncoderConfig, out: Path) -> dict[str, str | StoredField]:
+    """Encode the fields of view where the run computes, shared out over the processes."""
+    state = PartialState()
+    model = load_encoder(
+        encoder.name,
+        revision=encoder.revision,
+        trust_remote_code=encoder.trust_remote_code,
+        device=_device(encoder),
+        precision=encoder.precision,
+    )
+    several = state.num_processes > 1
+    files = encode_fields(
+        fields,
+        out,
+        model,
+        encoder.field_side,
+        rank=state.process_index,
+        world=state.num_processes,
+        gather=gather_object if several else None,
+        progress=state.is_main_process,
+    )
+    release_memory(model)  # the performer needs the GPU next
+    return files
+
+
+def _device(encoder: EncoderConfig) -> str:
+    return str(PartialState().device) if encoder.device == "auto" else encoder.device
+
+
 def _extract(slides: list[str], encoder: EncoderConfig, out: Path) -> dict[str, str]:
     """Extract the slides, shared out over the processes; those that give no features, and why."""
     state = PartialState()
@@ -210,13 +237,15 @@ def _extract(slides: list[str], encoder: EncoderConfig, out: Path) -> dict[str, 
             "encoder": encoder.name,
             "encoder_revision": encoder.revision,
             "trust_remote_code": encoder.trust_remote_code,
+            "precision": encoder.precision,
             "dtype": "float16",
             **encoder.slide,
         },
         "encoder.slide",
     )
     jobs = {_key(s): SlideJob(Path(s), id=_key(s)) for s in slides}
-    statuses = extract_slides(jobs.values(), out, options, rank=state.process_index, world=state.num_processes)
+    place = {"rank": state.process_index, "world": state.num_processes}
+    statuses = extract_slides(jobs.values(), out, options, device=_device(encoder), **place)
     failed = [(s.id, s.reason) for s in statuses if s.status != DONE]
     reasons = dict(gather_object(failed) if state.num_processes > 1 else failed)
     return {s: reasons[_key(s)] for s in slides if _key(s) in reasons}

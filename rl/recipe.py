@@ -37,6 +37,8 @@ class EncoderConfig:
 
     Args:
         name: see `slides.encoder.load_encoder`. revision, trust_remote_code: for a model of a hub.
+        device: where it runs: `auto` is where the run computes, one GPU a process where there are some.
+        precision: `float32`, or `bfloat16` or `float16` for speed on a GPU; other features, stored as such.
         field_side: px of the longer side at which a field of view is encoded; null keeps its size.
         mpp, tile_px, cells: tiling of slides, see `slides.extract`.
         slide: further options of `slides.extract.ExtractOptions`.
@@ -47,6 +49,8 @@ class EncoderConfig:
     name: str = "efficientnet-lite0"
     revision: str | None = None
     trust_remote_code: bool = False
+    device: str = "auto"
+    precision: str = "float32"
     field_side: int | None = None
     mpp: float = 2.0
     tile_px: int = 224
@@ -54,6 +58,14 @@ class EncoderConfig:
     slide: dict[str, Any] = field(default_factory=dict)
     folder: str | None = None
     strict: bool = False
+
+    def identity(self) -> dict[str, Any]:
+        """What features depend on; keys at the values that they had before they could be set are left out."""
+        values = dataclasses.asdict(self)
+        del values["device"]
+        if self.precision == "float32":
+            del values["precision"]
+        return values
 
 
 @dataclass

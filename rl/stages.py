@@ -355,7 +355,7 @@ class Stages:
         return {
             "cases": run.cases,
             "questions": run.questions,
-            "encoder": dataclasses.asdict(run.encoder),
+            "encoder": run.encoder.identity(),
             "performer": dataclasses.asdict(run.performer),
             "ladder": run.ladder,
             "sft": [dataclasses.asdict(stage) for stage in run.sft[:count]],

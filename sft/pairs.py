@@ -13,17 +13,17 @@ from models.retrieval import Item, RetrievalIndex, slide_rows
 from rl.prepare import load_cases, load_features
 from rl.recipe import parse_recipe
 from slides.errors import InputError
-from slides.store import read_features
+from slides.field_store import StoredField, load_stored
 
 
 class FeatureFiles(Sequence):
     """Rows (n, d + 4) of slides, read when they are asked for; a pair's files stand one after another.
 
     Args:
-        files: feature files of each pair.
+        files: feature files, or places in a store of fields, of each pair.
     """
 
-    def __init__(self, files: Sequence[Sequence[str | Path]]):
+    def __init__(self, files: Sequence[Sequence[str | StoredField]]):
         self.files = files
         self.encoder: str | None = None
 
@@ -33,8 +33,8 @@ class FeatureFiles(Sequence):
     def __getitem__(self, at: Any) -> torch.Tensor:
         return torch.cat([self._read(file) for file in self.files[at]])
 
-    def _read(self, file: str | Path) -> torch.Tensor:
-        stored = read_features(file)
+    def _read(self, file: str | StoredField) -> torch.Tensor:
+        stored = load_stored(file)
         if not len(stored):
             raise InputError(f"{file}: no patches; leave the slide out, or check its tissue mask")
         encoder = stored.attrs.get("encoder_fingerprint") or stored.attrs.get("encoder")
@@ -69,7 +69,7 @@ def from_manifest(path: Path) -> tuple[list[Item], FeatureFiles]:
         name = str(row.values.get("id") or file.stem)
         text = str(row.values.get("text") or "").strip()
         items.append(Item(name, str(row.values.get("patient") or name), text or None))
-        files.append([file])
+        files.append([str(file)])
     if problems:
         raise InputError(problems)
     return items, FeatureFiles(files)

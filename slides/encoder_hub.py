@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from slides.errors import InputError
 logger = logging.getLogger(__name__)
 
 
-def load_transformers(name: str, *, revision: str | None, trust_remote_code: bool, device: str) -> PatchEncoder:
+def load_transformers(name: str, *, revision: str | None, trust_remote_code: bool, **where: Any) -> PatchEncoder:
     """A transformers vision model: the pooled vector is the CLS token where there is one, else the mean of the map."""
     from transformers import AutoConfig, AutoModel
 
@@ -30,10 +31,10 @@ def load_transformers(name: str, *, revision: str | None, trust_remote_code: boo
     mean, std = _normalisation(name, revision)
     vision = getattr(model, "vision_model", model)  # CLIP-like models hold one tower a modality
     backbone = _TransformersMap(vision)
-    return _probe(name, backbone, config, model, mean, std, revision, device)
+    return _probe(name, backbone, config, model, mean, std, revision, where)
 
 
-def load_timm(name: str, *, revision: str | None, device: str) -> PatchEncoder:
+def load_timm(name: str, *, revision: str | None, **where: Any) -> PatchEncoder:
     """A timm model, named `timm:<model>`; `<model>` may be `hf-hub:owner/model`."""
     try:
         import timm
@@ -52,7 +53,7 @@ def load_timm(name: str, *, revision: str | None, device: str) -> PatchEncoder:
     except (RuntimeError, OSError, ValueError, TypeError) as error:
         raise InputError(f"encoder {name}: timm could not load it ({type(error).__name__}: {error})") from error
     data = resolve_model_data_config(model)
-    return _probe(name, _TimmMap(model), data, model, data["mean"], data["std"], revision, device)
+    return _probe(name, _TimmMap(model), data, model, data["mean"], data["std"], revision, where)
 
 
 def _timm_arguments(model_name: str) -> dict[str, object]:
@@ -156,7 +157,14 @@ def _normalisation(name: str, revision: str | None) -> tuple[tuple[float, ...], 
 
 
 def _probe(
-    name: str, backbone: nn.Module, config: object, model: nn.Module, mean, std, revision: str | None, device: str
+    name: str,
+    backbone: nn.Module,
+    config: object,
+    model: nn.Module,
+    mean: Sequence[float],
+    std: Sequence[float],
+    revision: str | None,
+    where: Mapping[str, Any],
 ) -> PatchEncoder:
     """Encode one blank image to learn `dim` and `stride`, which no config states for all families."""
     side = _input_side(config)
@@ -176,7 +184,7 @@ def _probe(
         mean=mean,
         std=std,
         fingerprint=f"{name}@{weights_hash([settings, *_weight_bytes(model)])}",
-        device=device,
+        **where,
     )
 
 

@@ -1,7 +1,7 @@
 """Extract the patch features of slides.
 
     python -m slides.extract --slides slides/ --out features/
-    accelerate launch --num_processes 2 slides/extract.py --slides slides.csv --out features/ --slide_mpp 0.25
+    accelerate launch --multi_gpu --num_processes 2 slides/extract.py --slides slides.csv --out features/
     python -m slides.extract --config extract.yaml
 
 `--slides` is a folder, a manifest (csv, tsv, jsonl, parquet: file, and optionally id, case, stain, mpp) or one slide.
@@ -41,7 +41,10 @@ class ExtractArguments(ExtractOptions):
     slides: str = field(default="", metadata={"help": "folder, manifest or one slide"})
     out: str = field(default="", metadata={"help": "output folder"})
     allow_outside: bool = field(default=False, metadata={"help": "let a manifest name slides outside of its folder"})
-    device: str = field(default="auto", metadata={"help": "where the encoder runs: auto, cpu, cuda, cuda:1"})
+    device: str = field(
+        default="auto",
+        metadata={"help": "where the encoder runs: auto (one GPU a process, if any), cpu, cuda, cuda:1"},
+    )
 
 
 def parse(arguments: list[str] | None = None) -> ExtractArguments:
@@ -69,11 +72,14 @@ def main() -> None:
     if out.exists() and not out.is_dir():
         raise InputError(f"--out {out}: is a file, not a folder")
 
+    import torch
     from accelerate import PartialState
 
     # The others wait for the process with the longest share, which may take days.
     distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    state = PartialState(cpu=arguments.device == "cpu", **({"timeout": timedelta(days=30)} if distributed else {}))
+    # Without an accelerator several processes talk through gloo; each has its share all the same.
+    cpu = arguments.device == "cpu" or not torch.accelerator.is_available()
+    state = PartialState(cpu=cpu, **({"timeout": timedelta(days=30)} if distributed else {}))
     statuses = extract_slides(
         jobs,
         out,

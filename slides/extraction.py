@@ -21,7 +21,7 @@ from slides.reader import BackendError, SlideReader
 from slides.scale import Scale, SlideError, find_scale
 from slides.status import DONE, FAILED, SKIPPED, SlideStatus, file_identity, read_status, write_status
 from slides.store import FeatureWriter
-from slides.stream import check_tile, encode_tiles, read_thumbnail, read_tiles
+from slides.stream import check_tile, encode_tiles, read_thumbnail, read_tiles, usable_cores
 from slides.tiling import Grid, cap, make_grid, select, tissue_fraction
 from slides.tissue import find_tissue
 
@@ -58,7 +58,7 @@ def extract_slides(
     options: ExtractOptions | None = None,
     *,
     encoder: PatchEncoder | None = None,
-    device: str = "cpu",
+    device: str = "auto",
     rank: int = 0,
     world: int = 1,
     progress: bool = True,
@@ -70,7 +70,7 @@ def extract_slides(
         out: output folder: `features/<id>.h5`, `status/<id>.json`, `qc/<id>.jpg`, `geojson/<id>.geojson`.
         options: see `ExtractOptions`.
         encoder: a loaded encoder, to spare loading it again; else `options.encoder` is loaded when it is needed.
-        device: where the encoder runs.
+        device: where the encoder runs, see `slides.encoder.load_encoder`.
         rank, world: this process takes one of `world` shares of the slides.
         progress: show progress bars.
 
@@ -203,6 +203,7 @@ class _Run:
                 revision=options.encoder_revision,
                 trust_remote_code=options.trust_remote_code,
                 device=self.device,
+                precision=options.precision,
             )
             check_tile(self._encoder, options.tile_px, options.cells)
         return self._encoder
@@ -303,11 +304,12 @@ class _Run:
     ) -> None:
         options = self.options
         per_tile = options.cells**2
-        stream = read_tiles(reader, level, grid, tiles, options.tile_px, options.workers, options.read_timeout)
+        size = options.batch_size or (64 if encoder.device.type == "cpu" else 256)
+        stream = read_tiles(reader, level, grid, tiles, options.tile_px, _workers(options), options.read_timeout)
         bar = tqdm(total=len(tiles), desc=job.id, unit="tile", disable=None if self.progress else True, leave=False)
         writer = FeatureWriter(self.outputs.features(job.id), len(tiles) * per_tile, encoder.dim, dtype=options.dtype)
         with bar, contextlib.closing(stream), writer:
-            for places, images in batches(stream, options.batch_size):
+            for places, images in batches(stream, size):
                 writer.append(encode_tiles(encoder, images, options.cells), grid.coords(places, options.cells))
                 bar.update(len(places))
             writer.set_attrs(
@@ -345,7 +347,7 @@ def find_grid(
     """
     grid = make_grid(reader.bounds, scale.mpp, options.mpp, options.tile_px)
     ratio = max(1.0, grid.step / MASK_PARTS, max(reader.bounds[2:]) / MASK_SIDE)
-    thumbnail = read_thumbnail(reader, ratio, options.workers, options.read_timeout)
+    thumbnail = read_thumbnail(reader, ratio, _workers(options), options.read_timeout)
     mask = find_tissue(
         thumbnail,
         reader.bounds[2] * scale.mpp / thumbnail.shape[1],
@@ -353,6 +355,10 @@ def find_grid(
         dark_background=options.dark_background,
     )
     return thumbnail, grid, mask
+
+
+def _workers(options: ExtractOptions) -> int:
+    return options.workers or max(2, usable_cores())
 
 
 def batches(stream: Iterator[tuple[np.ndarray, np.ndarray]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

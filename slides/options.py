@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slides.encoder import DEFAULT
+from slides.encoder import DEFAULT, PRECISIONS
 from slides.errors import InputError
 from slides.reader import BACKENDS
 from slides.scale import MAX_MPP, MIN_MPP, plausible
@@ -25,6 +25,9 @@ class ExtractOptions:
     )
     encoder_revision: str | None = field(default=None, metadata={"help": "revision on the model hub"})
     trust_remote_code: bool = field(default=False, metadata={"help": "let the encoder's repository run its code"})
+    precision: str = field(
+        default="float32", metadata={"help": "of the encoder: float32, or bfloat16 or float16 for speed on a GPU"}
+    )
     min_tissue: float = field(default=0.1, metadata={"help": "keep tiles with at least this fraction of tissue"})
     max_tiles: int | None = field(
         default=50_000, metadata={"help": "cap on the tiles of a slide; those kept are spread evenly"}
@@ -47,8 +50,12 @@ class ExtractOptions:
     )
     dtype: str = field(default="float32", metadata={"help": "float32 or float16, of the stored features"})
     backend: str = field(default="openslide", metadata={"help": "openslide, auto or fastslide"})
-    workers: int = field(default=2, metadata={"help": "reading threads"})
-    batch_size: int = field(default=64, metadata={"help": "tiles encoded at once"})
+    workers: int | None = field(
+        default=None, metadata={"help": "reading threads; by default as many as the process may use cores, at least 2"}
+    )
+    batch_size: int | None = field(
+        default=None, metadata={"help": "tiles encoded at once; by default 64 on a CPU and 256 on a GPU"}
+    )
     read_timeout: float = field(default=120.0, metadata={"help": "seconds that one read may take"})
     qc: bool = field(default=True, metadata={"help": "write a picture and GeoJSON of each slide"})
     overwrite: bool = field(default=False, metadata={"help": "replace features made with other options"})
@@ -69,6 +76,8 @@ class ExtractOptions:
             value = getattr(self, name)
             if value is not None and value <= 0:
                 problems.append(f"--{name.replace('_', '-')} {value}: must be positive")
+        if self.precision not in PRECISIONS:
+            problems.append(f"--precision {self.precision}: must be one of {', '.join(PRECISIONS)}")
         if self.dtype not in ("float32", "float16"):
             problems.append(f"--dtype {self.dtype}: must be float32 or float16")
         if self.backend not in BACKENDS:
@@ -82,6 +91,8 @@ class ExtractOptions:
         """What decides the features' values; two runs of equal identity may share an output folder."""
         names = "mpp tile_px cells encoder encoder_revision min_tissue max_tiles mpp_tolerance dark_background dtype"
         values = {name: getattr(self, name) for name in names.split()}
+        if self.precision != "float32":  # outputs of versions without the option stay valid
+            values["precision"] = self.precision
         folder = Path(self.encoder)
         if folder.is_dir():  # a checkpoint that was trained further is another encoder
             files = sorted(file for file in folder.iterdir() if file.is_file())

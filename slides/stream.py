@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import queue
 import threading
 from collections import deque
@@ -28,17 +29,24 @@ BLOCK_SIDE = 4
 MAX_SEARCH = 2**35
 
 
+def usable_cores() -> int:
+    """Cores that this process may use, of those that the launcher's processes on this machine share."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, here // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
 def read_ahead(
     call: Callable[[Item], Result],
     items: Iterable[Item],
     workers: int,
-    timeout: float,
+    timeout: float | None = None,
     on_stuck: Callable[[], None] = lambda: None,
 ) -> Iterator[Result]:
     """`map(call, items)` on threads, in order, a few results ahead.
 
-    A call that does not return within `timeout` seconds raises TimeoutError. Its thread is a daemon, given up so that
-    neither the run nor the end of the process waits for it: fastslide 0.8 never returns from a tile that is no JPEG.
+    A call that does not return within `timeout` seconds, where one is given, raises TimeoutError. Its thread is a
+    daemon, given up so that neither the run nor the end of the process waits for it: fastslide 0.8 never returns from
+    a tile that is no JPEG.
     `on_stuck` is called when a thread is left behind, still at work.
     """
     tasks: queue.SimpleQueue[tuple[Future[Result], Item] | None] = queue.SimpleQueue()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from slides.encoder import IMAGENET_MEAN, IMAGENET_STD, load_encoder
+from slides.encoder import IMAGENET_MEAN, IMAGENET_STD, load_encoder, usable_device
 from slides.errors import InputError
 
 
@@ -102,3 +102,26 @@ def test_convolutional_transformers_folder(tmp_path):
 def test_an_unknown_encoder_names_the_remedy(tmp_path):
     with pytest.raises(InputError, match="efficientnet-lite0"):
         load_encoder(str(tmp_path / "nothing-here"))
+
+
+def test_another_precision_is_another_fingerprint(encoder):
+    """Features of two precisions are not mixed; those of bfloat16 are near, not equal."""
+    half = load_encoder(precision="bfloat16")
+    assert half.fingerprint == f"{encoder.fingerprint}/bfloat16" and half.precision == "bfloat16"
+    tiles = np.random.default_rng(0).integers(0, 256, (3, 64, 96, 3), np.uint8)
+    full, near = encoder.feature_map(tiles), half.feature_map(tiles)
+    assert full.dtype == near.dtype == torch.float32
+    error = (full - near).norm() / full.norm()
+    assert 1e-5 < error < 0.05
+    with pytest.raises(
+        InputError, match=r"precision 'half' of encoder efficientnet-lite0: use one of float32, bfloat16"
+    ):
+        load_encoder(precision="half")
+
+
+def test_a_device_that_is_not_there_is_named():
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert usable_device("auto").type == expected and usable_device("cpu") == torch.device("cpu")
+    for name in ("cuda:99", "gpu"):
+        with pytest.raises(InputError, match=rf"device '{name}' cannot be used .*; use auto, cpu, cuda or cuda:N"):
+            load_encoder(device=name)

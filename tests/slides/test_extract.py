@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -324,6 +326,12 @@ def test_yaml(tmp_path, monkeypatch):
     assert run_main(monkeypatch, "--config", str(config)) == 2
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
+
+
 def command(*arguments: str) -> dict:
     environment = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     return {"args": list(arguments), "cwd": ROOT, "env": environment, "text": True}
@@ -354,21 +362,42 @@ def test_a_killed_run_resumes(make_slide, tmp_path):
     assert not list(tmp_path.glob("out/**/.*.tmp"))
 
 
-def test_two_processes(make_slide, tmp_path):
+WATCHED = """
+import sys
+sys.path.insert(0, {root!r})
+from slides import extract
+own = extract.extract_slides
+def watched(*arguments, **options):
+    found = own(*arguments, **options)
+    print("SHARE", options["rank"], options["world"], len(found), flush=True)
+    return found
+extract.extract_slides = watched
+extract.main()
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", "auto"])
+def test_two_processes(make_slide, tmp_path, device):
+    """By torchrun and by accelerate launch: each has a share, also on a machine without an accelerator."""
     for i in range(3):
         make_slide(f"{i}.tif", height=600, width=600)
     (tmp_path / "slides/broken.svs").write_bytes(b"nothing")
-    arguments = ["--slides", str(tmp_path / "slides"), "--out", str(tmp_path / "out"), "--device", "cpu"]
-    launch = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"]
-    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "slides/extract.py"]
+    (tmp_path / "watched.py").write_text(WATCHED.format(root=str(ROOT)))
+    arguments = ["--slides", str(tmp_path / "slides"), "--out", str(tmp_path / "out"), "--device", device]
+    if device == "cpu":
+        launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
+    else:
+        launch = ["-m", "accelerate.commands.launch", "--config_file", "configs/accelerate/cpu.yaml"]
+    launch += ["--main_process_port" if device == "auto" else "--master_port", str(free_port())]
     done = subprocess.run(
-        **command(sys.executable, *launch, *arguments, "--tile_px", "64"),
+        **command(sys.executable, *launch, str(tmp_path / "watched.py"), *arguments, "--tile_px", "64"),
         capture_output=True,
         timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("3 done, 1 failed, 0 skipped") == 1
+    assert sorted(re.findall(r"SHARE (\d) (\d) (\d)", done.stdout)) == [("0", "2", "2"), ("1", "2", "2")]
     single = extract_slides(
         sorted((tmp_path / "slides").glob("*.tif")), tmp_path / "one", ExtractOptions(tile_px=64), progress=False
     )

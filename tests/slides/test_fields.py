@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -8,20 +10,23 @@ from torch import nn
 
 from slides.encoder import PatchEncoder
 from slides.errors import InputError
+from slides.field_store import load_stored
 from slides.fields import encode_fields
-from slides.store import read_features
+from slides.store import write_features
 
 STRIDE = 16
 
 
 class MeanColour(nn.Module):
-    """Mean colour of every STRIDE square; counts the images that it was shown."""
+    """Mean colour of every STRIDE square; counts the images that it was shown, and together with how many."""
 
     def __init__(self):
         super().__init__()
         self.sizes: list[tuple[int, int]] = []
+        self.passes: list[int] = []
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self.passes.append(len(x))
         self.sizes += [tuple(x.shape[2:])] * len(x)
         grid = nn.functional.avg_pool2d(x, STRIDE).permute(0, 2, 3, 1)
         return grid.mean((1, 2)), grid
@@ -56,7 +61,7 @@ def picture(tmp_path):
 def test_a_field_becomes_the_cells_of_the_map(picture, encoder, tmp_path):
     path = picture("a.png")
     files = encode_fields([path], tmp_path / "store", encoder, progress=False)
-    stored = read_features(files[path])
+    stored = load_stored(files[path])
     pixels = np.asarray(Image.open(path))[::16, ::16].reshape(-1, 3)
     np.testing.assert_allclose(stored.features, pixels, atol=0.1)
     assert stored.coords.tolist() == [[x, y] for y in (0, 16) for x in (0, 16, 32)]
@@ -70,7 +75,7 @@ def test_equal_content_is_encoded_once(picture, encoder, backbone, tmp_path):
     assert list(files) == paths
     assert files[paths[0]] == files[paths[1]] != files[paths[2]]
     assert len(backbone.sizes) == 2
-    assert len(list((tmp_path / "store").iterdir())) == 2
+    assert len(list((tmp_path / "store").iterdir())) == 1, "one shard"
 
 
 def test_what_is_stored_is_not_encoded_again(picture, encoder, backbone, tmp_path):
@@ -106,7 +111,7 @@ def test_sides_are_rounded_to_whole_cells(picture, encoder, backbone, tmp_path, 
     path = picture("a.png", *size)
     files = encode_fields([path], tmp_path / "store", encoder, side, progress=False)
     assert backbone.sizes == [shown]
-    stored = read_features(files[path])
+    stored = load_stored(files[path])
     assert (stored.attrs["height"], stored.attrs["width"]) == shown
     assert len(stored) == shown[0] * shown[1] // STRIDE**2
 
@@ -143,5 +148,79 @@ def test_a_grey_or_transparent_image_is_read_as_colour(encoder, tmp_path):
         paths.append(str(tmp_path / f"{mode}.png"))
         Image.new(mode, (32, 32), colour).save(paths[-1])
     files = encode_fields(paths, tmp_path / "store", encoder, progress=False)
-    assert all(read_features(files[p]).features.shape == (4, 3) for p in paths)
-    np.testing.assert_allclose(read_features(files[paths[0]]).features, 7, atol=0.01)
+    assert all(load_stored(files[p]).features.shape == (4, 3) for p in paths)
+    np.testing.assert_allclose(load_stored(files[paths[0]]).features, 7, atol=0.01)
+
+
+def test_fields_of_a_size_share_a_forward_whatever_stands_between_them(picture, encoder, backbone, tmp_path):
+    sizes = [(32, 48), (64, 32), (32, 48), (16, 16), (64, 32), (32, 48)]
+    paths = [picture(f"{i}.png", *size, seed=i) for i, size in enumerate(sizes)]
+    files = encode_fields(paths, tmp_path / "together", encoder, progress=False)
+    assert sorted(backbone.passes) == [1, 2, 3]
+    for path in paths:
+        alone = encode_fields([path], tmp_path / "alone", encoder, progress=False)
+        np.testing.assert_array_equal(load_stored(files[path]).features, load_stored(alone[path]).features)
+        assert load_stored(files[path]).coords.tolist() == load_stored(alone[path]).coords.tolist()
+
+
+def test_no_more_pixels_wait_than_fit(picture, encoder, backbone, tmp_path, monkeypatch):
+    """Fields that all differ in size would otherwise be held until the last one is read."""
+    monkeypatch.setattr("slides.fields.BUFFER_PIXELS", 32 * 48)
+    paths = [picture(f"{i}.png", 32, 48 + 16 * i) for i in range(6)]
+    encode_fields(paths, tmp_path / "store", encoder, workers=1, progress=False)
+    assert sorted(backbone.sizes) == [(32, 48 + 16 * i) for i in range(6)]
+    assert len(backbone.passes) == 6
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_processes_share_the_fields_out_and_find_them_all(picture, encoder, backbone, tmp_path, world):
+    """Also where a process begins when another has already written some of what both found to be missing."""
+    paths = [picture(f"{i}.png", seed=i) for i in range(12)]
+    for rank in range(world):
+        encode_fields(paths, tmp_path / "store", encoder, rank=rank, world=world, progress=False)
+    assert len(backbone.sizes) == 12 and len(list((tmp_path / "store").iterdir())) == world
+    files = encode_fields(paths, tmp_path / "store", encoder, progress=False)
+    assert len(backbone.sizes) == 12
+    assert all(len(load_stored(files[p])) == 6 for p in paths)
+
+
+def test_every_process_names_what_any_of_them_could_not_read(picture, encoder, tmp_path):
+    paths = [str(tmp_path / f"text{i}.png") for i in range(6)]
+    for i, path in enumerate(paths):
+        Path(path).write_text(f"no image {i}")
+    own: dict[int, list] = {}
+
+    def encode(rank: int, others: list) -> list[str]:
+        def gather(problems: list) -> list:
+            own[rank] = problems
+            return [*others, *problems]
+
+        with pytest.raises(InputError) as caught:
+            encode_fields(paths, tmp_path / "store", encoder, rank=rank, world=2, gather=gather, progress=False)
+        return caught.value.problems
+
+    first = encode(0, [])
+    assert [p.split(": ")[0] for p in encode(1, own[0])] == paths, "of both, in the order of the cases"
+    assert 0 < len(own[0]) == len(first) < 6
+
+
+def test_files_of_one_field_each_are_read(picture, encoder, backbone, tmp_path):
+    """As versions before the store of shards wrote them."""
+    path = picture("a.png")
+    made = encode_fields([path], tmp_path / "made", encoder, progress=False)[path]
+    old = tmp_path / "store" / f"{made.key[:32]}-{made.store.setting}.h5"
+    write_features(old, load_stored(made), dtype="float16")
+    files = encode_fields([path], tmp_path / "store", encoder, progress=False)
+    assert files[path] == str(old) and len(backbone.sizes) == 1
+    np.testing.assert_array_equal(load_stored(files[path]).features, load_stored(made).features)
+
+
+def test_features_that_16_bits_do_not_hold_are_refused(picture, tmp_path):
+    class Huge(nn.Module):
+        def forward(self, x):
+            grid = nn.functional.avg_pool2d(x, STRIDE).permute(0, 2, 3, 1) * 1e6
+            return grid.mean((1, 2)), grid
+
+    encoder = PatchEncoder("huge", Huge(), dim=3, stride=STRIDE, fingerprint="huge@1")
+    with pytest.raises(InputError, match=r"a.png: the features that huge gives of it are no numbers of 16 bits"):
+        encode_fields([picture("a.png")], tmp_path / "store", encoder, progress=False)
