@@ -45,6 +45,7 @@ from rewards.synoptic import protocol as protocols
 from rewards.synoptic.parse import parse_report
 from rewards.synoptic.reward import synoptic
 from rewards.text import rouge_l
+from slides.field_store import FieldStore
 from slides.images import read_image
 from slides.jobs import find_jobs
 from slides.store import Features, write_features
@@ -89,6 +90,7 @@ _kept: list[tempfile.TemporaryDirectory] = []
 
 def _file(name: str, data: bytes) -> Path:
     path = folder() / name
+    path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
     return path
 
@@ -170,6 +172,31 @@ def _clam(file: h5py.File) -> None:
 def _features(data: bytes) -> None:
     _file("fuzzed.h5", data)
     next(_trial())
+
+
+def _shard() -> bytes:
+    store = _shards("seed")
+    with store:
+        for key, cells in _fields().items():
+            store.add(key, cells)
+    return next(store.folder.glob("*.safetensors")).read_bytes()
+
+
+@cache
+def _fields() -> dict[str, np.ndarray]:
+    return {f"{i:064x}": np.arange(i * 6, dtype=np.float16).reshape(i, 2, 3) for i in range(1, 4)}
+
+
+def _shards(name: str) -> FieldStore:
+    return FieldStore(folder() / name, "abcd1234", stride=32, encoder="none", fingerprint="none@0")
+
+
+def _fields_of_shard(data: bytes) -> None:
+    _file("shards/abcd1234-fuzzed.safetensors", data)
+    store = _shards("shards")
+    for key in set(_fields()) - set(store.missing(list(_fields()))):
+        cells = _fields()[key].reshape(-1, 3)
+        assert np.array_equal(store.read(key).features, cells), "what is read is what was written"
 
 
 @cache
@@ -307,6 +334,7 @@ def targets() -> dict[str, Target]:
             partial(_jobs, ".jsonl"), [b'{"file": "a.svs", "mpp": 0.5, "id": 3}'], JSON_WORDS, 1
         ),
         "features_hdf5": Target(_features, [_hdf5(), *map(_hdf5, links)], (), 6),
+        "features_shard": Target(_fields_of_shard, [_shard()], JSON_WORDS, 6),
         "protocol_yaml": Target(_protocol, protocol_files, YAML_WORDS, 2),
         "recipe_yaml": Target(_recipe, _yaml_seeds("recipes/demo.yaml", "recipes/pathosynvlm.yaml"), YAML_WORDS, 0.5),
         "image": Target(_image, [_picture(kind, **keys) for kind, keys in images], (), 3),

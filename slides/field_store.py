@@ -236,7 +236,8 @@ class _Shard:
         self.keys = np.empty(0, "S32")
         try:
             whole_fields, stated = self._open()
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # What a damaged header may lead to, down to numbers of any size and any depth.
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             logger.warning("%s: no store of features, or damaged (%s); its fields are encoded again", path, error)
             return
         if whole_fields < stated:
@@ -256,6 +257,8 @@ class _Shard:
             tensors = {}
             for name in ("keys", "checks", "shapes"):
                 dtype, shape, start, end = _described(header[name], name)
+                if 8 + length + end > size:
+                    raise ValueError("its index is not whole")
                 file.seek(8 + length + start)
                 tensors[name] = np.frombuffer(file.read(end - start), dtype).reshape(shape)
         dtype, (cells, dim), start, _ = _described(header["features"], "features")

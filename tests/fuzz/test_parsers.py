@@ -23,9 +23,9 @@ from slides.parsing import parse_yaml
 from slides.store import read_features
 
 NAMES = (
-    "boxes", "choice", "entities", "extract_answer", "features_hdf5", "image", "manifest_csv", "manifest_json",
-    "manifest_jsonl", "manifest_parquet", "manifest_tsv", "protocol_yaml", "recipe_yaml", "report", "slide_jobs_csv",
-    "slide_jobs_jsonl", "synoptic", "vocabulary",
+    "boxes", "choice", "entities", "extract_answer", "features_hdf5", "features_shard", "image", "manifest_csv",
+    "manifest_json", "manifest_jsonl", "manifest_parquet", "manifest_tsv", "protocol_yaml", "recipe_yaml", "report",
+    "slide_jobs_csv", "slide_jobs_jsonl", "synoptic", "vocabulary",
 )  # fmt: skip
 FAST = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 SCALARS = st.one_of(
