@@ -1,6 +1,7 @@
 """How far bfloat16 takes TRL's GRPOTrainer and ours from float32: same weights, prompts and completions.
 
     python benchmarks/bf16.py
+    python benchmarks/bf16.py --settings sharp       # attention scores four times as large, so errors are larger
     python benchmarks/bf16.py --settings large --device cuda --attention flex     # on a GPU
 
 Ours reads a prompt once for its G completions, TRL G times, so that sums are rounded in another order. Here a step of
@@ -44,7 +45,7 @@ Cell = dict[str, dict[str, list[float]]]
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--settings", choices=["small", "large"], default="small", help="large: for a GPU")
+    parser.add_argument("--settings", choices=["small", "sharp", "large"], default="small", help="large: for a GPU")
     parser.add_argument("--only", default="", help="those settings alone whose name in the table has this in it")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--seeds", type=int, default=4, help="of each setting; at least 2 for an interval")

@@ -42,6 +42,7 @@ class Setting:
         image: tokens of a prompt's image, a square number. text: tokens of a prompt's text, about.
         group: completions of a prompt. written: tokens of the longest; the shortest has half of them.
         prompts: of a step; one has half the text of the one before.
+        sharp: what attention scores, about 1 otherwise, are multiplied by.
     """
 
     family: str
@@ -53,6 +54,7 @@ class Setting:
     written: int
     prompts: int = 1
     lora: bool = False
+    sharp: float = 1.0
 
     def __post_init__(self) -> None:
         if math.isqrt(self.image) ** 2 != self.image:
@@ -63,6 +65,7 @@ class Setting:
         """What the table calls it."""
         prompt = f"{self.image}+{self.text}" if self.image else str(self.text)
         more = f" x{self.prompts}" * (self.prompts > 1) + " lora" * self.lora
+        more += f" sharp {self.sharp:g}" * (self.sharp != 1.0)
         return f"{self.family} {self.hidden}x{self.layers} prompt {prompt} G {self.group} C {self.written}{more}"
 
 
@@ -78,6 +81,12 @@ SETTINGS = {
         Setting("qwen2_5_vl", 256, 2, image=64, text=32, group=4, written=16),
         Setting("qwen2_5_vl", 128, 2, image=256, text=24, group=4, written=16),
         Setting("qwen2_5_vl", 64, 2, image=1024, text=24, group=4, written=16),
+    ],
+    "sharp": [
+        Setting("llama", 64, 2, image=0, text=64, group=8, written=16, sharp=4.0),
+        Setting("qwen2", 128, 2, image=0, text=96, group=8, written=16, sharp=4.0),
+        Setting("qwen2_5_vl", 64, 2, image=64, text=24, group=8, written=16, sharp=4.0),
+        Setting("qwen2_5_vl", 64, 4, image=16, text=24, group=4, written=16, lora=True, sharp=4.0),
     ],
     "large": [
         Setting("llama", 512, 8, image=0, text=256, group=8, written=128),
@@ -129,15 +138,21 @@ def make_model(setting: Setting, device: str) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def draw_weights(model: Any, seed: int) -> None:
-    """Weights that keep activations and scores near 1, each a number of bfloat16, so that only the work is rounded."""
+def draw_weights(model: Any, seed: int, sharp: float = 1.0) -> None:
+    """Weights that keep activations and scores near 1, each a number of bfloat16, so that only the work is rounded.
+
+    Args:
+        sharp: what attention scores of the language model are multiplied by.
+    """
     for name, weight in model.named_parameters():
         draw = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
         values = torch.randn(weight.shape, generator=draw)
         if weight.ndim == 1:
             values = 0.1 * values + (not name.endswith("bias"))
         elif "embed_tokens" not in name:
-            values *= (0.1 if "lora_B" in name else 1.0) * (weight[0].numel()) ** -0.5
+            values *= (0.1 if "lora_B" in name else 1.0) * weight[0].numel() ** -0.5
+        if "q_proj" in name and "lora_A" not in name:
+            values *= sharp
         weight.copy_(values.bfloat16())
 
 
@@ -189,7 +204,7 @@ def outcomes(
 
     class Watch(TrainerCallback):
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            draw_weights(made.model, first + state.global_step)
+            draw_weights(made.model, first + state.global_step, setting.sharp)
 
         def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             gradients = {

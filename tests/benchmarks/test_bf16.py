@@ -51,10 +51,10 @@ def test_a_setting_that_is_not_there_and_flex_without_a_gpu_are_refused():
     assert done.returncode == 2 and "add --device cuda" in done.stderr
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_both_trainers_get_the_same_weights_prompts_images_and_completions(lora):
+@pytest.mark.parametrize(("lora", "sharp"), [(False, 1.0), (True, 4.0)])
+def test_both_trainers_get_the_same_weights_prompts_images_and_completions(lora, sharp):
     """In float32 they agree, in bfloat16 they do not; two seeds have nothing in common."""
-    setting = Setting("qwen2_5_vl", 64, 1, image=4, text=12, group=2, written=4, prompts=2, lora=lora)
+    setting = Setting("qwen2_5_vl", 64, 1, image=4, text=12, group=2, written=4, prompts=2, lora=lora, sharp=sharp)
     truth: dict[int, Outcome] = {}
     outcomes(setting, "stock", "float32", 5, 2, "cpu", False, truth.__setitem__)
     assert list(truth) == [0, 1]
