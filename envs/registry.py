@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 
 from envs.case import Case
 from slides.errors import InputError
+from slides.user_code import load_user_module
 
 # Imported when asked for, so that a recipe pays only for the environment it names.
 BUILT_IN = {
@@ -21,18 +20,19 @@ BUILT_IN = {
 }
 
 
-def make_env(name: str, params: Mapping[str, Any] | None = None) -> list[Case]:
+def make_env(name: str, params: Mapping[str, Any] | None = None, base: str | Path | None = None) -> list[Case]:
     """Cases of an environment.
 
     Args:
         name: `manifest`, `mosaic`, `simulator`, or a function of the user's own as `module:function` or
             `path.py:function`; it takes keyword-only parameters and returns a list of `Case`.
         params: its parameters, as written in the recipe.
+        base: folder that a `path.py` is relative to; the current folder is tried after it.
 
     Raises:
         InputError: the name is unknown, or a parameter is unknown, missing, or the function returns anything else.
     """
-    build = find_env(name)
+    build = find_env(name, base)
     params = dict(params or {})
     signature = inspect.signature(build)
     accepted = {
@@ -56,7 +56,7 @@ def make_env(name: str, params: Mapping[str, Any] | None = None) -> list[Case]:
     return cases
 
 
-def find_env(name: str) -> Callable[..., list[Case]]:
+def find_env(name: str, base: str | Path | None = None) -> Callable[..., list[Case]]:
     """The `build` function behind a name; see `make_env`."""
     target = BUILT_IN.get(name, name)
     module_name, separator, function = target.rpartition(":")
@@ -64,28 +64,8 @@ def find_env(name: str) -> Callable[..., list[Case]]:
         raise InputError(
             f"unknown environment {name!r}; use {', '.join(BUILT_IN)}, 'module:function' or 'path.py:function'"
         )
-    if module_name.endswith(".py"):
-        module = _load_file(Path(module_name).expanduser(), name)
-    else:
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            # A missing package inside the user's module is that module's own error, not a wrong name.
-            if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-                raise
-            raise InputError(f"environment {name!r}: no module {error.name!r}; check the name or PYTHONPATH") from None
+    module = load_user_module(module_name, f"environment {name!r}", base)
     build = getattr(module, function, None)
     if not callable(build):
         raise InputError(f"environment {name!r}: {module_name} has no function {function!r}")
     return build
-
-
-def _load_file(path: Path, name: str) -> Any:
-    if not path.is_file():
-        raise InputError(f"environment {name!r}: no file {path}; paths are relative to the folder you start from")
-    spec = importlib.util.spec_from_file_location(f"frugalpath_user_{path.stem}", path)
-    if spec is None or spec.loader is None:
-        raise InputError(f"environment {name!r}: {path} cannot be imported")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

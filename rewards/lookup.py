@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import importlib
-import importlib.util
 import inspect
 import operator
 import pkgutil
@@ -18,11 +16,10 @@ from typing import Any, TypeVar
 
 import rewards
 from slides.errors import InputError
+from slides.user_code import FILE_MODULE, load_user_module
 
 RewardFn = Callable[..., Any]
 F = TypeVar("F", bound=RewardFn)
-
-FILE_MODULE = "user_reward_"  # how the modules are called that files are imported as
 
 _registered: dict[str, RewardFn] = {}
 
@@ -93,7 +90,7 @@ def load(place: str, name: str, base: str | Path | None = None) -> ModuleType:
     Raises:
         InputError: there is none.
     """
-    return _load_file(place, name, base) if place.endswith(".py") else _load_module(place, name)
+    return load_user_module(place, f"reward {name!r}", base)
 
 
 def hint(word: object, known: Sequence[str]) -> str:
@@ -101,36 +98,6 @@ def hint(word: object, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(str(word), known, n=1)
     suggestion = f"did you mean {close[0]!r}? " if close else ""
     return f"{suggestion}known: {', '.join(known) or 'none'}"
-
-
-def _load_module(module_name: str, name: str) -> ModuleType:
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        # A package that the user's module misses is that module's own error, not a wrong name.
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise
-        raise InputError(f"reward {name!r}: no module {error.name!r}; check the name and PYTHONPATH") from None
-
-
-def _load_file(place: str, name: str, base: str | Path | None) -> ModuleType:
-    """Import a file once a process, under a module name made from its path."""
-    tried = [(Path(folder) / Path(place).expanduser()).resolve() for folder in (base or ".", ".")]
-    path = next((p for p in tried if p.is_file()), None)
-    if path is None:
-        raise InputError(f"reward {name!r}: no file {' nor '.join(dict.fromkeys(map(str, tried)))}")
-    module_name = f"{FILE_MODULE}{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if module_name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec is not None and spec.loader is not None  # both are set for a path that ends with .py
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module
-        try:
-            spec.loader.exec_module(module)
-        except BaseException:
-            del sys.modules[module_name]
-            raise
-    return sys.modules[module_name]
 
 
 def _address(function: RewardFn) -> str:

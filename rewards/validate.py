@@ -248,7 +248,7 @@ def _cases_and_rewards(arguments: ValidateArguments) -> tuple[list[Case], list[R
         specs = recipe["rewards"]
     except (KeyError, TypeError) as error:
         raise InputError(f"{path}: no recipe with `cases` and `rewards`: {error!r}") from None
-    return make_env(params.pop("name"), params), get_rewards(specs, base=path.parent)
+    return make_env(params.pop("name"), params, path.parent), get_rewards(specs, base=path.parent)
 
 
 def _scores(reward: RewardFunction, cases: Sequence[Case], completions: list[str]) -> np.ndarray:

@@ -43,7 +43,7 @@ def load_cases(run: Run) -> dict[str, list[Case]]:
     """
     params = {k: v for k, v in run.cases.items() if k != "name"}
     with PartialState().main_process_first():
-        cases = make_env(run.cases["name"], params)
+        cases = make_env(run.cases["name"], params, run.base)
     splits = {s: [c for c in cases if c.split == s] for s in ("train", "val", "test")}
     empty = [s for s, members in splits.items() if not members]
     if empty:

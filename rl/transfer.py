@@ -97,7 +97,7 @@ def _test_cases(stages: Stages, other: Run, recipe: Path) -> list[Case]:
     """Test cases of the other recipe, of the kinds of question that the run is asked."""
     params = {k: v for k, v in other.cases.items() if k != "name"}
     with PartialState().main_process_first():
-        cases = [c for c in make_env(other.cases["name"], params) if c.split == "test"]
+        cases = [c for c in make_env(other.cases["name"], params, other.base) if c.split == "test"]
     if not cases:
         raise InputError(f"{recipe}: it has no case in split test, which is what a run is transferred to")
     cases = list(asked(cases, stages.run.questions, f"{recipe}: questions of the run"))

@@ -145,6 +145,25 @@ def test_a_function_of_the_users_own(tmp_path):
         make_env(f"{file}:three")
 
 
+def test_a_file_of_the_users_own_may_define_dataclasses(tmp_path, monkeypatch):
+    """They look up the module that they stand in, which a file that was executed outside of sys.modules has not."""
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.py").write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "from envs.case import Case\n"
+        "@dataclass\n"
+        "class Slide:\n"
+        "    name: str\n"
+        "def one():\n"
+        "    return [Case(Slide('a').name, 'p', 'open', 'Why?', 'so', images=('x.png',))]\n"
+    )
+    assert make_env(f"{tmp_path}/recipes/mine.py:one")[0].id == "a"
+    assert make_env("mine.py:one", base=tmp_path / "recipes")[0].id == "a", "beside the recipe"
+    monkeypatch.chdir(tmp_path / "recipes")
+    assert make_env("mine.py:one", base=tmp_path)[0].id == "a", "or where one starts from"
+
+
 @pytest.mark.parametrize(
     "name, params, words",
     [
@@ -152,7 +171,7 @@ def test_a_function_of_the_users_own(tmp_path):
         ("manifest", {"path": "x.csv", "lables": {}}, "did you mean 'labels'"),
         ("manifest", {}, "needs the parameter 'path'"),
         ("no_such_module:build", {}, "no module 'no_such_module'"),
-        ("no_such_file.py:build", {}, "no file no_such_file.py"),
+        ("no_such_file.py:build", {}, r"no file .*no_such_file\.py"),
         ("json:no_such_function", {}, "no function"),
     ],
 )
