@@ -52,7 +52,7 @@ def gathered(model: nn.Module) -> Iterator[None]:
     if units:
         units[0]._get_fsdp_state()._lazy_init()  # as the first forward does, which must be that of the whole
     # There is no public way to read what `set_reshard_after_forward` sets.
-    groups = [group for unit in units for group in unit._get_fsdp_state()._fsdp_param_groups]
+    groups = [group for unit in units for group in _groups(unit._get_fsdp_state())]
     before = [group.post_forward_mesh_info for group in groups]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -64,6 +64,13 @@ def gathered(model: nn.Module) -> Iterator[None]:
             group.post_forward_mesh_info = mesh
         for unit in units:
             unit.reshard()
+
+
+def _groups(state: Any) -> list[Any]:
+    """Parameters that a unit shares out together; torch 2.11 knows one such group at most."""
+    if hasattr(state, "_fsdp_param_groups"):
+        return list(state._fsdp_param_groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def whole(trainer: Any) -> Any:
