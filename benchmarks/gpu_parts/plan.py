@@ -49,14 +49,15 @@ def step(preset: str, image_tokens: int, trainer: str, seconds: float, limit: fl
     """Steps of one trainer on a published shape with LoRA."""
     flex = attention == "flex_attention"
     shape = ["--preset", preset, "--image-tokens", str(image_tokens), "--completion-tokens", "128", "--lora"]
+    told = {"trainer": trainer, "shape": preset, "folder": f"{preset}-{image_tokens}-{attention}"}
     return Part(
         f"{preset}_{image_tokens}_{trainer}{'_flex' if flex else ''}",
         "c" if preset == "3b" else "d",
         "steps",
         seconds,
         limit,
-        {"trainer": trainer, "shape": preset, "options": [*shape, "--attention", attention]},
-        {"trainer": trainer, "shape": preset, "options": [*SMALL, "--lora"]},
+        {**told, "options": [*shape, "--attention", attention]},
+        {**told, "options": [*SMALL, "--lora"]},
         gpu=flex,
     )
 

@@ -22,8 +22,7 @@ def run(task: Task) -> Iterator[dict[str, Any]]:
     """A line of the steps, and, where the other trainer ran before, one of how their first steps differ."""
     trainer = task.settings["trainer"]
     options = parse([*task.settings["options"], "--device", task.device, "--cores", str(task.cores)])
-    name = f"{task.settings['shape']}-{options.image_tokens}"
-    home = task.folder / "steps" / name / options.attention
+    home = task.folder / "steps" / task.settings["folder"]
     home.mkdir(parents=True, exist_ok=True)
     options.worker, options.folder = trainer, str(home)
     settle(options)

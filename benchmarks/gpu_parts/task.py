@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import signal
 import subprocess
 from contextlib import suppress
@@ -15,6 +16,8 @@ import psutil
 
 PDEATHSIG, SUBREAPER = 1, 36
 """Numbers of `prctl` (Linux)."""
+RAISED = re.compile(r"(\[rank\d+\]: )?[\w.]*(Error|Exception|Interrupt)\b")
+"""The line of a traceback that tells what was raised."""
 
 
 @dataclass
@@ -118,5 +121,8 @@ def command(arguments: list[str]) -> str:
             print(line, end="", flush=True)
             lines.append(line)
     if process.returncode:
-        raise RuntimeError(f"{' '.join(arguments)} ended with {process.returncode}:\n{''.join(lines[-15:])}")
+        # Launchers write much after the error that counts, which is the last but theirs.
+        causes = [line for line in lines if RAISED.match(line) and "ChildFailedError" not in line]
+        told = causes[-1:] or lines[-10:]
+        raise RuntimeError(f"{' '.join(arguments)} ended with {process.returncode}: {''.join(told).strip()}")
     return "".join(lines)
