@@ -1,4 +1,4 @@
-# make install | demo | test | lint | docs. PYTHON is the interpreter that makes the virtual environment.
+# make install | demo | test | lint | docs | gpu. PYTHON is the interpreter that makes the virtual environment.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,7 +8,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Threads that spin while they wait slow a shared machine several times over.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: install demo test lint docs
+.PHONY: install demo test lint docs gpu
 
 install: $(VENV)/.installed
 
@@ -38,3 +38,10 @@ lint: install
 docs: install
 	$(BIN)/pip install -q -e '.[docs]'
 	PDOC_ALLOW_EXEC=1 $(BIN)/python -W error::UserWarning:pdoc.doc -W error::UserWarning:pdoc.doc_ast -m pdoc -d google -o site slides envs rewards models sft rl
+
+# All that needs a GPU, measured: MINUTES and OUT may be given. Where nothing is installed yet it takes the CUDA build.
+MINUTES ?= 8
+OUT ?= runs/gpu
+gpu:
+	test -f $(VENV)/.installed || $(MAKE) install GPU=1
+	$(BIN)/python benchmarks/gpu.py --minutes $(MINUTES) --out $(OUT)

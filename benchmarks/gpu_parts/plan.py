@@ -62,13 +62,13 @@ def step(preset: str, image_tokens: int, trainer: str, seconds: float, limit: fl
     )
 
 
-def script(name: str, group: str, seconds: float, limit: float, options: list[str]) -> Part:
-    """A benchmark of its own, which prints JSON lines; it has a size that is for a CPU, so it is not rehearsed."""
-    file = f"benchmarks/{name}.py"
+def script(name: str, group: str, seconds: float, limit: float, file: str, options: list[str]) -> Part:
+    """A benchmark of its own, which prints JSON lines. It has sizes for a CPU of its own, so it is not rehearsed."""
     return Part(name, group, "scripts", seconds, limit, {"script": file, "options": options}, file=file, gpu=True)
 
 
 EXACT = ["--image-tokens", "256", "--text-tokens", "64", "--completion-tokens", "64", "--no-checkpointing"]
+BF16 = ["--settings", "large", "--seeds", "2", "--cores", "16"]
 PARTS = [
     Part("environment", "a", "environment", 10, 60, {"size": 8192, "seconds": 1.0}, {"size": 256, "seconds": 0.05}),
     Part("exactness", "b", "exactness", 20, 75, {"attention": "sdpa", "options": EXACT},
@@ -83,14 +83,15 @@ PARTS = [
     step("7b", 1024, "stock", 35, 90),
     Part("estimate", "e", "estimate", 15, 60),
     Part("exactness_flex", "b", "exactness", 30, 90, {"attention": "flex_attention", "options": EXACT}, gpu=True),
-    script("bf16", "b", 30, 75, []),
+    script("bf16", "b", 50, 110, "benchmarks/bf16.py", BF16),
     Part("fsdp2", "h", "launches", 45, 100, {"config": "fsdp2"}, {"config": "fsdp2"}),
     Part("zero3", "h", "launches", 30, 80, {"config": "zero3"}, {"config": "zero3"}, ("deepspeed",)),
     Part("vllm", "h", "rollouts", 60, 120, modules=("vllm", "pytest")),
     step("3b", 1024, "ours", 45, 90, "flex_attention"),
     step("7b", 256, "ours", 45, 90),
     step("7b", 256, "stock", 30, 75),
-    script("fit", "e", 35, 75, ["--only", "grpo_lora", "sft_bf16"]),
+    script("fit", "e", 35, 75, "benchmarks/fit.py", ["--only", "grpo_lora", "sft_bf16"]),
+    script("bf16_flex", "b", 60, 140, "benchmarks/bf16.py", [*BF16, "--attention", "flex"]),
 ]  # fmt: skip
 
 

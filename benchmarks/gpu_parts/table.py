@@ -54,6 +54,11 @@ def headline(line: Line) -> str:
         return f"{case}: {line['tiles_per_second']:.4g} tiles/s, one by one {line['one_by_one_tiles_per_second']:.4g}"
     if "estimate_gb" in line:
         return f"{case}: {line['ratio']:.2f} of what was measured"
+    if "ours_error" in line:
+        return (
+            f"bfloat16 gradients are off by {line['ours_error']:.3g}, TRL's by {line['stock_error']:.3g}, ratio "
+            f"{line['ratio']} {line['ratio_interval']}"
+        )
     if case == "file to report":
         return f"{line['run_seconds']:.0f} s, {line['steps']} steps, report written"
     if "sft_loss_rel_diff" in line:
@@ -168,7 +173,9 @@ def _encoders(lines: Sequence[Line]) -> str:
 
 def _rest(lines: Sequence[Line]) -> str:
     told = [f"* `{e['part']}`: {headline(e)}." for e in lines if e.get("case") == "file to report"]
-    told += [f"* `{e['part']}`: {headline(e)}." for e in lines if "sft_loss_rel_diff" in e or "tests" in e]
+    told += [
+        f"* `{e['part']}`: {headline(e)}." for e in lines if e.keys() & {"sft_loss_rel_diff", "tests", "ours_error"}
+    ]
     for line in lines:
         if line["status"] in (ABSENT, SKIPPED):
             told.append(f"* `{line['part']}`: {line['status']} ({line['why']}).")

@@ -103,8 +103,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def command(arguments: list[str]) -> str:
+def command(arguments: list[str], merged: bool = True) -> str:
     """Run a command to its end; what it wrote to stdout, which the log has too.
+
+    Args:
+        merged: what it wrote to stderr is wanted with it.
 
     Raises:
         RuntimeError: it failed; with the end of what it wrote.
@@ -114,7 +117,12 @@ def command(arguments: list[str]) -> str:
     lead()
     lines: list[str] = []
     with subprocess.Popen(
-        arguments, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        arguments,
+        cwd=ROOT,
+        env=environment(),
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT if merged else None,
     ) as process:
         assert process.stdout is not None
         for line in process.stdout:
