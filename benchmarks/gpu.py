@@ -79,6 +79,8 @@ def main() -> None:
     os.environ["TMPDIR"] = str(scratch)
     if options.rehearse:
         os.environ.update(CPU)
+    # With several GPUs transformers would divide batches over them.
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")
 
     def end(number: int, frame: Any) -> None:
         raise SystemExit(128 + number)  # on the way out the part is ended

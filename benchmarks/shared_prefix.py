@@ -93,14 +93,13 @@ def build(options: argparse.Namespace) -> tuple[Any, Any]:
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
     }
-    attention = options.attention if options.worker == "ours" else "sdpa"
     dtype, before = getattr(torch, options.dtype), torch.get_default_dtype()
     try:
         if options.preset != "small":
             # In float32 first a published shape would take twice the memory that training it does.
             torch.set_default_dtype(dtype)
         with torch.device(options.device):
-            model = small_qwen(tokenizer, text, made["tower"], attention)
+            model = small_qwen(tokenizer, text, made["tower"])
     finally:
         torch.set_default_dtype(before)
     freeze_vision(model)
@@ -213,6 +212,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
         shuffle_dataset=False,  # the second half of our steps goes over the images of the first again
         learning_rate=0.0,
         beta=options.beta,
+        flex_attention=options.attention == "flex_attention",  # TRL's own trainer does not know it
         bf16=options.dtype == "bfloat16",
         use_cpu=not cuda,
         gradient_checkpointing=options.checkpointing,

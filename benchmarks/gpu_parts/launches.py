@@ -25,7 +25,9 @@ RECIPE: dict[str, Any] = {
     "encoder": {"field_side": 96},
     "allocator": {"look": [4], "width": 16, "fit_epochs": 1},
     "rewards": ["choice", {"name": "format", "weight": 0.2}],
-    "sft": {"max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "logging_steps": 1},
+    "sft": {
+        "max_steps": 3, "learning_rate": 1e-2, "per_device_train_batch_size": 4, "bf16": False, "logging_steps": 1,
+    },
     "evaluation": {"bootstrap": 20, "sft_continued": False, "linear_probe": False},
     "budgets_per_image": 2,
     "num_generations": 2,
