@@ -77,7 +77,7 @@ PARTS = [
     step("3b", 256, "stock", 25, 75),
     step("3b", 1024, "ours", 45, 90),
     step("3b", 1024, "stock", 35, 90),
-    Part("encoding", "f", "encoding", 20, 50, {"vit": "large", "tiles": 512}, {"vit": "tiny", "tiles": 8}),
+    Part("encoding", "f", "encoding", 20, 50, {"vit": "large", "tiles": 512}, {"vit": "tiny", "tiles": 2}),
     Part("recipe", "g", "recipe", 70, 150, {"preset": "3b"}, {"preset": "small"}),
     step("7b", 1024, "ours", 45, 90),
     step("7b", 1024, "stock", 35, 90),
