@@ -1,4 +1,8 @@
-"""What files hold, found out once: a digest of the content by path, size and time of change, remembered on disk."""
+"""What files hold: the digest of each, read once and remembered until the file changes.
+
+The cache is one SQLite file in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`), which processes may share.
+It knows a file by a hash of its real path, size and times, since a path may hold a patient's number.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import hashlib
 import logging
 import os
 import sqlite3
+import stat
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -14,55 +19,94 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-_WHOLE = 64 * 2**20  # files up to this size are hashed whole, larger ones (slides) at three places
+WHOLE = 64 * 2**20
+"""Files up to this size are hashed whole, larger ones (slides) at three places."""
 _PIECE = 2**20
-_ASKED = 500  # keys of one question to the cache: SQLite takes 999 at least
+_THREADS = 8
+_BATCH = 5000  # files that one query or one transaction is about; SQLite takes 32,766 in a query
 
 
-@dataclass(frozen=True)
-class FileFacts:
-    """What was found out about one file: content hash, and width and height in pixels (0 where it was not decoded)."""
+@dataclass(frozen=True, slots=True)
+class Content:
+    """What is known of a file: SHA-256 (hex), and width and height in px once it was decoded as an image."""
 
     digest: str
-    width: int = 0
-    height: int = 0
+    width: int | None = None
+    height: int | None = None
 
 
-def file_digests(paths: Sequence[str], *, workers: int = 8) -> tuple[dict[str, str], dict[str, str]]:
-    """SHA-256 of files, in hex: of the content up to 64 MB, of size, head, middle and tail above.
+class RealPaths:
+    """Real paths of many files: their folders are resolved once, links among the files are followed one by one."""
 
-    A file whose path, size and time of change are known is not read again.
+    def __init__(self) -> None:
+        self._folders: dict[str, str] = {}
+
+    def __call__(self, path: str) -> tuple[str, os.stat_result]:
+        """The path without links, and the status of the file there.
+
+        Raises:
+            OSError: there is no such file, or it cannot be looked at.
+        """
+        status = os.lstat(path)
+        folder, name = os.path.split(path)
+        if stat.S_ISLNK(status.st_mode) or name in ("", ".", ".."):
+            return os.path.realpath(path), os.stat(path)
+        real = self._folders.get(folder)
+        if real is None:
+            real = self._folders[folder] = os.path.realpath(folder)
+        return os.path.join(real, name), status
+
+
+def file_digests(
+    paths: Sequence[str], *, workers: int | None = None, use_cache: bool = True
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Digests of files; those that the cache knows are not read.
+
+    Args:
+        paths: of files of any kind.
+        workers: threads that read.
+        use_cache: look digests up in the cache, and add new ones.
 
     Returns:
-        digests by path, and by path what is wrong with files that cannot be read; the sentence reads on from the path.
+        SHA-256 (hex) by path, see `digest`, and by path what is wrong with the files that cannot be read.
     """
-    keys, problems = cache_keys(paths)
-    known = remembered(keys.values())
+    keys, problems = file_keys(paths)
+    known = read_known(keys.values()) if use_cache else {}
     digests = {path: known[key].digest for path, key in keys.items() if key in known}
     todo = [path for path in keys if path not in digests]
-    fresh = {}
-    with ThreadPoolExecutor(workers) as pool:
-        for path, found in zip(todo, pool.map(_tried, todo), strict=True):
-            if isinstance(found, OSError):
-                problems[path] = f"cannot be read ({found.strerror or found})"
-            else:
-                digests[path] = found
-                fresh[keys[path]] = FileFacts(found)
-    remember(fresh)
+
+    def look(path: str) -> str | OSError:
+        try:
+            return digest(path)
+        except OSError as error:
+            return error
+
+    with ThreadPoolExecutor(workers or _THREADS) as pool:
+        for start in range(0, len(todo), _BATCH):
+            part = todo[start : start + _BATCH]
+            fresh = {}
+            for path, found in zip(part, pool.map(look, part), strict=True):
+                if isinstance(found, str):
+                    digests[path] = found
+                    fresh[keys[path]] = Content(found)
+                else:
+                    problems[path] = f"cannot be read ({found.strerror or found})"
+            if use_cache:
+                write_known(fresh)
     return digests, problems
 
 
 def digest(path: str) -> str:
-    """SHA-256 of a file's content; of size, head, middle and tail for files over 64 MB.
+    """SHA-256 of the content; of size, head, middle and tail for files over 64 MB.
 
     Raises:
-        OSError: it cannot be read, or is empty.
+        OSError: the file is empty or cannot be read.
     """
     size = os.path.getsize(path)
     if size == 0:
         raise OSError("the file is empty")
     with open(path, "rb") as file:
-        if size <= _WHOLE:
+        if size <= WHOLE:
             return hashlib.file_digest(file, "sha256").hexdigest()
         state = hashlib.sha256(str(size).encode())
         for start in (0, size // 2, size - _PIECE):
@@ -71,68 +115,84 @@ def digest(path: str) -> str:
         return state.hexdigest()
 
 
-def cache_keys(paths: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Names in the cache by path, and by path why files are not there.
-
-    A name changes with path, size and time of change. It is a hash: a path may hold a patient's number, and the cache
-    is a file of its own.
-    """
-    keys, problems = {}, {}
-    for path in dict.fromkeys(paths):
-        try:
-            stat = os.stat(path)
-        except OSError as error:
-            problems[path] = f"cannot be read ({error.strerror})"
+def file_keys(paths: Iterable[str]) -> tuple[dict[str, bytes], dict[str, str]]:
+    """Under what the cache knows each file as it is now, and by path what is wrong with those not to be looked at."""
+    real_path = RealPaths()
+    keys: dict[str, bytes] = {}
+    problems: dict[str, str] = {}
+    for path in paths:
+        if path in keys:
             continue
-        text = f"{os.path.realpath(path)}\0{stat.st_size}\0{stat.st_mtime_ns}"
-        keys[path] = hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+        try:
+            real, now = real_path(path)
+        except (OSError, ValueError) as error:  # ValueError: a zero byte
+            problems[path] = f"cannot be read ({getattr(error, 'strerror', error)})"
+            continue
+        # The time of change tells of a file put in place of another with the same size and time of writing.
+        text = f"{real}\0{now.st_size}\0{now.st_mtime_ns}\0{now.st_ctime_ns}"
+        keys[path] = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest()
     return keys, problems
 
 
-def remembered(keys: Iterable[str]) -> dict[str, FileFacts]:
-    """What the cache has of the keys; nothing, with a warning, where there is none to be read."""
-    found: dict[str, FileFacts] = {}
-    names = list(dict.fromkeys(keys))
+def read_known(keys: Iterable[bytes], *, decoded: bool = False) -> dict[bytes, Content]:
+    """What the cache knows of files, by the keys of `file_keys`.
+
+    Args:
+        decoded: leave out files that have only been hashed.
+    """
+    found: dict[bytes, Content] = {}
+    wanted = sorted(keys)
+    condition = " AND width IS NOT NULL" if decoded else ""
     try:
-        with closing(_open()) as cache:
-            for start in range(0, len(names), _ASKED):
-                some = names[start : start + _ASKED]
-                marks = ", ".join("?" * len(some))
-                rows = cache.execute(f"SELECT key, digest, width, height FROM contents WHERE key IN ({marks})", some)
-                found |= {key: FileFacts(*facts) for key, *facts in rows}
+        with closing(open_cache()) as cache:
+            for start in range(0, len(wanted), _BATCH):
+                part = wanted[start : start + _BATCH]
+                marks = ",".join("?" * len(part))
+                query = f"SELECT key, digest, width, height FROM contents WHERE key IN ({marks}){condition}"
+                for key, content, width, height in cache.execute(query, part):
+                    if isinstance(content, bytes) and len(content) == hashlib.sha256().digest_size:
+                        found[key] = Content(content.hex(), width, height)
     except (OSError, sqlite3.Error) as error:
         logger.warning("no cache of checked files (%s); every file is checked again", error)
+        return {}
     return found
 
 
-def remember(facts: Mapping[str, FileFacts]) -> None:
-    """Add to the cache, which any number of processes may do at once; the size of an image that is known stays."""
-    if not facts:
+def write_known(contents: Mapping[bytes, Content]) -> None:
+    """Remember files by the keys of `file_keys`; what has been decoded is not forgotten when it is hashed again."""
+    if not contents:
         return
+    rows = [(key, bytes.fromhex(c.digest), c.width, c.height) for key, c in sorted(contents.items())]
     try:
-        with closing(_open()) as cache, cache:
+        with closing(open_cache()) as cache, cache:
             cache.executemany(
-                "INSERT INTO contents VALUES (?, ?, ?, ?) ON CONFLICT (key) DO UPDATE SET digest = excluded.digest, "
-                "width = max(width, excluded.width), height = max(height, excluded.height)",
-                [(key, fact.digest, fact.width, fact.height) for key, fact in facts.items()],
+                "INSERT OR REPLACE INTO contents VALUES (?, ?, ?, ?)", [r for r in rows if r[2] is not None]
             )
+            cache.executemany("INSERT OR IGNORE INTO contents VALUES (?, ?, ?, ?)", [r for r in rows if r[2] is None])
     except (OSError, sqlite3.Error) as error:
         logger.warning("the cache of checked files could not be written (%s)", error)
 
 
-def _open() -> sqlite3.Connection:
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frugalpath"
-    folder.mkdir(parents=True, exist_ok=True)
-    connection = sqlite3.connect(folder / "files.sqlite", timeout=60)
-    connection.execute(
-        "CREATE TABLE IF NOT EXISTS contents (key TEXT PRIMARY KEY, digest TEXT, width INTEGER, height INTEGER) "
-        "WITHOUT ROWID"
-    )
+def open_cache() -> sqlite3.Connection:
+    """The cache, made where there is none yet.
+
+    Raises:
+        OSError, sqlite3.Error: it cannot be made or opened, or is damaged.
+    """
+    folder = cache_folder()
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    connection = sqlite3.connect(folder / "contents.sqlite", timeout=60)
+    try:
+        connection.execute(
+            "CREATE TABLE IF NOT EXISTS contents "
+            "(key BLOB PRIMARY KEY, digest BLOB, width INTEGER, height INTEGER) WITHOUT ROWID"
+        )
+    except sqlite3.Error:
+        connection.close()
+        raise
     return connection
 
 
-def _tried(path: str) -> str | OSError:
-    try:
-        return digest(path)
-    except OSError as error:
-        return error
+def cache_folder() -> Path:
+    """Where this package keeps what it can find out again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "frugalpath"
