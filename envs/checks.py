@@ -6,7 +6,7 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
-from envs.case import SPLITS, Case
+from envs.case import SPLITS, Case, faulty_cases
 from envs.files import FileFacts, inspect_files
 from slides.errors import InputError
 from slides.images import MAX_PIXELS
@@ -39,15 +39,11 @@ def check_cases(
     Raises:
         InputError: with all problems found.
     """
-    at = list(where) if where is not None else [f"case {case.id!r}" for case in cases]
-    problems = [f"{place}: {problem}" for case, place in zip(cases, at, strict=True) for problem in case.problems()]
+    at = where if where is not None else [f"case {case.id!r}" for case in cases]
+    problems = [f"{at[i]}: {problem}" for i in faulty_cases(cases) for problem in cases[i].problems()]
     if not cases:
         problems.append("there are no cases; check path, format and filters")
-    first: dict[str, str] = {}
-    for case, place in zip(cases, at, strict=True):
-        if case.id in first:
-            problems.append(f"{place}: the id {case.id!r} was already given at {first[case.id]}; ids must be unique")
-        first.setdefault(case.id, place)
+    problems += _repeated_ids(cases, at)
     if facts is None:
         facts, broken = inspect_files(
             (path for case in cases for path in case.images),
@@ -71,6 +67,17 @@ def check_cases(
     problems += [_empty(split, counts) for split in need if cases and not counts[split]]
     if problems:
         raise InputError(problems)
+
+
+def _repeated_ids(cases: Sequence[Case], at: Sequence[str]) -> list[str]:
+    if len({case.id for case in cases}) == len(cases):
+        return []
+    first: dict[str, int] = {}
+    return [
+        f"{at[i]}: the id {case.id!r} was already given at {at[first[case.id]]}; ids must be unique"
+        for i, case in enumerate(cases)
+        if first.setdefault(case.id, i) != i
+    ]
 
 
 def select(cases: Sequence[Case], split: str) -> list[Case]:
@@ -113,9 +120,11 @@ def file_problems(cases: Sequence[Case], at: Sequence[str], broken: Mapping[str,
     Images are not left out: they are all decoded before a run starts and soon put right, where slides show what is
     wrong with them one by one, hours into the extraction of thousands.
     """
+    if not broken:
+        return []
     return [
-        f"{place}: {path} {broken[path]}"
-        for case, place in zip(cases, at, strict=True)
+        f"{at[i]}: {path} {broken[path]}"
+        for i, case in enumerate(cases)
         for path in (*case.images, *case.slides)
         if path in broken and path not in _spared(case, broken)
     ]
@@ -123,7 +132,7 @@ def file_problems(cases: Sequence[Case], at: Sequence[str], broken: Mapping[str,
 
 def warn_of_lost_slides(cases: Sequence[Case], broken: Mapping[str, str]) -> None:
     """One warning of all slides that `inspect_files` could not use in cases that have others."""
-    lost = {path: broken[path] for case in cases for path in _spared(case, broken)}
+    lost = {path: broken[path] for case in cases for path in _spared(case, broken)} if broken else {}
     if lost:
         touched = sum(bool(_spared(case, broken)) for case in cases)
         names = _name([f"{path} {reason}" for path, reason in lost.items()])
@@ -148,10 +157,20 @@ _TEXT = (
 
 def _across(cases, at, keys, what: str, remedy: str) -> list[str]:
     """A message for each key that occurs in more than one split, naming the rows of each split."""
+    first: dict[Hashable, str] = {}
+    torn: set[Hashable] = set()
+    for case in cases:
+        split = case.split
+        for key in keys(case):
+            if first.setdefault(key, split) != split:
+                torn.add(key)
+    if not torn:
+        return []
     seen: dict[Hashable, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for case, place in zip(cases, at, strict=True):
+    for i, case in enumerate(cases):
         for key in dict.fromkeys(keys(case)):
-            seen[key][case.split].append(place)
+            if key in torn:
+                seen[key][case.split].append(at[i])
     messages = []
     for splits in seen.values():
         if len(splits) > 1:
@@ -162,13 +181,17 @@ def _across(cases, at, keys, what: str, remedy: str) -> list[str]:
 
 def _contradictions(cases: Sequence[Case], at: Sequence[str], facts: Mapping[str, FileFacts]) -> list[str]:
     """The same question about the same pixels with two right options."""
+    asked = [i for i, case in enumerate(cases) if case.task == "choice" and file_keys(case, facts)]
+    times = Counter(file_keys(cases[i], facts)[0] for i in asked)
     seen: dict[tuple, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for case, place in zip(cases, at, strict=True):
-        if case.task == "choice" and file_keys(case, facts):
-            # A slide that is not there still tells two cases apart.
-            shown = [facts[path].digest if path in facts else path for path in (*case.images, *case.slides)]
-            # In their order: "which slide" has another answer in another one.
-            seen[case.prompt, tuple(shown)][case.answer].append(place)
+    for i in asked:
+        case = cases[i]
+        if times[file_keys(case, facts)[0]] == 1:
+            continue
+        # A slide that is not there still tells two cases apart.
+        shown = [facts[path].digest if path in facts else path for path in (*case.images, *case.slides)]
+        # In their order: "which slide" has another answer in another one.
+        seen[case.prompt, tuple(shown)][case.answer].append(at[i])
     return [
         "the same question about the same image has different answers: "
         + "; ".join(f"{answer!r}: {_name(places)}" for answer, places in answers.items())

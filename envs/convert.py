@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,46 +12,41 @@ from typing import Any
 from tqdm import tqdm
 
 from envs.boxes import boxes_from_mask, boxes_text, to_frame
+from envs.bulk import bulk_cases
 from envs.case import Case, as_text
-from envs.files import AbsentFile, resolve_path
-from envs.rows import SPLIT_NAMES, Row
+from envs.files import AbsentFile, find_files, resolve_path
+from envs.reading import Reading, cell, positive
+from envs.rows import SPLIT_NAMES
 from envs.swift import swift_row
+from envs.table import Places, Row, Rows
 from slides.errors import InputError
 from slides.images import ImageError, open_image
 from slides.parsing import parse_json
+
+__all__ = ["Converted", "Reading", "cell", "to_cases"]
 
 _MASK = "\0mask"  # a column name no file can have
 
 
 @dataclass(frozen=True)
-class Reading:
-    """How a row becomes a case; the parameters are explained at `envs.manifest.build`.
+class Converted:
+    """What the rows of a manifest have become.
 
-    Without `gold` answers may be missing, and so may what only training needs: id and patient.
+    Attributes:
+        cases: of the rows that are one.
+        places: where each of them stands.
+        problems: of the other rows, with their places.
+        keys: under what the cache knows files of the cases (`envs.files.find_files`).
     """
 
-    path: str
-    format: str
-    root: Path
-    task: str | None
-    prompt: str | None
-    options: Sequence[str] | None
-    labels: Mapping[str, str] | None
-    question: str | None
-    image_column: str
-    slide_column: str | None
-    answer_column: str
-    mask_column: str | None
-    patient_column: str | None
-    patient_pattern: re.Pattern[str] | None
-    split_column: str
-    box_frame: str
-    allow_outside: bool
-    gold: bool = True
+    cases: list[Case]
+    places: Places
+    problems: list[str]
+    keys: dict[str, bytes]
 
 
-def to_cases(rows: Sequence[Row], reading: Reading) -> tuple[list[Case], list[str], list[str]]:
-    """Cases, the place of each, and the problems of the rows that did not become one."""
+def to_cases(rows: Rows, reading: Reading) -> Converted:
+    """Cases of the rows, all at once where nothing is wrong with them (`envs.bulk`), else row by row."""
     format = _format(rows, reading)
     options = reading.options
     if format == "labels":
@@ -60,25 +55,47 @@ def to_cases(rows: Sequence[Row], reading: Reading) -> tuple[list[Case], list[st
         known = reading.gold or reading.labels is not None
         if options is None and known and (reading.task or "choice") == "choice" and not reading.mask_column:
             options = _known_labels(rows, reading)
-    split_given = any(reading.split_column in row.values for row in rows)
-    cases, places, problems = [], [], []
-    for row in tqdm(rows, desc="read manifest", unit="row", disable=len(rows) < 2000, leave=False):
+    paths, keys = find_files(_entries(rows, reading, format), reading.root, allow_outside=reading.allow_outside)
+
+    def resolve(entry: str) -> str:
+        return str(resolve_path(entry, reading.root, allow_outside=reading.allow_outside))
+
+    cases = bulk_cases(rows, reading, format, options, paths, resolve)
+    if cases is not None:
+        return Converted(cases, rows.places, [], keys)
+    split_given = reading.split_column in rows.columns
+    cases, kept, problems = [], [], []
+    for i, row in enumerate(tqdm(rows, desc="read manifest", unit="row", disable=len(rows) < 2000, leave=False)):
         if split_given and reading.split_column not in row.values:
             problems.append(
                 f"{row.at}: `{reading.split_column}` is empty here but not in other rows; give every row one"
             )
         try:
-            cases.append(_to_case(row, reading, format, options))
-            places.append(row.at)
+            cases.append(_to_case(row, reading, format, options, paths))
+            kept.append(i)
         except InputError as error:
             problems += [f"{row.at}: {problem}" for problem in error.problems]
-    return cases, places, problems
+    return Converted(cases, rows.places.take(kept), problems, keys)
 
 
-def _format(rows: Sequence[Row], reading: Reading) -> str:
+def _entries(rows: Rows, reading: Reading, format: str) -> Iterator[str]:
+    """What the rows name as files."""
+    names = [reading.image_column, reading.slide_column] if format == "labels" else []
+    for name in (*names, "images", "slides"):
+        for value in rows.columns.get(name, ()) if name is not None else ():
+            if type(value) is str and value.lstrip().startswith("["):
+                with suppress(InputError):
+                    value = cell("images", value)
+            for entry in value if type(value) is list else [value]:
+                entry = entry.get("path") if type(entry) is dict else entry  # of ms-swift
+                if type(entry) is str:
+                    yield entry
+
+
+def _format(rows: Rows, reading: Reading) -> str:
     if reading.format != "auto":
         return reading.format
-    columns = {name for row in rows for name in row.values}
+    columns = rows.columns.keys()
     if "messages" in columns:
         return "swift"
     source = Path(reading.path).expanduser()
@@ -86,8 +103,8 @@ def _format(rows: Sequence[Row], reading: Reading) -> str:
     return "labels" if table and not {"prompt", "answer"} <= columns else "cases"
 
 
-def _check_label_parameters(rows: Sequence[Row], reading: Reading) -> None:
-    columns = sorted({name for row in rows for name in row.values})
+def _check_label_parameters(rows: Rows, reading: Reading) -> None:
+    columns = sorted(rows.columns)
     problems = []
     wanted = {
         "answer_column": reading.answer_column if reading.gold and not reading.mask_column else None,
@@ -105,7 +122,7 @@ def _check_label_parameters(rows: Sequence[Row], reading: Reading) -> None:
         raise InputError(problems)
 
 
-def _to_case(row: Row, reading: Reading, format: str, options: Sequence[str] | None) -> Case:
+def _to_case(row: Row, reading: Reading, format: str, options: Sequence[str] | None, paths: Mapping[str, str]) -> Case:
     """One case; raises InputError with the problems of the row, without its place."""
     values = {key: value for key, value in row.values.items() if value is not None}
     default = "detection" if reading.mask_column else "choice"
@@ -131,7 +148,7 @@ def _to_case(row: Row, reading: Reading, format: str, options: Sequence[str] | N
     if task == "choice":
         defaults["options"] = options
     values = {**{key: value for key, value in defaults.items() if value is not None}, **values}
-    problems = _resolve(values, reading)
+    problems = _resolve(values, reading, paths)
     try:
         named = _finish(values, reading, task, fallback=format != "cases" or not reading.gold, readable=not problems)
         case = replace(Case.from_dict(values, gold=reading.gold), patient_named=named)
@@ -142,7 +159,7 @@ def _to_case(row: Row, reading: Reading, format: str, options: Sequence[str] | N
     return case
 
 
-def _resolve(values: dict[str, Any], reading: Reading) -> list[str]:
+def _resolve(values: dict[str, Any], reading: Reading, paths: Mapping[str, str]) -> list[str]:
     """Make paths absolute in place; what is wrong with those that are left as they are.
 
     A slide that is not there is no problem of a case that has something else to show: it keeps its place.
@@ -158,7 +175,8 @@ def _resolve(values: dict[str, Any], reading: Reading) -> list[str]:
         for entry in entries:
             try:
                 if isinstance(entry, str):
-                    entry = str(resolve_path(entry, reading.root, allow_outside=reading.allow_outside))
+                    found = paths.get(entry)
+                    entry = found or str(resolve_path(entry, reading.root, allow_outside=reading.allow_outside))
                     present += 1
             except AbsentFile as error:
                 (absent if name == "slides" else problems).append(str(error))
@@ -196,15 +214,17 @@ def _finish(values: dict[str, Any], reading: Reading, task: str | None, *, fallb
     if task == "detection" and readable:
         _set_boxes(values, reading)
     if "mpp" in values:
-        values["mpp"] = _number(values["mpp"], "mpp")
+        values["mpp"] = positive(values["mpp"], "mpp")
     return patient is not None
 
 
-def _known_labels(rows: Sequence[Row], reading: Reading) -> list[str]:
+def _known_labels(rows: Rows, reading: Reading) -> list[str]:
     """Options of a labels manifest: in the order of `labels` where the user names them, else sorted."""
     if reading.labels is not None:
         return list(dict.fromkeys(reading.labels.values()))
-    values = (row.values.get(reading.answer_column) for row in rows)
+    values: Iterable[Any] = rows.columns.get(reading.answer_column, ())
+    if set(map(type, values)) == {str}:
+        values = set(values)
     return sorted({as_text(value) for value in values if isinstance(value, (str, int, float))})
 
 
@@ -282,23 +302,3 @@ def _set_boxes(values: dict[str, Any], reading: Reading) -> None:
         raise InputError("`answer` of a detection case is not a list of [x1, y1, x2, y2] in pixels") from None
     except ValueError as error:
         raise InputError(str(error)) from None
-
-
-def cell(name: str, value: Any) -> Any:
-    """A table cell can hold a list only as JSON."""
-    if name in ("images", "slides", "options") and isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            return parse_json(value)
-        except ValueError as error:
-            raise InputError(f"`{name}` looks like a JSON list but is none ({error})") from None
-    return value
-
-
-def _number(value: Any, name: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = -1.0
-    if not 0 < number < float("inf"):
-        raise InputError(f"`{name}` is {value!r}; it must be a positive number")
-    return number

@@ -5,20 +5,29 @@ JSONL, JSON, CSV, TSV or parquet rows, ms-swift rows, or a folder with one sub-f
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from itertools import compress
 from pathlib import Path
 from typing import Any, Literal
 
-from envs.case import SPLITS, TASKS, Case
+import numpy as np
+
+from envs.case import SPLITS, TASKS, Case, with_splits
 from envs.checks import check_cases, drop_copies, file_problems, warn_of_lost_slides
-from envs.convert import Reading, to_cases
+from envs.convert import Converted, Reading, to_cases
 from envs.files import inspect_files
-from envs.rows import Row, read_rows
+from envs.outcome import Outcome, all_keys, files_of, hash_files, identify, recall, remember, split_codes, unchanged
+from envs.quick import kinds_of
+from envs.rows import read_rows
 from envs.splits import carve, limit_cases
+from envs.table import ABSENT, Rows
 from slides.errors import InputError
-from slides.images import MAX_PIXELS
+from slides.images import MAX_PIXELS, allow_pixels
 
 logger = logging.getLogger(__name__)
 
@@ -88,61 +97,127 @@ def build(
     Raises:
         InputError: with every bad row, by file and line.
     """
+    params = locals()
     source = Path(path).expanduser()
     _check_parameters(format, task, box_frame, duplicates, val_fraction, test_fraction, need, limit)
     try:
         pattern = re.compile(patient_pattern) if patient_pattern else None
     except re.error as error:
         raise InputError(f"patient_pattern {patient_pattern!r} is not a regular expression ({error})") from None
-    reading = Reading(
-        path=path,
-        format=format,
-        root=Path(root).expanduser() if root else (source if source.is_dir() else source.parent),
-        task=task,
-        prompt=prompt,
-        options=options,
-        labels=labels,
-        question=question,
-        image_column=image_column,
-        slide_column=slide_column,
-        answer_column=answer_column,
-        mask_column=mask_column,
-        patient_column=patient_column,
-        patient_pattern=pattern,
-        split_column=split_column,
-        box_frame=box_frame,
-        allow_outside=allow_outside,
-    )
-    rows, problems = read_rows(source)
-    rows = _keep(rows, only or {}, path)
-    if not rows and not problems:
+    start = Path(root).expanduser() if root else (source if source.is_dir() else source.parent)
+    known = {f.name for f in fields(Reading)} - {"root", "patient_pattern", "gold"}
+    reading = Reading(root=start, patient_pattern=pattern, **{k: v for k, v in params.items() if k in known})
+    with _without_collections():
+        return _cases(source, reading, params)
+
+
+def _cases(source: Path, reading: Reading, params: Mapping[str, Any]) -> list[Case]:
+    """Read the rows, and check them where that has not been done before."""
+    path, only = params["path"], params["only"] or {}
+    known = {**params, "root": str(reading.root.absolute())}
+    found = None if source.is_dir() else identify(source, known)
+    outcome = recall(found.key) if found else None
+    rows, problems = read_rows(source, outcome.kinds if outcome else None)
+    if source.is_dir() and (found := identify(source, known, rows)):
+        outcome = recall(found.key)
+    again = found is not None and outcome is None and source.suffix.lower() == ".jsonl"
+    kinds = kinds_of(source, rows) if again and not problems else None
+    rows = _keep(rows, only, path)
+    if not len(rows) and not problems:
         raise InputError(f"{path}: no rows; the file or folder is empty" + (" or `only` keeps none" if only else ""))
-    cases, places, found = to_cases(rows, reading)
-    problems += found
+    made = to_cases(rows, reading)
+    del rows
+    keys = all_keys(made.cases, made.keys)
+    files = hash_files(made.cases, keys)
+    problems += made.problems
+    if found and not unchanged(source, found):
+        found = outcome = None  # written to while it was read
+    if outcome is not None and not problems and outcome.files == files:
+        cases = _recalled(made.cases, outcome, params)
+        if cases is not None:
+            return cases
+    cases, fresh = _check(made, keys, problems, params)
+    if found:
+        remember(found.key, replace(fresh, files=files, kinds=kinds or (outcome.kinds if outcome else None)))
+    return cases
+
+
+def _recalled(cases: list[Case], outcome: Outcome, params: Mapping[str, Any]) -> list[Case] | None:
+    """The cases of a manifest that has been checked; None where a file that could not be used now can."""
+    allow_pixels(params["max_pixels"])
+    broken: dict[str, str] = {}
+    if outcome.broken:
+        numbers = set(outcome.broken)
+        lost = {file for i, file in enumerate(files_of(cases)) if i in numbers}
+        _, broken = inspect_files((), lost)
+        if broken.keys() != lost:
+            return None
+    cases = with_splits(cases, [SPLITS[code] for code in outcome.splits.tolist()])
+    cases = list(compress(cases, outcome.kept.tolist()))
+    _warn(params["path"], cases, outcome.copies, broken)
+    return cases
+
+
+def _check(
+    made: Converted, keys: Mapping[str, bytes], problems: list[str], params: Mapping[str, Any]
+) -> tuple[list[Case], Outcome]:
+    """Look at the files, put the cases in their splits, check all of them together; the outcome is without `files`.
+
+    Raises:
+        InputError: with all problems, those that were found before among them.
+    """
+    cases, places, seed = made.cases, made.places, params["seed"]
     facts, broken = inspect_files(
-        (p for case in cases for p in case.images), (p for case in cases for p in case.slides), max_pixels=max_pixels
+        (p for case in cases for p in case.images),
+        (p for case in cases for p in case.slides),
+        max_pixels=params["max_pixels"],
+        keys=keys,
     )
-    problems += file_problems(cases, places, broken)
-    cases = carve(cases, facts, val_fraction, test_fraction, seed, by_text=not allow_shared_text)
+    problems = problems + file_problems(cases, places, broken)
+    val, test, shared = params["val_fraction"], params["test_fraction"], params["allow_shared_text"]
+    lost = [i for i, file in enumerate(files_of(cases)) if file in broken] if broken else []
+    cases = carve(cases, facts, val, test, seed, by_text=not shared)
+    splits = split_codes(cases) if not problems else np.empty(0, np.uint8)
     chosen = list(range(len(cases)))
-    if duplicates == "drop":
+    copies = 0
+    if params["duplicates"] == "drop":
         keep = drop_copies(cases, facts)
         chosen = [i for i in chosen if keep[i]]
-        if len(chosen) < len(cases):
-            logger.warning("%s: left out %d copies of images in a later split", path, len(cases) - len(chosen))
-    if limit is not None:
-        chosen = limit_cases(cases, chosen, limit, seed)
-    cases, places = [cases[i] for i in chosen], [places[i] for i in chosen]
-    warn_of_lost_slides(cases, broken)
-    required = [*need, *(["val"] if val_fraction else []), *(["test"] if test_fraction else [])]
+        copies = len(cases) - len(chosen)
+    if params["limit"] is not None:
+        chosen = limit_cases(cases, chosen, params["limit"], seed)
+    kept = np.zeros(len(cases), bool)
+    kept[chosen] = True
+    if len(chosen) < len(cases):
+        cases, places = [cases[i] for i in chosen], places.take(chosen)
+    _warn(params["path"], cases, copies, broken)
+    required = [*params["need"], *(["val"] if val else []), *(["test"] if test else [])]
     if cases:
         try:
-            check_cases(cases, where=places, need=required, allow_shared_text=allow_shared_text, facts=facts)
+            check_cases(cases, where=places, need=required, allow_shared_text=shared, facts=facts)
         except InputError as error:
             problems += error.problems
     if problems:
         raise InputError(problems)
-    return cases
+    return cases, Outcome("", splits, kept, lost, copies)
+
+
+def _warn(path: str, cases: Sequence[Case], copies: int, broken: Mapping[str, str]) -> None:
+    if copies:
+        logger.warning("%s: left out %d copies of images in a later split", path, copies)
+    warn_of_lost_slides(cases, broken)
+
+
+@contextmanager
+def _without_collections() -> Iterator[None]:
+    """Millions of objects are made that stay: looking through them again and again takes a third of the time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def read_manifest(path: str | Path, *, root: str | Path | None = None, **params: Any) -> list[Case]:
@@ -172,10 +247,11 @@ def _check_parameters(format, task, box_frame, duplicates, val_fraction, test_fr
         raise InputError(problems)
 
 
-def _keep(rows: list[Row], only: Mapping[str, Any], path: str) -> list[Row]:
+def _keep(rows: Rows, only: Mapping[str, Any], path: str) -> Rows:
     for column, wanted in only.items():
-        if rows and not any(column in row.values for row in rows):
+        if len(rows) and column not in rows.columns:
             raise InputError(f"{path}: `only` names the column {column!r}, which no row has")
         allowed = {str(value) for value in (wanted if isinstance(wanted, (list, tuple)) else [wanted])}
-        rows = [row for row in rows if str(row.values.get(column)) in allowed]
+        values = rows.columns.get(column, ())
+        rows = rows.take([i for i, v in enumerate(values) if str(None if v is ABSENT else v) in allowed])
     return rows

@@ -96,14 +96,16 @@ def read_new_cases(
     rows, problems = read_rows(source)
     if not rows and not problems:
         raise InputError(f"{path}: no rows; the file or folder is empty")
-    cases, places, found = to_cases(rows, Reading(path=path, root=start, gold=False, **values))
+    made = to_cases(rows, Reading(path=path, root=start, gold=False, **values))
+    cases = made.cases
     _, broken = inspect_files(
         (p for c in cases for p in c.images),
         (p for c in cases for p in c.slides),
         max_pixels=(params or {}).get("max_pixels", MAX_PIXELS),
+        keys=made.keys,
     )
     warn_of_lost_slides(cases, broken)
-    problems += found + file_problems(cases, places, broken)
+    problems += made.problems + file_problems(cases, made.places, broken)
     repeated = [name for name, count in Counter(c.id for c in cases).items() if count > 1]
     problems += [f"{path}: the id {name!r} is given more than once; ids must be unique" for name in repeated]
     if problems:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
+from envs.quick import quick_rows
+from envs.table import ABSENT, BLOCK, Block, Collector, Row, Rows, to_blocks
 from slides.errors import InputError
 from slides.parsing import parse_json
+
+__all__ = ["Row", "Rows", "read_rows"]
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 MAX_LINE = 2**26  # bytes of a line of JSON
@@ -32,17 +35,12 @@ SPLIT_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """One row: its columns and where it stands, as `file:line`, `file: row n` (parquet) or the file (folder)."""
-
-    at: str
-    values: dict[str, Any]
-    number: int = 0  # counts the rows from 1
-
-
-def read_rows(path: Path) -> tuple[list[Row], list[str]]:
+def read_rows(path: Path, kinds: Mapping[str, str] | None = None) -> tuple[Rows, list[str]]:
     """Rows of a JSONL, JSON, CSV, TSV or parquet file, or of a folder with one sub-folder per class.
+
+    Args:
+        path: the file or folder.
+        kinds: what `envs.quick.kinds_of` found in this very file, which is then read faster.
 
     Returns:
         the rows that could be read, and for each that could not its place and the reason.
@@ -50,26 +48,33 @@ def read_rows(path: Path) -> tuple[list[Row], list[str]]:
     Raises:
         InputError: there is no such file, or it cannot be read at all.
     """
-    if path.is_dir():
-        return [dataclasses.replace(row, number=i) for i, row in enumerate(_folder(path), start=1)], []
-    if not path.is_file():
-        raise InputError(f"no manifest {path}; paths in a recipe are relative to the folder you start from")
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        raise InputError(f"{path}: unknown kind of manifest {path.suffix!r}; use {', '.join(_READERS)} or a folder")
-    rows: list[Row] = []
+    suffix = path.suffix.lower()
+    reader: Callable[[Path], Iterator[Block | str]] = _folder
+    prefix = os.sep
+    if not path.is_dir():
+        if not path.is_file():
+            raise InputError(f"no manifest {path}; paths in a recipe are relative to the folder you start from")
+        if suffix not in _READERS:
+            kinds_known = ", ".join(_READERS)
+            raise InputError(f"{path}: unknown kind of manifest {path.suffix!r}; use {kinds_known} or a folder")
+        reader, prefix = _READERS[suffix]
+    collector = Collector()
     problems: list[str] = []
-    for found in reader(path):
-        if isinstance(found, str):
-            problems.append(found)
-        elif isinstance(found.values, dict):
-            rows.append(dataclasses.replace(found, number=len(rows) + 1))
+    if kinds and (known := quick_rows(path, kinds)) is not None:
+        return known, []
+    for block in reader(path):
+        if isinstance(block, str):
+            problems.append(block)
         else:
-            problems.append(f"{found.at}: a {type(found.values).__name__} stands where a row with columns should")
-    return rows, problems
+            collector.add(block)
+    return collector.rows(f"{path}{prefix}"), problems
 
 
-def _folder(root: Path) -> Iterator[Row]:
+def _folder(root: Path) -> Iterator[Block | str]:
+    return to_blocks(_images_of(root))
+
+
+def _images_of(root: Path) -> Iterator[tuple[str, dict[str, str]]]:
     """`root/class/image` or `root/split/class/image`; the rows get the columns `file`, `label` and perhaps `split`."""
     folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if not folders:
@@ -82,13 +87,25 @@ def _folder(root: Path) -> Iterator[Row]:
     else:
         classes = [(None, folder) for folder in folders]
     for split, folder in classes:
-        for file in sorted(folder.rglob("*")):
-            if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith("."):
-                values = {"file": file.relative_to(root).as_posix(), "label": folder.name}
-                yield Row(str(file), values | ({"split": split} if split else {}))
+        inside = folder.relative_to(root).as_posix()
+        found = []
+        for parent, folders_there, files in os.walk(folder):
+            below = () if parent == str(folder) else Path(parent).relative_to(folder).parts
+            for name in (*folders_there, *files):
+                if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith("."):
+                    found.append((*below, name))
+        for parts in sorted(found):
+            file = "/".join((inside, *parts))
+            yield file, {"file": file, "label": folder.name} | ({"split": split} if split else {})
 
 
-def _jsonl(path: Path) -> Iterator[Row | str]:
+def _row(at: str, mark: int | str, value: Any) -> tuple[int | str, dict[str, Any]] | str:
+    if isinstance(value, dict):
+        return mark, value
+    return f"{at}: a {type(value).__name__} stands where a row with columns should"
+
+
+def _jsonl(path: Path) -> Iterator[tuple[int | str, Any] | str]:
     with open(path, "rb") as file:
         for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
             at = f"{path}:{number}"
@@ -100,7 +117,7 @@ def _jsonl(path: Path) -> Iterator[Row | str]:
             if not line.strip():
                 continue
             try:
-                yield Row(at, parse_json(line.decode()))
+                yield _row(at, number, parse_json(line.decode()))
             except UnicodeDecodeError:
                 yield f"{at}: not UTF-8 text; save the file as UTF-8"
             except json.JSONDecodeError as error:
@@ -109,7 +126,7 @@ def _jsonl(path: Path) -> Iterator[Row | str]:
                 yield f"{at}: not to be read as JSON ({error}); write one object a line"
 
 
-def _json(path: Path) -> Iterator[Row | str]:
+def _json(path: Path) -> Iterator[tuple[int | str, Any] | str]:
     """A JSON array, read entry by entry so that the line of each is known."""
     text = _text(path)
     decoder = json.JSONDecoder()
@@ -135,7 +152,8 @@ def _json(path: Path) -> Iterator[Row | str]:
             yield f"{path}:{line}: a number of thousands of digits, or too deep; the entries after it were not read"
             return
         number += 1
-        yield Row(f"{path}:{line}" + (f" (row {number})" if line == last else ""), value)
+        mark = f"{line} (row {number})" if line == last else line
+        yield _row(f"{path}:{mark}", mark, value)
         last = line
         position = skip(position)
         if text[position : position + 1] == ",":
@@ -146,38 +164,57 @@ def _json(path: Path) -> Iterator[Row | str]:
         yield f"{path}:{text.count(chr(10), 0, position) + 1}: the JSON array is not closed; entries may be missing"
 
 
-def _csv(path: Path) -> Iterator[Row | str]:
+def _csv(path: Path) -> Iterator[Block | str]:
     delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
     reader = csv.reader(_text(path).splitlines(keepends=True), delimiter=delimiter, strict=True)
     header: list[str] = []
+    marks: list[int] = []
+    rows: list[list[str]] = []
     start = 1
     try:
         for cells in reader:
-            at, start = f"{path}:{start}", reader.line_num + 1
+            mark, start = start, reader.line_num + 1
             if not cells:
                 continue
-            if not header:
+            if len(cells) == len(header):
+                marks.append(mark)
+                rows.append(cells)
+                if len(rows) == BLOCK:
+                    yield _cells(header, marks, rows)
+                    marks, rows = [], []
+            elif not header:
                 header = [cell.strip() for cell in cells]
                 if len(set(header)) < len(header) or "" in header:
+                    at = f"{path}:{mark}"
                     raise InputError(f"{at}: the column names {header} are empty or repeat; name each column once")
-            elif len(cells) != len(header):
-                yield f"{at}: {len(cells)} cells for {len(header)} columns; quote cells that contain the separator"
             else:
-                yield Row(at, {name: cell for name, cell in zip(header, cells, strict=True) if cell.strip()})
+                at = f"{path}:{mark}"
+                yield f"{at}: {len(cells)} cells for {len(header)} columns; quote cells that contain the separator"
     except csv.Error as error:
         yield f"{path}:{reader.line_num}: not {path.suffix[1:].upper()} ({error}); the rows after it were not read"
+    if rows:
+        yield _cells(header, marks, rows)
 
 
-def _parquet(path: Path) -> Iterator[Row | str]:
+def _cells(header: Sequence[str], marks: Sequence[int], rows: Sequence[Sequence[str]]) -> Block:
+    return Block(marks, {name: _filled(c) for name, c in zip(header, zip(*rows, strict=True), strict=True)})
+
+
+def _filled(cells: Sequence[str]) -> Sequence[Any]:
+    """Cells of a column; an empty one is no value."""
+    return cells if all(map(str.strip, cells)) else [cell if cell.strip() else ABSENT for cell in cells]
+
+
+def _parquet(path: Path) -> Iterator[Block | str]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if file.metadata.num_rows > MAX_ROWS:
                 raise InputError(f"{path}: states {file.metadata.num_rows:,} rows, more than {MAX_ROWS:,}; split it")
-            number = 0
+            number = 1
             for batch in file.iter_batches():
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(f"{path}: row {number}", values)
+                columns = {n: column.to_pylist() for n, column in zip(batch.schema.names, batch.columns, strict=True)}
+                yield Block(range(number, number + len(batch)), columns)
+                number += len(batch)
     except InputError:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, OverflowError, LookupError, TypeError) as error:
@@ -194,4 +231,10 @@ def _text(path: Path) -> str:
         raise InputError(f"{path}:{line}: not UTF-8 text; save the file as UTF-8") from None
 
 
-_READERS = {".jsonl": _jsonl, ".json": _json, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
+_READERS: dict[str, tuple[Callable[[Path], Iterator[Block | str]], str]] = {
+    ".jsonl": (lambda path: to_blocks(_jsonl(path)), ":"),
+    ".json": (lambda path: to_blocks(_json(path)), ":"),
+    ".csv": (_csv, ":"),
+    ".tsv": (_csv, ":"),
+    ".parquet": (_parquet, ": row "),
+}

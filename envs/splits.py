@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
-from envs.case import Case
+from envs.case import Case, with_splits
 from envs.checks import file_keys, report_keys
 from envs.files import FileFacts
 
@@ -49,7 +48,7 @@ def carve(
         seed=seed,
     )
     split = dict(zip(rows, chosen, strict=True))
-    return [dataclasses.replace(case, split=split.get(i, case.split)) for i, case in enumerate(cases)]
+    return with_splits(cases, [split.get(i, case.split) for i, case in enumerate(cases)])
 
 
 def limit_cases(cases: Sequence[Case], chosen: Sequence[int], limit: int, seed: int) -> list[int]:

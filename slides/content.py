@@ -11,11 +11,15 @@ import logging
 import os
 import sqlite3
 import stat
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from loky import ProcessPoolExecutor, cpu_count
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +27,9 @@ WHOLE = 64 * 2**20
 """Files up to this size are hashed whole, larger ones (slides) at three places."""
 _PIECE = 2**20
 _THREADS = 8
+_PROCESSES = 16
+NO_KEY = bytes(16)
+"""Stands for a file that there is no key of."""
 _BATCH = 5000  # files that one query or one transaction is about; SQLite takes 32,766 in a query
 
 
@@ -128,10 +135,68 @@ def file_keys(paths: Iterable[str]) -> tuple[dict[str, bytes], dict[str, str]]:
         except (OSError, ValueError) as error:  # ValueError: a zero byte
             problems[path] = f"cannot be read ({getattr(error, 'strerror', error)})"
             continue
-        # The time of change tells of a file put in place of another with the same size and time of writing.
-        text = f"{real}\0{now.st_size}\0{now.st_mtime_ns}\0{now.st_ctime_ns}"
-        keys[path] = hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+        keys[path] = _key(real, now)
     return keys, problems
+
+
+def keys_below(root: str, entries: Sequence[str]) -> bytes:
+    """The keys of regular files one after another, 16 bytes each; NO_KEY for links and all else.
+
+    Args:
+        root: folder that relative entries start from.
+        entries: paths, with `/`.
+    """
+    folders: dict[str, str] = {}
+    keys = []
+    for entry in entries:
+        path = os.path.join(root, entry)
+        folder, _, name = path.rpartition("/")
+        try:
+            now = os.lstat(path)
+        except (OSError, ValueError):
+            keys.append(NO_KEY)
+            continue
+        if not stat.S_ISREG(now.st_mode) or not name:
+            keys.append(NO_KEY)
+            continue
+        real = folders.get(folder)
+        if real is None:
+            real = folders[folder] = os.path.realpath(folder or "/").rstrip("/")
+        keys.append(_key(f"{real}/{name}", now))
+    return b"".join(keys)
+
+
+def _key(real: str, now: os.stat_result) -> bytes:
+    # The time of change tells of a file put in place of another with the same size and time of writing.
+    text = f"{real}\0{now.st_size}\0{now.st_mtime_ns}\0{now.st_ctime_ns}"
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest()
+
+
+def in_processes(work: Callable[..., Any], tasks: Sequence[tuple], *, many: bool = True) -> Iterator[Any]:
+    """`work(*task)` of each task, in their order, over as many processes as this one has cores.
+
+    Args:
+        work: a function that another process can import.
+        tasks: its arguments.
+        many: whether there is enough to do for processes to be worth their start.
+
+    Raises:
+        RuntimeError: a process died.
+    """
+    # Processes of one launch share the cores.
+    number = min(_PROCESSES, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), len(tasks))
+    if number < 2 or not many:
+        yield from (work(*task) for task in tasks)
+        return
+    # Loky's way to start a process neither forks one in which torch has started threads nor imports the script again.
+    with ProcessPoolExecutor(number) as pool:
+        waiting: deque[Future] = deque()
+        for task in tasks:
+            waiting.append(pool.submit(work, *task))
+            if len(waiting) > 8 * number:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def read_known(keys: Iterable[bytes], *, decoded: bool = False) -> dict[bytes, Content]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import openslide
 from PIL import Image
@@ -34,7 +35,7 @@ def allow_pixels(pixels: int) -> None:
     Image.MAX_IMAGE_PIXELS = max(pixels, Image.MAX_IMAGE_PIXELS or 0)
 
 
-def open_image(path: str | os.PathLike, max_pixels: int | None = None) -> Image.Image:
+def open_image(path: str | os.PathLike | BinaryIO, max_pixels: int | None = None) -> Image.Image:
     """Open an image file and check its size; nothing is decoded yet.
 
     Args:
@@ -89,4 +90,16 @@ def slide_format(path: str | os.PathLike) -> str | None:
     return None if found in (None, "generic-tiff") else found
 
 
+def plain_picture(path: str | os.PathLike, data: bytes) -> bool:
+    """Whether a file is surely no whole slide, by its name and its first 132 bytes; `slide_format` need not be asked.
+
+    OpenSlide knows slides by TIFF or DICOM heads, by heads that Pillow does not read, or by names of their own: the
+    file of a MIRAX slide (.mrxs) is a JPEG.
+    """
+    named = os.fspath(path).lower().endswith(_PLAIN_NAMES)
+    return named and not data.startswith(_TIFF_HEADS) and data[128:132] != b"DICM"
+
+
+_PLAIN_NAMES = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif")
+_TIFF_HEADS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _REMEDY = "give a whole slide under `slides`, or raise max_pixels"
