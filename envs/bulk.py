@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from itertools import repeat
+from itertools import chain, repeat
 from typing import Any
 
 from envs.case import FIELDS, Case, as_text, faulty_cases
@@ -67,7 +67,7 @@ def _cases(rows, reading, format, options, paths, resolve) -> list[Case]:
             answers = [_named(reading.labels, answer) for answer in answers]
         entries = _texts(columns.pop(reading.slide_column or reading.image_column, None))
         files: dict[str, Any] = {name: repeat((), number) for name in _FILES}
-        first = [_path(entry, paths, resolve) for entry in entries]
+        first = [paths.get(entry) or resolve(entry) for entry in entries]
         files["slides" if reading.slide_column is not None else "images"] = list(zip(first, strict=True))
         ids = _texts(columns.pop("id")) if "id" in columns else _label_ids(entries, reading.question)
     else:
@@ -164,10 +164,6 @@ def _label_ids(entries: list[str], question: str | None) -> list[str]:
     return [f"{question}/{entry}" for entry in entries] if question else entries
 
 
-def _path(entry: str, paths: Mapping[str, str], resolve: Callable[[str], str]) -> str:
-    return paths.get(entry) or resolve(entry)
-
-
 def _files(column: Sequence[Any] | None, number: int, paths, resolve) -> list[tuple[str, ...]]:
     """Paths of each row, from a path, a list of them, or such a list as JSON."""
     if column is None:
@@ -175,6 +171,11 @@ def _files(column: Sequence[Any] | None, number: int, paths, resolve) -> list[tu
     types = _types(column)
     if not types <= {str, list, *_NOTHING}:
         raise _NotPlainError
+    if types == {list} and set(map(len, column)) == {1}:
+        entries = list(chain.from_iterable(column))
+        if _types(entries) != {str}:
+            raise _NotPlainError
+        return list(zip([paths.get(entry) or resolve(entry) for entry in entries], strict=True))
     made: list[tuple[str, ...]] = []
     for value in column:
         if type(value) is str:
@@ -183,7 +184,7 @@ def _files(column: Sequence[Any] | None, number: int, paths, resolve) -> list[tu
             value = []
         if not all(type(entry) is str for entry in value):
             raise _NotPlainError
-        made.append(tuple([_path(entry, paths, resolve) for entry in value]))
+        made.append(tuple([paths.get(entry) or resolve(entry) for entry in value]))
     return made
 
 
@@ -194,19 +195,19 @@ def _options(column: Sequence[Any] | None, tasks: Sequence[str], options: Sequen
     default = None if options is None else tuple(map(as_text, options))
     if column is None:
         return [default if task == "choice" else None for task in tasks]
-    known: dict[Any, tuple[str, ...]] = {}
+    equal: dict[Any, tuple[str, ...]] = {}
+    known: dict[int, tuple[str, ...]] = {}  # by the object: readers keep equal lists once
     made: list[Any] = []
     for value, task in zip(column, tasks, strict=True):
         if value is None or value is ABSENT:
             made.append(default if task == "choice" else None)
             continue
-        key = tuple(value) if type(value) is list else value
-        if key not in known:
+        if id(value) not in known:
             entries = cell("options", value)
             if type(entries) is not list or not all(type(entry) is str for entry in entries):
                 raise _NotPlainError
-            known[key] = tuple(entries)
-        made.append(known[key])
+            known[id(value)] = equal.setdefault(tuple(entries), tuple(entries))
+        made.append(known[id(value)])
     return made
 
 

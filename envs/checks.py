@@ -181,13 +181,13 @@ def _across(cases, at, keys, what: str, remedy: str) -> list[str]:
 
 def _contradictions(cases: Sequence[Case], at: Sequence[str], facts: Mapping[str, FileFacts]) -> list[str]:
     """The same question about the same pixels with two right options."""
-    asked = [i for i, case in enumerate(cases) if case.task == "choice" and file_keys(case, facts)]
-    times = Counter(file_keys(cases[i], facts)[0] for i in asked)
+    first = {i: keys[0] for i, case in enumerate(cases) if case.task == "choice" and (keys := file_keys(case, facts))}
+    times = Counter(first.values())
     seen: dict[tuple, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
-    for i in asked:
-        case = cases[i]
-        if times[file_keys(case, facts)[0]] == 1:
+    for i, key in first.items() if len(times) < len(first) else ():
+        if times[key] == 1:
             continue
+        case = cases[i]
         # A slide that is not there still tells two cases apart.
         shown = [facts[path].digest if path in facts else path for path in (*case.images, *case.slides)]
         # In their order: "which slide" has another answer in another one.

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from envs.boxes import boxes_from_mask, boxes_text, to_frame
 from envs.bulk import bulk_cases
 from envs.case import Case, as_text
-from envs.files import AbsentFile, find_files, resolve_path
+from envs.files import AbsentFile, FoundFiles, resolve_path
 from envs.reading import Reading, cell, positive
 from envs.rows import SPLIT_NAMES
 from envs.swift import swift_row
@@ -36,13 +36,13 @@ class Converted:
         cases: of the rows that are one.
         places: where each of them stands.
         problems: of the other rows, with their places.
-        keys: under what the cache knows files of the cases (`envs.files.find_files`).
+        files: that the rows name.
     """
 
     cases: list[Case]
     places: Places
     problems: list[str]
-    keys: dict[str, bytes]
+    files: FoundFiles
 
 
 def to_cases(rows: Rows, reading: Reading) -> Converted:
@@ -55,14 +55,16 @@ def to_cases(rows: Rows, reading: Reading) -> Converted:
         known = reading.gold or reading.labels is not None
         if options is None and known and (reading.task or "choice") == "choice" and not reading.mask_column:
             options = _known_labels(rows, reading)
-    paths, keys = find_files(_entries(rows, reading, format), reading.root, allow_outside=reading.allow_outside)
+    files = FoundFiles(_entries(rows, reading, format), reading.root, allow_outside=reading.allow_outside)
 
     def resolve(entry: str) -> str:
         return str(resolve_path(entry, reading.root, allow_outside=reading.allow_outside))
 
-    cases = bulk_cases(rows, reading, format, options, paths, resolve)
+    cases = bulk_cases(rows, reading, format, options, files.paths, resolve)
+    if not files.finish() and cases is not None:  # with links, or files that are not there
+        cases = bulk_cases(rows, reading, format, options, files.paths, resolve)
     if cases is not None:
-        return Converted(cases, rows.places, [], keys)
+        return Converted(cases, rows.places, [], files)
     split_given = reading.split_column in rows.columns
     cases, kept, problems = [], [], []
     for i, row in enumerate(tqdm(rows, desc="read manifest", unit="row", disable=len(rows) < 2000, leave=False)):
@@ -71,25 +73,29 @@ def to_cases(rows: Rows, reading: Reading) -> Converted:
                 f"{row.at}: `{reading.split_column}` is empty here but not in other rows; give every row one"
             )
         try:
-            cases.append(_to_case(row, reading, format, options, paths))
+            cases.append(_to_case(row, reading, format, options, files.paths))
             kept.append(i)
         except InputError as error:
             problems += [f"{row.at}: {problem}" for problem in error.problems]
-    return Converted(cases, rows.places.take(kept), problems, keys)
+    return Converted(cases, rows.places.take(kept), problems, files)
 
 
 def _entries(rows: Rows, reading: Reading, format: str) -> Iterator[str]:
     """What the rows name as files."""
     names = [reading.image_column, reading.slide_column] if format == "labels" else []
-    for name in (*names, "images", "slides"):
-        for value in rows.columns.get(name, ()) if name is not None else ():
-            if type(value) is str and value.lstrip().startswith("["):
+    for name in dict.fromkeys((*names, "images", "slides")):
+        column = rows.columns.get(name, ()) if name is not None else ()
+        for value in column:
+            if type(value) is str:
+                if not value.lstrip().startswith("["):
+                    yield value
+                    continue
                 with suppress(InputError):
                     value = cell("images", value)
-            for entry in value if type(value) is list else [value]:
-                entry = entry.get("path") if type(entry) is dict else entry  # of ms-swift
-                if type(entry) is str:
-                    yield entry
+            if type(value) is list:
+                # Those of ms-swift may be objects.
+                entries = (entry.get("path") if type(entry) is dict else entry for entry in value)
+                yield from (entry for entry in entries if type(entry) is str)
 
 
 def _format(rows: Rows, reading: Reading) -> str:

@@ -5,15 +5,18 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
 from tqdm import tqdm
 
-from slides.content import NO_KEY, Content, digest, file_keys, in_processes, keys_below, read_known, write_known
+from slides.content import Content, digest, file_key, file_keys, in_processes, numbers_below, read_known, write_known
 from slides.images import (
     MAX_PIXELS,
     OR_DROP,
@@ -28,6 +31,7 @@ from slides.images import (
 _SMALL = 2**20  # bytes of a file up to which it is held in memory, to be hashed and decoded after one reading
 _MANY = 4000  # files from which on processes are worth their start
 _BLOCK = 500  # files that one of them looks at in a row
+_WRITE_S = 30  # seconds after which what was found is remembered, in case the rest is not reached
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,42 +74,79 @@ def resolve_path(text: str, root: Path, *, allow_outside: bool = False) -> Path:
     return path
 
 
-def find_files(
-    texts: Iterable[str], root: Path, *, allow_outside: bool = False
-) -> tuple[dict[str, str], dict[str, bytes]]:
-    """What `resolve_path` gives, for many entries at once; folders are resolved once.
+class FoundFiles:
+    """Files that a manifest names, looked at all together: folders are resolved once, the rest is done in processes.
 
-    Returns:
-        the path of each entry, and under what the cache knows each path (`slides.content.file_keys`). Entries that
-        are links, or of which something is to be told, are left out: ask `resolve_path` for them.
+    Attributes:
+        paths: what `resolve_path` gives for an entry. Before `finish` it has entries that are links, or not there.
     """
-    if os.sep != "/":
-        return {}, {}
-    unique = list(dict.fromkeys(texts))
-    try:
-        start = str(root.resolve())
-    except (OSError, RuntimeError):
-        return {}, {}
-    size = 20 * _BLOCK
-    parts = [unique[at : at + size] for at in range(0, len(unique), size)]
-    found = in_processes(keys_below, [(start, part) for part in parts], many=len(unique) > _MANY)
-    folders: dict[str, str | None] = {}
-    paths: dict[str, str] = {}
-    keys: dict[str, bytes] = {}
-    for part, block in zip(parts, found, strict=True):
-        for at, text in enumerate(part):
-            key = block[16 * at : 16 * at + 16]
-            if key == NO_KEY or not text.strip():
-                continue
-            folder, _, name = os.path.join(start, text).rpartition("/")
-            if folder not in folders:
-                real = os.path.realpath(folder or "/")
-                inside = allow_outside or Path(real).is_relative_to(start)
-                folders[folder] = real.rstrip("/") + "/" if inside else None
-            if (real_folder := folders[folder]) is not None:
-                paths[text] = path = real_folder + name
-                keys[path] = key
-    return paths, keys
+
+    def __init__(self, entries: Iterable[str], root: Path, *, allow_outside: bool = False):
+        """Begin to look.
+
+        Args:
+            entries: paths as the rows have them.
+            root: folder that relative ones start from.
+            allow_outside: let them leave it.
+        """
+        self._entries = list(dict.fromkeys(entries))
+        self._root, self._allow_outside = root, allow_outside
+        self.paths: dict[str, str] = {}
+        self._numbers = np.empty((0, 3), np.int64)
+        self._odd: dict[str, bytes] = {}
+        start = os.path.realpath(str(root).replace("\0", "?"))
+        size = 20 * _BLOCK
+        tasks = [(start, self._entries[at : at + size]) for at in range(0, len(self._entries), size)]
+        self._coming = in_processes(numbers_below, tasks, many=len(self._entries) > _MANY, ahead=len(tasks))
+        parts = [entry.rpartition("/") for entry in self._entries]
+        folders = {folder: self._real_folder(start, folder) for folder in dict.fromkeys(part[0] for part in parts)}
+        self._folders = list(folders.values())
+        self.paths = {
+            entry: f"{real}/{name}"
+            for entry, (folder, _, name) in zip(self._entries, parts, strict=True)
+            if (real := folders[folder]) is not None
+        }
+        for entry, (folder, slash, name) in zip(self._entries, parts, strict=True):
+            if not folder and (slash or not name.strip()):  # directly under "/", or blank
+                self.paths.pop(entry, None)
+
+    def _real_folder(self, start: str, folder: str) -> str | None:
+        """Without links and a last slash; None where its files are for `resolve_path`."""
+        try:
+            real = os.path.realpath(os.path.join(start, folder))
+        except (OSError, ValueError):
+            return None
+        inside = self._allow_outside or Path(real).is_relative_to(start)
+        return real.rstrip("/") if inside and os.sep == "/" else None
+
+    def finish(self) -> bool:
+        """Wait for the end; whether `paths` had all entries right before it."""
+        self._numbers = np.frombuffer(bytearray().join(self._coming), np.int64).reshape(-1, 3)
+        odd = {self._entries[i] for i in np.flatnonzero(self._numbers[:, 0] < 0)}
+        if len(self.paths) < len(self._entries):
+            odd.update(entry for entry in self._entries if entry not in self.paths)
+        for entry in (entry for entry in self._entries if entry in odd) if odd else ():
+            self.paths.pop(entry, None)
+            with suppress(ValueError):
+                self.paths[entry] = path = str(resolve_path(entry, self._root, allow_outside=self._allow_outside))
+                self._odd |= file_keys([path])[0]
+        return not odd
+
+    def keys(self) -> dict[str, bytes]:
+        """Under what the cache knows each of the files (`slides.content.file_keys`), by path."""
+        known = {
+            path: file_key(path, *numbers)
+            for entry, numbers in zip(self._entries, self._numbers.tolist(), strict=True)
+            if (path := self.paths.get(entry)) is not None
+        }
+        return known | self._odd
+
+    def digest(self) -> str:
+        """Hash of where the files are, of their sizes and times: another one where one has changed, come or gone."""
+        state = hashlib.sha256(self._numbers.tobytes())
+        odd = [f"{path}={key.hex()}" for path, key in self._odd.items()]
+        state.update("\0".join([*map(str, self._folders), *odd]).encode("utf-8", "surrogateescape"))
+        return state.hexdigest()
 
 
 def inspect_files(
@@ -129,7 +170,7 @@ def inspect_files(
             may then be opened by all of this process.
         workers: threads; thousands of files are shared out over processes, one a core.
         use_cache: read and write the cache.
-        keys: what `find_files` gave for some of the paths, to spare looking at them again.
+        keys: what `FoundFiles` knows for some of the paths, to spare looking at them again.
 
     Returns:
         facts by path, and by path what is wrong with the files that cannot be used.
@@ -151,20 +192,20 @@ def inspect_files(
                 if (content := known.get(key)) is not None:
                     facts[path] = FileFacts(content.digest, *((content.width, content.height) if decoded else ()))
     todo = [path for path in kinds if path not in facts and path not in problems]
-    progress = tqdm(total=len(todo), desc="check files", unit="file", disable=len(todo) < 200, leave=False)
     fresh: dict[bytes, Content] = {}
-    with progress:
-        for path, result in zip(todo, _look_at_all(todo, kinds, max_pixels, workers), strict=True):
-            progress.update()
-            if isinstance(result, str):
-                problems[path] = result
-                continue
-            facts[path] = result
-            size = (result.width, result.height) if kinds[path] else (None, None)
-            fresh[more.get(path) or keys[path]] = Content(result.digest, *size)
-            if use_cache and len(fresh) >= 20_000:
+    written = time.monotonic()
+    with tqdm(total=len(todo), desc="check files", unit="file", disable=len(todo) < 200, leave=False) as progress:
+        for part, results in _look_at_all(todo, kinds, max_pixels, workers):
+            progress.update(len(part))
+            for path, result in zip(part, results, strict=True):
+                if isinstance(result, str):
+                    problems[path] = result
+                    continue
+                facts[path] = FileFacts(*result)
+                fresh[more.get(path) or keys[path]] = Content(*(result if kinds[path] else result[:1]))
+            if use_cache and time.monotonic() > written + _WRITE_S:
                 write_known(fresh)
-                fresh = {}
+                fresh, written = {}, time.monotonic()
     if use_cache:
         write_known(fresh)
     for path, fact in list(facts.items()):
@@ -176,28 +217,31 @@ def inspect_files(
 
 def _look_at_all(
     paths: Sequence[str], kinds: Mapping[str, bool], max_pixels: int, workers: int
-) -> Iterator[FileFacts | str]:
-    if len(paths) < _MANY:
-        with ThreadPoolExecutor(workers) as pool:
-            yield from pool.map(lambda path: _try_to_look(path, kinds[path], max_pixels), paths)
-        return
-    parts = [paths[at : at + _BLOCK] for at in range(0, len(paths), _BLOCK)]
+) -> Iterator[tuple[Sequence[str], list[tuple[str, int, int] | str]]]:
+    """Blocks of paths with what `_try_to_look` says of each."""
+    size = _BLOCK if len(paths) >= _MANY else 4 * workers
+    parts = [paths[at : at + size] for at in range(0, len(paths), size)]
     tasks = [(part, [kinds[path] for path in part], max_pixels) for part in parts]
-    for results in in_processes(_look_at_block, tasks):
-        for result in results:
-            yield result if isinstance(result, str) else FileFacts(*result)
+    if len(paths) >= _MANY:
+        yield from zip(parts, in_processes(_look_at_block, tasks), strict=True)
+        return
+    with ThreadPoolExecutor(workers) as pool:
+        found = pool.map(lambda path: _try_to_look(path, kinds[path], max_pixels), paths)
+        for part in parts:
+            yield part, [next(found) for _ in part]
 
 
 def _look_at_block(paths: Sequence[str], kinds: Sequence[bool], max_pixels: int) -> list[tuple[str, int, int] | str]:
-    """In another process; tuples are sent faster than objects."""
+    """In another process."""
     allow_pixels(max_pixels)
-    found = (_try_to_look(path, kind, max_pixels) for path, kind in zip(paths, kinds, strict=True))
-    return [each if isinstance(each, str) else (each.digest, each.width, each.height) for each in found]
+    return [_try_to_look(path, kind, max_pixels) for path, kind in zip(paths, kinds, strict=True)]
 
 
-def _try_to_look(path: str, is_image: bool, max_pixels: int) -> FileFacts | str:
+def _try_to_look(path: str, is_image: bool, max_pixels: int) -> tuple[str, int, int] | str:
+    """Digest, width and height, or what is wrong; tuples are handed over faster than objects."""
     try:
-        return _look(path, is_image, max_pixels)
+        found = _look(path, is_image, max_pixels)
+        return found if isinstance(found, str) else (found.digest, found.width, found.height)
     except ImageError as error:
         return str(error)
     except Exception as error:  # decoders raise almost anything on broken bytes; each becomes a named problem
@@ -207,9 +251,8 @@ def _try_to_look(path: str, is_image: bool, max_pixels: int) -> FileFacts | str:
 def _look(path: str, is_image: bool, max_pixels: int) -> FileFacts | str:
     if not is_image:
         return FileFacts(digest(path))
-    with open(path, "rb", buffering=0) as file:
-        data = file.read(_SMALL + 1)
-    if 0 < len(data) <= _SMALL and plain_picture(path, data):
+    data = _small_content(path)
+    if data and plain_picture(path, data):
         try:
             return FileFacts(hashlib.sha256(data).hexdigest(), *_decode(io.BytesIO(data), max_pixels))
         except Exception:  # told below, by the name of the file
@@ -218,6 +261,22 @@ def _look(path: str, is_image: bool, max_pixels: int) -> FileFacts | str:
     if slide := slide_format(path):
         return f"is a whole slide ({slide}), whose first picture may be that of its label; give it under `slides`"
     return FileFacts(checked, *_decode(path, max_pixels))
+
+
+def _small_content(path: str) -> bytes:
+    """All of a small file, else nothing; calls of the system's take a fifth of the time that a file object does."""
+    try:
+        opened = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    except OSError:
+        return b""  # told by whoever opens it next
+    try:
+        size = os.fstat(opened).st_size
+        data = os.read(opened, size) if size <= _SMALL else b""
+        return data if len(data) == size else b""
+    except OSError:
+        return b""
+    finally:
+        os.close(opened)
 
 
 def _decode(source: str | BinaryIO, max_pixels: int) -> tuple[int, int]:

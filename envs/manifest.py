@@ -21,7 +21,7 @@ from envs.case import SPLITS, TASKS, Case, with_splits
 from envs.checks import check_cases, drop_copies, file_problems, warn_of_lost_slides
 from envs.convert import Converted, Reading, to_cases
 from envs.files import inspect_files
-from envs.outcome import Outcome, all_keys, files_of, hash_files, identify, recall, remember, split_codes, unchanged
+from envs.outcome import Outcome, files_of, identify, recall, remember, split_codes, unchanged
 from envs.quick import kinds_of
 from envs.rows import read_rows
 from envs.splits import carve, limit_cases
@@ -127,8 +127,7 @@ def _cases(source: Path, reading: Reading, params: Mapping[str, Any]) -> list[Ca
         raise InputError(f"{path}: no rows; the file or folder is empty" + (" or `only` keeps none" if only else ""))
     made = to_cases(rows, reading)
     del rows
-    keys = all_keys(made.cases, made.keys)
-    files = hash_files(made.cases, keys)
+    files = made.files.digest()
     problems += made.problems
     if found and not unchanged(source, found):
         found = outcome = None  # written to while it was read
@@ -136,7 +135,7 @@ def _cases(source: Path, reading: Reading, params: Mapping[str, Any]) -> list[Ca
         cases = _recalled(made.cases, outcome, params)
         if cases is not None:
             return cases
-    cases, fresh = _check(made, keys, problems, params)
+    cases, fresh = _check(made, problems, params)
     if found:
         remember(found.key, replace(fresh, files=files, kinds=kinds or (outcome.kinds if outcome else None)))
     return cases
@@ -158,9 +157,7 @@ def _recalled(cases: list[Case], outcome: Outcome, params: Mapping[str, Any]) ->
     return cases
 
 
-def _check(
-    made: Converted, keys: Mapping[str, bytes], problems: list[str], params: Mapping[str, Any]
-) -> tuple[list[Case], Outcome]:
+def _check(made: Converted, problems: list[str], params: Mapping[str, Any]) -> tuple[list[Case], Outcome]:
     """Look at the files, put the cases in their splits, check all of them together; the outcome is without `files`.
 
     Raises:
@@ -171,7 +168,7 @@ def _check(
         (p for case in cases for p in case.images),
         (p for case in cases for p in case.slides),
         max_pixels=params["max_pixels"],
-        keys=keys,
+        keys=made.files.keys(),
     )
     problems = problems + file_problems(cases, places, broken)
     val, test, shared = params["val_fraction"], params["test_fraction"], params["allow_shared_text"]

@@ -102,7 +102,7 @@ def read_new_cases(
         (p for c in cases for p in c.images),
         (p for c in cases for p in c.slides),
         max_pixels=(params or {}).get("max_pixels", MAX_PIXELS),
-        keys=made.keys,
+        keys=made.files.keys(),
     )
     warn_of_lost_slides(cases, broken)
     problems += made.problems + file_problems(cases, made.places, broken)

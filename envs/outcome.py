@@ -26,7 +26,7 @@ import numpy as np
 
 from envs.case import SPLITS, Case
 from envs.table import Rows
-from slides.content import NO_KEY, file_keys, open_cache
+from slides.content import open_cache
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Outcome:
     """What was found out about a manifest in which nothing was wrong.
 
     Attributes:
-        files: hash of the keys of all files, in the order of the cases.
+        files: `FoundFiles.digest` of all files.
         splits: of each case that the rows become, as index of SPLITS.
         kept: whether each of them is among the result.
         broken: numbers of the files that cannot be used and that their cases can do without.
@@ -107,22 +107,11 @@ def _version(package: str) -> str:
         return ""
 
 
-def all_keys(cases: Sequence[Case], keys: Mapping[str, bytes]) -> Mapping[str, bytes]:
-    """The keys of all files that are there; links and others that `keys` lacks are looked at."""
-    more, _ = file_keys(path for path in files_of(cases) if path not in keys)
-    return {**keys, **more} if more else keys
-
-
 def files_of(cases: Sequence[Case]) -> Iterator[str]:
     """Paths of all files, those of one case after those of the other."""
     for case in cases:
         yield from case.images
         yield from case.slides
-
-
-def hash_files(cases: Sequence[Case], keys: Mapping[str, bytes]) -> str:
-    """Hash of all files' keys; files without one are not there."""
-    return hashlib.sha256(b"".join([keys.get(path, NO_KEY) for path in files_of(cases)])).hexdigest()
 
 
 def recall(key: bytes) -> Outcome | None:

@@ -7,17 +7,23 @@ is first read line by line; where pyarrow then gives the very same columns, the 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow
+import pyarrow.compute
 
 from envs.table import ABSENT, BLOCK, Block, Collector, Rows
 
+FEW = 10_000
+"""Different texts or lists of a column below which equal ones are not made again and again."""
+_BETWEEN = "\x1f"
 _TYPES = {
     "str": pyarrow.string(),
+    "few str": pyarrow.string(),
     "list": pyarrow.list_(pyarrow.string()),
+    "few list": pyarrow.list_(pyarrow.string()),
     "int": pyarrow.int64(),
     "float": pyarrow.float64(),
     "bool": pyarrow.bool_(),
@@ -40,9 +46,12 @@ def kinds_of(path: Path, rows: Rows) -> dict[str, str] | None:
         found = {t.__name__ for t in types - missing}
         if len(found) != 1 or len(missing) > 1 or not found <= _TYPES.keys():
             return None
-        if found == {"list"} and not all(type(e) is str for v in column if type(v) is list for e in v):
+        if found == {"list"} and set(map(type, chain.from_iterable(v for v in column if type(v) is list))) - {str}:
             return None
-        kinds[name] = found.pop() + ("?" if type(ABSENT) in missing else "")
+        kind = found.pop()
+        if kind in ("str", "list") and len(set(map(id, column))) < FEW:  # equal ones have been made one
+            kind = f"few {kind}"
+        kinds[name] = kind + ("?" if type(ABSENT) in missing else "")
     again = quick_rows(path, kinds)
     same = again is not None and len(again) == len(rows) and again.columns == rows.columns
     return kinds if same else None
@@ -80,7 +89,13 @@ def _blocks(path: Path, kinds: Mapping[str, str]) -> Iterator[Block]:
 
 
 def _values(column: Any, kind: str) -> Sequence[Any]:
-    if kind.startswith("list") and not column.null_count:
+    """A column's values. Where it goes wrong, as for lists of texts that hold `_BETWEEN`, `kinds_of` finds out."""
+    if kind.startswith("few"):
+        lists = kind.startswith("few list")
+        texts = (pyarrow.compute.binary_join(column, _BETWEEN) if lists else column).dictionary_encode()
+        different = [text.split(_BETWEEN) if lists else text for text in texts.dictionary.to_pylist()]
+        values: Sequence[Any] = [None if i is None else different[i] for i in texts.indices.to_pylist()]
+    elif kind.startswith("list") and not column.null_count:
         flat, ends = column.flatten().to_pylist(), column.offsets.to_pylist()
         values = [flat[a - ends[0] : b - ends[0]] for a, b in pairwise(ends)]
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 ABSENT: Any = object()
@@ -118,7 +119,7 @@ class Collector:
         types = set(map(type, values)) - {type(None), type(ABSENT)}
         if types == {str}:
             shared = list(map(known.setdefault, values, values))
-        elif types == {list} and all(type(e) is str for v in values if type(v) is list for e in v):
+        elif types == {list} and set(map(type, chain.from_iterable(v for v in values if type(v) is list))) <= {str}:
             shared = [known.setdefault(tuple(v), v) if type(v) is list else v for v in values]
         else:
             # Numbers stay as they are: 1, 1.0 and true are equal.
@@ -147,5 +148,5 @@ def to_blocks(found: Iterable[tuple[int | str, Any] | str]) -> Iterator[Block | 
 
 
 def _block(marks: Sequence[int | str], rows: Sequence[Mapping[str, Any]]) -> Block:
-    names = dict.fromkeys(name for row in rows for name in row)
+    names = dict.fromkeys(chain.from_iterable(rows))
     return Block(marks, {name: [row.get(name, ABSENT) for row in rows] for name in names})

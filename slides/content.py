@@ -11,11 +11,13 @@ import logging
 import os
 import sqlite3
 import stat
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,7 @@ WHOLE = 64 * 2**20
 _PIECE = 2**20
 _THREADS = 8
 _PROCESSES = 16
-NO_KEY = bytes(16)
-"""Stands for a file that there is no key of."""
+_ODD = (-1, -1, -1)
 _BATCH = 5000  # files that one query or one transaction is about; SQLite takes 32,766 in a query
 
 
@@ -135,68 +136,70 @@ def file_keys(paths: Iterable[str]) -> tuple[dict[str, bytes], dict[str, str]]:
         except (OSError, ValueError) as error:  # ValueError: a zero byte
             problems[path] = f"cannot be read ({getattr(error, 'strerror', error)})"
             continue
-        keys[path] = _key(real, now)
+        keys[path] = file_key(real, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
     return keys, problems
 
 
-def keys_below(root: str, entries: Sequence[str]) -> bytes:
-    """The keys of regular files one after another, 16 bytes each; NO_KEY for links and all else.
+def numbers_below(root: str, entries: Sequence[str]) -> bytes:
+    """Size and times of regular files, three int64 each, one after another; -1 for links and all else.
 
     Args:
         root: folder that relative entries start from.
-        entries: paths, with `/`.
+        entries: paths.
     """
-    folders: dict[str, str] = {}
-    keys = []
+    numbers = array("q")
+    start = root.rstrip("/") + "/"
     for entry in entries:
-        path = os.path.join(root, entry)
-        folder, _, name = path.rpartition("/")
         try:
-            now = os.lstat(path)
+            now = os.lstat(entry if entry.startswith("/") else start + entry)
         except (OSError, ValueError):
-            keys.append(NO_KEY)
+            numbers.extend(_ODD)
             continue
-        if not stat.S_ISREG(now.st_mode) or not name:
-            keys.append(NO_KEY)
-            continue
-        real = folders.get(folder)
-        if real is None:
-            real = folders[folder] = os.path.realpath(folder or "/").rstrip("/")
-        keys.append(_key(f"{real}/{name}", now))
-    return b"".join(keys)
+        regular = stat.S_ISREG(now.st_mode)
+        numbers.extend((now.st_size, now.st_mtime_ns, now.st_ctime_ns) if regular else _ODD)
+    return numbers.tobytes()
 
 
-def _key(real: str, now: os.stat_result) -> bytes:
+def file_key(real: str, size: int, written: int, changed: int) -> bytes:
+    """Under what the cache knows a file of this real path, size and times (ns)."""
     # The time of change tells of a file put in place of another with the same size and time of writing.
-    text = f"{real}\0{now.st_size}\0{now.st_mtime_ns}\0{now.st_ctime_ns}"
+    text = f"{real}\0{size}\0{written}\0{changed}"
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
 
-def in_processes(work: Callable[..., Any], tasks: Sequence[tuple], *, many: bool = True) -> Iterator[Any]:
+def in_processes(
+    work: Callable[..., Any], tasks: Sequence[tuple], *, many: bool = True, ahead: int | None = None
+) -> Iterator[Any]:
     """`work(*task)` of each task, in their order, over as many processes as this one has cores.
+
+    They start at once, and go on while the caller does something else.
 
     Args:
         work: a function that another process can import.
         tasks: its arguments.
         many: whether there is enough to do for processes to be worth their start.
+        ahead: tasks that are begun before the result of the first is taken; 8 a process by default.
 
     Raises:
-        RuntimeError: a process died.
+        RuntimeError: when results are taken: a process died.
     """
     # Processes of one launch share the cores.
     number = min(_PROCESSES, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), len(tasks))
     if number < 2 or not many:
-        yield from (work(*task) for task in tasks)
-        return
+        return (work(*task) for task in tasks)
     # Loky's way to start a process neither forks one in which torch has started threads nor imports the script again.
-    with ProcessPoolExecutor(number) as pool:
-        waiting: deque[Future] = deque()
-        for task in tasks:
-            waiting.append(pool.submit(work, *task))
-            if len(waiting) > 8 * number:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    pool = ProcessPoolExecutor(number)
+    left = iter(tasks)
+    waiting = deque(pool.submit(work, *task) for task in islice(left, ahead or 8 * number))
+
+    def results() -> Iterator[Any]:
+        with pool:
+            while waiting:
+                result = waiting.popleft().result()
+                waiting.extend(pool.submit(work, *task) for task in islice(left, 1))
+                yield result
+
+    return results()
 
 
 def read_known(keys: Iterable[bytes], *, decoded: bool = False) -> dict[bytes, Content]:
@@ -207,9 +210,13 @@ def read_known(keys: Iterable[bytes], *, decoded: bool = False) -> dict[bytes, C
     """
     found: dict[bytes, Content] = {}
     wanted = sorted(keys)
+    if not wanted:
+        return found
     condition = " AND width IS NOT NULL" if decoded else ""
     try:
         with closing(open_cache()) as cache:
+            if cache.execute("SELECT 1 FROM contents LIMIT 1").fetchone() is None:
+                return found
             for start in range(0, len(wanted), _BATCH):
                 part = wanted[start : start + _BATCH]
                 marks = ",".join("?" * len(part))
