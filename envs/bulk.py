@@ -195,20 +195,21 @@ def _options(column: Sequence[Any] | None, tasks: Sequence[str], options: Sequen
     default = None if options is None else tuple(map(as_text, options))
     if column is None:
         return [default if task == "choice" else None for task in tasks]
-    equal: dict[Any, tuple[str, ...]] = {}
-    known: dict[int, tuple[str, ...]] = {}  # by the object: readers keep equal lists once
-    made: list[Any] = []
-    for value, task in zip(column, tasks, strict=True):
+    equal: dict[tuple[str, ...], tuple[str, ...]] = {}
+    ids = list(map(id, column))  # readers keep equal lists once
+    known: dict[int, tuple[str, ...] | None] = {}
+    for name, value in dict(zip(ids, column, strict=True)).items():
         if value is None or value is ABSENT:
-            made.append(default if task == "choice" else None)
+            known[name] = None
             continue
-        if id(value) not in known:
-            entries = cell("options", value)
-            if type(entries) is not list or not all(type(entry) is str for entry in entries):
-                raise _NotPlainError
-            known[id(value)] = equal.setdefault(tuple(entries), tuple(entries))
-        made.append(known[id(value)])
-    return made
+        entries = cell("options", value)
+        if type(entries) is not list or not _types(entries) <= {str}:
+            raise _NotPlainError
+        known[name] = equal.setdefault(tuple(entries), tuple(entries))
+    made = list(map(known.__getitem__, ids))
+    if default is None or None not in known.values():
+        return made
+    return [default if own is None and task == "choice" else own for own, task in zip(made, tasks, strict=True)]
 
 
 def _protocols(column: Sequence[Any], resolve: Callable[[str], str]) -> list[str | None]:

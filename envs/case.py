@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import Any
 
 from slides.errors import InputError
@@ -187,20 +188,17 @@ def with_splits(cases: Sequence[Case], splits: Sequence[str]) -> list[Case]:
 
 def faulty_cases(cases: Sequence[Case]) -> list[int]:
     """Indices of the cases that have `problems` by themselves; what cases share is checked once."""
-    found = []
-    good: set[tuple] = set()
-    for i, case in enumerate(cases):
-        if not case.extra.keys().isdisjoint(FIELDS) or not (case.id.strip() and case.patient.strip()):
-            found.append(i)
-            continue
-        shared = case.task, case.options, case.answer, case.split, case.prompt, bool(case.images or case.slides)
-        if shared in good:
-            continue
-        if case.problems():
-            found.append(i)
-        elif case.task == "choice":  # answers of other tasks are hardly ever the same
-            good.add(shared)
-    return found
+    one_of_each = dict(zip(map(attrgetter("task", "options", "answer", "split"), cases), cases, strict=True))
+    if len(one_of_each) > len(cases) // 2:  # free answers: there is nothing to tell of them but whether they are empty
+        one_of_each = {
+            (c.task, c.options, c.split, c.answer if c.options or c.task == "detection" else ""): c for c in cases
+        }
+    texts = (c.id.strip() and c.patient.strip() and c.prompt.strip() and c.answer.strip() for c in cases)
+    files = (c.images or c.slides for c in cases)
+    other = (c.extra and not FIELDS.isdisjoint(c.extra) for c in cases)
+    if all(texts) and all(files) and not any(other) and not any(c.problems() for c in one_of_each.values()):
+        return []
+    return [i for i, case in enumerate(cases) if case.problems()]
 
 
 FIELDS = frozenset(f.name for f in fields(Case)) - {"patient_named"}

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,9 @@ def _entries(rows: Rows, reading: Reading, format: str) -> Iterator[str]:
     names = [reading.image_column, reading.slide_column] if format == "labels" else []
     for name in dict.fromkeys((*names, "images", "slides")):
         column = rows.columns.get(name, ()) if name is not None else ()
+        if set(map(type, column)) == {list} and set(map(type, chain.from_iterable(column))) == {str}:
+            yield from chain.from_iterable(column)
+            continue
         for value in column:
             if type(value) is str:
                 if not value.lstrip().startswith("["):

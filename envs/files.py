@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import operator
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -99,25 +100,25 @@ class FoundFiles:
         tasks = [(start, self._entries[at : at + size]) for at in range(0, len(self._entries), size)]
         self._coming = in_processes(numbers_below, tasks, many=len(self._entries) > _MANY, ahead=len(tasks))
         parts = [entry.rpartition("/") for entry in self._entries]
-        folders = {folder: self._real_folder(start, folder) for folder in dict.fromkeys(part[0] for part in parts)}
+        texts = [part[0] for part in parts]
+        folders = {folder: self._real_folder(start, folder) for folder in dict.fromkeys(texts)}
         self._folders = list(folders.values())
-        self.paths = {
-            entry: f"{real}/{name}"
-            for entry, (folder, _, name) in zip(self._entries, parts, strict=True)
-            if (real := folders[folder]) is not None
-        }
-        for entry, (folder, slash, name) in zip(self._entries, parts, strict=True):
-            if not folder and (slash or not name.strip()):  # directly under "/", or blank
-                self.paths.pop(entry, None)
+        names = (part[2] for part in parts)
+        self.paths = dict(zip(self._entries, map(operator.add, [folders[t] or "" for t in texts], names), strict=True))
+        if "" in folders or None in self._folders:
+            for entry, (folder, slash, name) in zip(self._entries, parts, strict=True):
+                # The second: directly under "/", or blank.
+                if folders[folder] is None or (not folder and (slash or not name.strip())):
+                    del self.paths[entry]
 
     def _real_folder(self, start: str, folder: str) -> str | None:
-        """Without links and a last slash; None where its files are for `resolve_path`."""
+        """Without links, with a slash at the end; None where its files are for `resolve_path`."""
         try:
             real = os.path.realpath(os.path.join(start, folder))
         except (OSError, ValueError):
             return None
         inside = self._allow_outside or Path(real).is_relative_to(start)
-        return real.rstrip("/") if inside and os.sep == "/" else None
+        return real.rstrip("/") + "/" if inside and os.sep == "/" else None
 
     def finish(self) -> bool:
         """Wait for the end; whether `paths` had all entries right before it."""
