@@ -92,7 +92,7 @@ class Looks:
         yield f"state {first}", self._value(look_state=first)
         yield f"confidence {first}", self._value(look_confidence=first)
         yield f"state + confidence {second}", self._value(look_state=second, look_confidence=second)
-        escalate = learn_escalate(self.stages, self.performer, self.joint, self.val)
+        escalate = learn_escalate(self.stages, self.performer, self.val)
         yield "sure", lambda price: self._sure(escalate, price)
         yield "escalate", lambda price: escalate.decide("test", price)
 
@@ -226,10 +226,6 @@ def main() -> None:
     run = stages.run
     if is_done(run.folder / "grpo", stages.grpo_parts()) is None:
         raise InputError(f"{run.folder}: the run is not finished; run rl/grpo.py with this recipe first")
-    if run.allocator.share != "equal":
-        raise InputError(
-            "allocator.share: looks are compared at equal shares of the slides of a case; take such a run"
-        )
     looks = Looks(stages, *stages.joint())
     rows = measure(looks, options.prices, run.evaluation.bootstrap)
     picture = Path(options.out) if options.out else run.folder / "report" / "looks.png"

@@ -75,7 +75,6 @@ def made_up(n: int, seed: int = 0) -> Outcome:
         curve=curve,
         decisions=curve[5],
         preferred=Preferred.of(curve, table, len(LADDER) - 1, operating),
-        divide=np.zeros(1),
         latency=Latency(times, {p: 0.5 + rng.random(32) for p in PRICES}),
         bootstrap=Bootstrap(table.patients, 100, seed),
         predicted=predicted,

@@ -134,17 +134,12 @@ class Performer(ABC):
         """Images and slides of a case that can be shown, in order."""
         return tuple(self.shown(case).values())
 
-    def see(self, case: Case, budget: int, weights: Sequence[float] | None = None) -> list[View]:
-        """Views of a case at a budget, which its images and slides share; one without a share is not shown.
-
-        Args:
-            weights: what share each of `sources` gets; None is the same for all.
-        """
+    def see(self, case: Case, budget: int) -> list[View]:
+        """Views of a case at a budget, which its images and slides share evenly; one without a share is not shown."""
         shown = self.shown(case)
         if len(shown) < 2:
             return [self.view(case, number, budget) for number in shown if budget]
-        even = [1.0] * len(shown)
-        shares = share_out(budget, even if weights is None else weights, [self.room(s) for s in shown.values()])
+        shares = share_out(budget, [self.room(s) for s in shown.values()])
         return [self.view(case, number, share) for number, share in zip(shown, shares, strict=True) if share]
 
     def room(self, source: str) -> float:
@@ -166,13 +161,9 @@ class Performer(ABC):
         parts.append({"type": "text", "text": f"{question}\n{question}" if self.repeat_prompt else question})
         return [*system, {"role": "user", "content": parts}]
 
-    def prompt(self, case: Case, budget: int, weights: Sequence[float] | None = None) -> Prompt:
-        """The prompt of a case at a budget; it is rendered and tokenized once, however often the case is drawn.
-
-        Args:
-            weights: see `see`.
-        """
-        views = self.see(case, budget, weights)
+    def prompt(self, case: Case, budget: int) -> Prompt:
+        """The prompt of a case at a budget; it is rendered and tokenized once, however often the case is drawn."""
+        views = self.see(case, budget)
         # Tokens depend on how many are shown, in what grid. The views are not kept: their features are large.
         key = (case.id, question_text(case, self.show_options), *map(_shape, views))
         if key not in self._read:
@@ -190,13 +181,11 @@ class Performer(ABC):
         budgets: Sequence[int],
         max_new_tokens: int = 64,
         batch_size: int = 64,
-        weights: Sequence[Sequence[float] | None] | None = None,
         told: Callable[[int], object] | None = None,
     ) -> list[Answer]:
         """Greedy answers of the cases, each at its own budget; rows of like length share a batch.
 
         Args:
-            weights: of each case, see `see`.
             told: called with the number of answers of each batch, for a progress bar.
         """
         was_training = self.model.training
@@ -207,7 +196,7 @@ class Performer(ABC):
         for at in range(0, len(order), batch_size):
             chunk = order[at : at + batch_size]
             start = time.perf_counter()
-            prompts = [self.prompt(cases[i], budgets[i], weights[i] if weights else None) for i in chunk]
+            prompts = [self.prompt(cases[i], budgets[i]) for i in chunk]
             written = generate_sure(
                 self.model,
                 self.processor.sight,
@@ -337,13 +326,13 @@ class ImagePerformer(Performer):
     def view(self, case: Case, number: int, budget: int) -> View:
         return self._view(self.shown(case)[number], budget)
 
-    def see(self, case: Case, budget: int, weights: Sequence[float] | None = None) -> list[View]:
+    def see(self, case: Case, budget: int) -> list[View]:
         if case.slides:
             raise InputError(
                 f"case {case.id}: it shows slides, and {self.family} reads images; use performer.family slide_vlm, or "
                 "cut fields of view from the slides"
             )
-        return super().see(case, budget, weights)
+        return super().see(case, budget)
 
     def alike(self, before: ImageView, after: ImageView) -> bool:
         return (before.source, before.grid, before.resize) == (after.source, after.grid, after.resize)

@@ -79,14 +79,10 @@ def look_flops(performer: Performer, prompts: Sequence[Prompt], generated: Seque
 
 
 class Reader:
-    """Answers one case at one budget after another; what consecutive prompts begin with is read once.
+    """Answers one case at one budget after another; what consecutive prompts begin with is read once."""
 
-    Args:
-        weights: shares of a budget for the slides of the case, see `Performer.see`.
-    """
-
-    def __init__(self, performer: Performer, case: Case, max_new_tokens: int, weights: Sequence[float] | None = None):
-        self.performer, self.case, self.weights = performer, case, weights
+    def __init__(self, performer: Performer, case: Case, max_new_tokens: int):
+        self.performer, self.case = performer, case
         self.config = performer.greedy(max_new_tokens)
         self._last: tuple[Prompt, Answer, Any] | None = None
 
@@ -95,7 +91,7 @@ class Reader:
         """The greedy answer at a budget; its FLOPs and seconds are those that it took after the looks before it."""
         performer, model = self.performer, self.performer.model
         start = time.perf_counter()
-        prompt = performer.prompt(self.case, budget, self.weights)
+        prompt = performer.prompt(self.case, budget)
         kept, saved, cache = 0, 0.0, None
         if self._last is not None:
             before, answer, old = self._last

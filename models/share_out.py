@@ -1,35 +1,23 @@
-"""A budget is divided among the images and slides of a case."""
+"""A budget is divided evenly among the images and slides of a case."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 
-def share_out(budget: int, weights: Sequence[float], room: Sequence[float]) -> list[int]:
-    """A budget in whole shares by weight; what is left over goes by largest remainder, to the first of equals.
-
-    Weights that are whole numbers and sum to the budget are the shares themselves.
+def share_out(budget: int, room: Sequence[float]) -> list[int]:
+    """Even whole shares of a budget; what is left over goes to the first, a token each.
 
     Args:
-        weights: a share without weight is nought.
+        budget: in tokens.
         room: what each can take at most; what is more goes to the others.
     """
-    total = sum(weights)
-    if not budget or not total:
-        return [0] * len(weights)
-    quotas = [budget * weight / total for weight in weights]
-    full = [at for at, quota in enumerate(quotas) if quota >= room[at]]
-    if full:
-        shares = [int(room[at]) if at in full else 0 for at in range(len(weights))]
-        rest = [at for at in range(len(weights)) if at not in full]
-        if rest:
-            others = share_out(budget - sum(shares), [weights[at] for at in rest], [room[at] for at in rest])
-            for at, share in zip(rest, others, strict=True):
-                shares[at] = share
-        return shares
-    shares = [math.floor(quota + 1e-9) for quota in quotas]
-    order = sorted(range(len(quotas)), key=lambda at: shares[at] - quotas[at])
-    for at in order[: budget - sum(shares)]:
-        shares[at] += 1
+    shares, others = [0] * len(room), list(range(len(room)))
+    while full := [at for at in others if room[at] * len(others) <= budget]:
+        for at in full:
+            shares[at] = int(room[at])
+        budget -= sum(shares[at] for at in full)
+        others = [at for at in others if at not in full]
+    for place, at in enumerate(others):
+        shares[at] = budget // len(others) + (place < budget % len(others))
     return shares

@@ -19,7 +19,6 @@ from rl.deciders.base import Decider
 from rl.deciders.escalate import fit_escalate
 from rl.deciders.loading import keep_decider
 from rl.deciders.policy import fit_policy
-from rl.deciders.split import fit_split
 from rl.deciders.text import text_decider
 from rl.deciders.value import fit_value
 from rl.deployed import check_trained
@@ -27,9 +26,6 @@ from rl.guards import collapsed
 from rl.recipe import parse_recipe
 from rl.stages import Stages
 from slides.errors import entry
-
-FITS = {"value": fit_value, "escalate": fit_escalate}
-"""Forms for which the joint step learns values."""
 
 
 def make_decider(stages: Stages, performer: Performer, start: LookNetwork) -> Decider:
@@ -47,13 +43,13 @@ def _fitted(stages: Stages, performer: Performer, start: LookNetwork) -> Decider
     form = stages.run.allocator.form
     if form == "text":
         return text_decider(stages, performer)
-    if stages.run.allocator.share == "split":
-        return fit_split(stages, performer, start)
     table = stages.table("grpo", performer, "val")
     if form == "policy" and isinstance(start, PolicyAllocator):
         return fit_policy(stages, performer, start, table)
-    if form in FITS and isinstance(start, ValueAllocator):
-        return FITS[form](stages, performer, start, table)
+    if form == "value" and isinstance(start, ValueAllocator):
+        return fit_value(stages, performer, start, table)
+    if form == "escalate":
+        return fit_escalate(stages, performer, table)
     raise TypeError(f"no decider of the form {form} starts from a {type(start).__name__}")
 
 

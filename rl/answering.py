@@ -55,7 +55,6 @@ def _row(case: Case, answered: Answered) -> dict[str, Any]:
         "completion": answered.text,
         "budget": answered.budget,
         "looks": list(answered.looks),
-        **({} if answered.split is None else {"budgets": list(answered.split)}),
         "tokens": answered.visual,
         "prompt_tokens": answered.prompt,
         "generated_tokens": answered.generated,

@@ -49,7 +49,7 @@ class FrugalTrainer(GroupTrainer):
 
     def _check_vllm(self, model: Any, processor: Any, mode: str) -> None:
         super()._check_vllm(model, processor, mode)
-        # Tokens grow with the budget; smaller shares of it are checked when they are drawn.
+        # Tokens grow with the budget.
         for budget in (self.learner.ladder[0], self.learner.ladder[-1]):
             for case in self.cases:
                 self.performer.processor.sight.check_stock(self.performer.see(case, budget))
@@ -89,16 +89,13 @@ class FrugalTrainer(GroupTrainer):
             cases = [self.cases[row["index"]] for row in inputs[:: self.args.budgets_per_image * group]]
             self._drawn = self.learner.draw(cases, self.args.budgets_per_image)
             rungs = self._drawn.rungs.flatten().tolist()
-            shares = [own for own in self._drawn.shares for _ in range(self.args.budgets_per_image)]
         else:
             rungs = [len(self.learner.ladder) - 1] * len(first)
-            evaluated = [self.cases[row["index"]] for row in first]
-            shares = self.learner.look.divide(self.learner.allocator, evaluated)
         rows: list[dict[str, Any]] = []
         self._prompts = []
-        for at, (row, rung, own) in enumerate(zip(first, rungs, shares, strict=True)):
+        for at, (row, rung) in enumerate(zip(first, rungs, strict=True)):
             case, budget = self.cases[row["index"]], self.learner.ladder[rung]
-            prompt = self.performer.prompt(case, budget, own)
+            prompt = self.performer.prompt(case, budget)
             self._prompts.append(prompt)
             extra = {"budget": budget, "tokens": prompt.visual, "max_budget": self.learner.ladder[-1]}
             shared = {"prompt": self.performer.messages(case, prompt.views), "views": prompt.views, **extra}

@@ -33,7 +33,7 @@ PERFORMER = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
     "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
-ALLOCATOR = ("config.json", "model.safetensors", "decider.json", "escalation.npz", "cost.json")
+ALLOCATOR = ("config.json", "model.safetensors", "decider.json", "escalation.npz")
 """Files of a run's folders that are published, and no other."""
 KNOWN = (
     "n", "n_patients", "n_without_patient", "splits", "patients", "static", "allocator", "random", "oracle",
@@ -89,7 +89,6 @@ def publish(
             )
         _write_performer(run, part, adapters, name)
         _copy(run.folder / "allocator", part / "allocator", ALLOCATOR)
-        _copy(run.folder / "grpo" / "allocator", part / "grpo" / "allocator", ALLOCATOR)
         if run.allocator.form == "text":
             _copy(run.folder / "text", part / "text", ("adapter_config.json", "adapter_model.safetensors"))
         _write_json(part / EVALUATION, summary)

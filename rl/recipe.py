@@ -13,13 +13,13 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from models.allocators.shares import SHARES
 from models.build import PerformerConfig
 from rewards.objectives import OBJECTIVES, OF_GROUPS
 from rl.allocation.sampling import ADVANTAGES
 from rl.allocation.text_options import TextOptions
 from rl.config import FrugalConfig
 from rl.recipe_file import Recipe, config_of, content_of, parsed
+from rl.removed import FORMER, without_removed
 from rl.values import checked, plain_types, told, typed
 from sft.options import OWN, Stage, read_stages
 from slides.errors import InputError
@@ -80,15 +80,12 @@ class AllocatorOptions:
         look: budgets whose pooled tokens are the cheapest look.
         look_state, look_confidence: of the form value: budget at which the performer itself is asked, before a budget
             is chosen, for its hidden state and for how sure it is; null does not ask. One forward gives both.
-        share: `equal` divides a budget evenly among the slides of a case, `attention` by what they show, `split` gives
-            each slide a budget of its own.
         width, dropout: of the value head.
         price: lambda while exploring in the joint step.
         temperature, explore: spread of drawn budgets around the best, and share of uniform draws.
-        learning_rate: of the online updates, and of the fit of `split`.
-        fit_learning_rate: of the fit on a score table; weight_decay: of both fits.
+        learning_rate: of the online updates.
+        fit_learning_rate: and weight_decay: of the fit on a score table.
         fit_epochs: at most so many; the number is chosen by the loss on held-out patients.
-        fit_splits: with `split`, random splits that each validation case is answered at for the fit.
         price_range: lowest and highest lambda that a policy is trained for; it is drawn between them.
         entropy: of a policy, reward for a nat of entropy; entropy_decay: its factor for each epoch.
         advantage: of a policy in the joint step, `rloo` or `grpo`; see `rl.allocation.sampling`.
@@ -101,7 +98,6 @@ class AllocatorOptions:
     look: list[int] = field(default_factory=lambda: [1, 4])
     look_state: int | None = None
     look_confidence: int | None = None
-    share: str = "equal"
     width: int = 64
     dropout: float = 0.3
     price: float = 0.1
@@ -110,7 +106,6 @@ class AllocatorOptions:
     learning_rate: float = 2e-3
     fit_learning_rate: float = 3e-4
     fit_epochs: int = 40
-    fit_splits: int = 24
     weight_decay: float = 1e-2
     price_range: list[float] = field(default_factory=lambda: [0.003, 1.0])
     entropy: float = 0.03
@@ -123,14 +118,12 @@ class AllocatorOptions:
         own = {k: v for k, v in dataclasses.asdict(self).items() if k != "text"}
         if self.form != "policy":
             own = {k: v for k, v in own.items() if k not in ("price_range", "entropy", "entropy_decay", "advantage")}
-        if self.share != "split":
-            del own["fit_splits"]
         usual = {"form": "value", "objective": "linear", "target": None}
-        return {k: v for k, v in own.items() if k not in usual or v != usual[k]}
+        return {k: v for k, v in own.items() if k not in usual or v != usual[k]} | FORMER
 
     def problems(self) -> list[str]:
         """What is wrong with it, one line each."""
-        known = {"form": FORMS, "objective": OBJECTIVES, "advantage": ADVANTAGES, "share": SHARES}
+        known = {"form": FORMS, "objective": OBJECTIVES, "advantage": ADVANTAGES}
         found = [
             f"allocator.{key}: {getattr(self, key)!r} is not known; known are {', '.join(names)}"
             for key, names in known.items()
@@ -140,11 +133,6 @@ class AllocatorOptions:
             found.append(
                 f"allocator.objective: {self.objective} compares the budgets of a case, which a predicted mean score "
                 "does not tell; set allocator.form to policy"
-            )
-        if self.share == "split" and (self.form, self.objective) != ("value", "linear"):
-            found.append(
-                "allocator.share: split predicts the score of each division and takes what it costs from it; leave "
-                "allocator.form at value and allocator.objective at linear"
             )
         if (self.objective == "dual") != (self.target is not None):
             found.append(
@@ -157,10 +145,6 @@ class AllocatorOptions:
             found.append(f"allocator.price_range: {prices} is no [lowest, highest] with a lowest above 0")
         if self.form == "policy" and self.explore == 0 and self.entropy == 0:
             found.append("allocator.explore: with 0, and entropy 0, a policy settles on one budget; raise one of them")
-        if self.form == "text" and self.share != "equal":
-            found.append(
-                f"allocator.share: {self.share} needs a network, which the form text has not; set it to equal"
-            )
         return [*found, *self.text.problems()]
 
 
@@ -259,7 +243,7 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
         # A checkpoint is taken as it is unless the recipe says how it is to be trained.
         sft = _stages(nested["sft"] or ([] if given else {}))
     with told(problems):
-        allocator = checked(AllocatorOptions, nested["allocator"], "allocator")
+        allocator = checked(AllocatorOptions, without_removed(nested["allocator"], problems), "allocator")
         problems += allocator.problems()
     with told(problems):
         evaluation = checked(EvaluationOptions, nested["evaluation"], "evaluation")
@@ -291,11 +275,10 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
     if not set(run.allocator.look) <= set(ladder):
         problems.append(f"allocator.look: {run.allocator.look} must be budgets of the ladder {ladder}")
     glances = {b for b in (run.allocator.look_state, run.allocator.look_confidence) if b is not None}
-    plain = run.allocator.form == "value" and run.allocator.share != "split"
-    if glances and (len(glances) > 1 or not plain or not glances <= set(ladder)):
+    if glances and (len(glances) > 1 or run.allocator.form != "value" or not glances <= set(ladder)):
         problems.append(
             f"allocator.look_state, look_confidence: {sorted(glances)} must be one budget of the ladder {ladder}, "
-            "with allocator.form value and no allocator.share split"
+            "with allocator.form value"
         )
     if problems:
         raise InputError(problems)

@@ -15,7 +15,6 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
-from envs.case import Case
 from envs.columns import case_columns, extra_columns
 from envs.score_table import ScoreTable
 from models.allocators.look import CheapLook
@@ -67,9 +66,6 @@ LOGGED = {
 
 AFTER = ("form", "weight_decay", "look_state", "look_confidence")
 """Keys of the allocator that the joint step does not read; so do those that begin with `fit_`."""
-UNEVEN = {"equal": (), "attention": (1, 2, 3, 4), "split": (0, 1, 4, 16)}
-"""Weights by which the supervised stages divide a budget among slides, so that the performer knows uneven ones."""
-
 
 PERFORMER = "grpo_performer"
 """Folder of the performer's GRPO where the allocator learns after it."""
@@ -233,9 +229,6 @@ class Stages:
         """Score table of a stage's performer on a split, kept under `tables/`; budget 0 (no image) comes first."""
         budgets = list(budgets) if budgets is not None else [0, *self.run.ladder]
         path = self.run.folder / "tables" / f"{name}.{split}.jsonl"
-        weights = None
-        if name == "grpo" and not path.is_file():
-            weights = self.shares(performer, self.splits[split])
         return score_table(
             performer,
             self.splits[split],
@@ -245,15 +238,7 @@ class Stages:
             self.run.evaluation.batch_size,
             path,
             label=f"{name} on {split}",
-            weights=weights,
         )
-
-    def shares(self, performer: Performer, cases: Sequence[Case]) -> list[list[float] | None] | None:
-        """Shares of a budget for the slides of each case after GRPO; None where a budget is divided evenly."""
-        if self.run.allocator.share != "attention":
-            return None
-        allocator = self.network.from_pretrained(self.run.folder / "grpo" / "allocator")
-        return CheapLook(performer, allocator.config).divide(allocator, cases)
 
     def rung_cost(self, performer: Performer) -> list[float]:
         """FLOPs of an answer at every rung, the largest = 1, in the mean over training questions."""
@@ -286,7 +271,6 @@ class Stages:
             "feature_dim": self.bank.dim,
             "width": options.width,
             "dropout": options.dropout,
-            "share": options.share,
         }
         policy = self.network is PolicyAllocator
         config = PolicyConfig(options.price_range, **shape) if policy else AllocatorConfig(**shape)
@@ -313,16 +297,12 @@ class Stages:
         """Train a stage, write its folder and read it again."""
         run, folder = self.run, self.run.folder / stage.name
         train, val = self.all_splits["train"], self.splits["val"]
-        shared = Supervision(train, val, run.questions, run.ladder, run.performer, run.grpo.seed, self._uneven)
+        shared = Supervision(train, val, run.questions, run.ladder, run.performer, run.grpo.seed)
         resumed = last_whole(folder)
         clock = Clock(resumed)
         trainer, record = shared.run(stage, performer, folder, [MarkWhole(clock)], resumed)
         self._finish(folder, parts, performer, trained(trainer), clock, **record)
         return self._load(stage.name)
-
-    @property
-    def _uneven(self) -> tuple[int, ...]:
-        return UNEVEN[self.run.allocator.share]
 
     def _finish(
         self,
@@ -361,7 +341,6 @@ class Stages:
             "sft": [dataclasses.asdict(stage) for stage in run.sft[:count]],
             "balance": run.balance,
             "seed": run.grpo.seed,
-            **({"uneven": list(self._uneven) if 0 in self._uneven else True} if self._uneven else {}),
             **({"form": "text"} if run.allocator.form == "text" else {}),
             **({"missing_slides": sorted(self.bank.missing)} if self.bank.missing else {}),
         }

@@ -25,14 +25,10 @@ def score_table(
     batch_size: int = 128,
     path: str | Path | None = None,
     label: str = "scoring",
-    weights: Sequence[Sequence[float] | None] | None = None,
 ) -> ScoreTable:
     """Answer every case at every budget, the cases shared out over the processes; every process gets the whole table.
 
     With a `path` that exists, the table is read from it instead.
-
-    Args:
-        weights: shares of a budget for the slides of each case, see `Performer.see`.
     """
     if path is not None and Path(path).is_file():
         return ScoreTable.load(path)
@@ -40,12 +36,11 @@ def score_table(
 
     def answer(mine: list[int]) -> list[list[Answer]]:
         shown, columns = [cases[i] for i in mine], []
-        own = [weights[i] for i in mine] if weights else None
         total = len(mine) * len(budgets)
         with tqdm(total=total, desc=label, disable=not state.is_main_process, unit="answer") as bar:
             for budget in budgets:
                 asked = [budget] * len(mine)
-                columns.append(performer.answer(shown, asked, max_new_tokens, batch_size, own, bar.update))
+                columns.append(performer.answer(shown, asked, max_new_tokens, batch_size, bar.update))
         return [[column[k] for column in columns] for k in range(len(mine))]
 
     answers = shared_out(range(len(cases)), answer)

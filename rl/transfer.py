@@ -21,7 +21,8 @@ from rl.evaluation.cautions import cautions
 from rl.evaluation.trial import Trial
 from rl.prepare import load_features, load_rewards
 from rl.recipe import Run, parse_recipe
-from rl.report.writing import missing_slides, pictures_of, provenance, write_outcome
+from rl.report.pictures import Pictures
+from rl.report.writing import missing_slides, provenance, write_outcome
 from rl.scoring import Scorer
 from rl.stages import Stages
 from rl.table import score_table
@@ -62,7 +63,6 @@ def transfer(stages: Stages, recipe: Path) -> tuple[dict[str, Any], Path]:
         run.evaluation.batch_size,
         tables / "grpo.test.jsonl",
         label=f"{recipe.stem} test",
-        weights=stages.shares(performer, cases),
     )
     if table.ids != [c.id for c in cases]:
         raise InputError(f"{folder}: holds a table of other cases than {recipe} has now; delete the folder")
@@ -77,7 +77,7 @@ def transfer(stages: Stages, recipe: Path) -> tuple[dict[str, Any], Path]:
         "missing_slides": missing_slides(cases, bank.missing),
         **provenance(stages),
     }
-    write_outcome(folder, outcome, summary, pictures_of(stages, performer, outcome))
+    write_outcome(folder, outcome, summary, Pictures(performer, outcome.cases))
     return summary, folder
 
 

@@ -35,7 +35,6 @@ class Supervision:
         train, val: cases.
         questions: kinds of question that a stage trains on unless it names others; None is all.
         ladder: budgets. config: of the performer. seed: of everything that is drawn.
-        uneven: weights by which budgets are divided among the slides of a case, where not evenly always.
     """
 
     train: Sequence[Case]
@@ -44,7 +43,6 @@ class Supervision:
     ladder: Sequence[int]
     config: PerformerConfig
     seed: int
-    uneven: Sequence[int] = ()
 
     def run(
         self,
@@ -90,7 +88,6 @@ class Supervision:
             resume,
             lora_config(replace(self.config, lora=lora), performer.model),
             rates,
-            self.uneven,
         )
         return trainer, {}
 

@@ -126,8 +126,6 @@ class BudgetCollator:
     Args:
         ladder: budgets to draw from.
         text_only: share of batches without visual tokens.
-        uneven: weights by which the budget is divided at random among the slides of a case in half of the batches; a
-            slide of weight 0 is not shown. None of them is an even division always.
     """
 
     def __init__(
@@ -137,34 +135,21 @@ class BudgetCollator:
         ladder: Sequence[int],
         text_only: float,
         seed: int,
-        uneven: Sequence[int] = (),
     ):
         self.performer, self.cases, self.ladder, self.text_only = performer, cases, list(ladder), text_only
-        self.seed, self.uneven = seed, list(uneven)
+        self.seed = seed
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         # The draw depends on the rows alone (each epoch shuffles them anew), so that a resumed run sees the same.
         draw = random.Random(hash((self.seed, *(row["index"] for row in rows))))
         budget = 0 if draw.random() < self.text_only else draw.choice(self.ladder)
-        cases = [self.cases[row["index"]] for row in rows]
-        if not self.uneven or draw.random() < 0.5:
-            return self.batch(cases, budget)
-        # Few different shares, as each is made from the slide's patches and kept.
-        drawn = [[draw.choice(self.uneven) for _ in self.performer.sources(c)] for c in cases]
-        return self.batch(cases, budget, [row if any(row) else None for row in drawn])
+        return self.batch([self.cases[row["index"]] for row in rows], budget)
 
-    def batch(
-        self, cases: Sequence[Case], budget: int, weights: Sequence[Sequence[float] | None] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Model inputs of the cases at one budget, right-padded, with labels (B, T).
-
-        Args:
-            weights: shares of the slides of each case, see `Performer.see`.
-        """
+    def batch(self, cases: Sequence[Case], budget: int) -> dict[str, torch.Tensor]:
+        """Model inputs of the cases at one budget, right-padded, with labels (B, T)."""
         performer = self.performer
         tokenizer, sight = performer.processor.tokenizer, performer.processor.sight
-        shares = weights if weights is not None else [None] * len(cases)
-        prompts = [performer.prompt(c, budget, own) for c, own in zip(cases, shares, strict=True)]
+        prompts = [performer.prompt(c, budget) for c in cases]
         rows: dict[str, list[torch.Tensor]] = {"input_ids": [], "attention_mask": [], "labels": []}
         places: list[torch.Tensor] = []
         for prompt, case in zip(prompts, cases, strict=True):
@@ -190,14 +175,12 @@ def train_sft(
     resume: str | None = None,
     lora: LoraConfig | None = None,
     rates: Mapping[str, float] | None = None,
-    uneven: Sequence[int] = (),
 ) -> SFTTrainer:
     """Fine-tune the performer in place on the gold answers of `cases`; returns the trainer with its log.
 
     Args:
         lora: train through adapters, which are merged into the weights at the end.
         rates: learning rate of each of `PARTS`; those without one are frozen. None trains all at that of `args`.
-        uneven: see `BudgetCollator`.
 
     Raises:
         InputError: the performer has none of the parts that are to be trained.
@@ -214,7 +197,7 @@ def train_sft(
     trainer = StageTrainer(
         model=model,
         args=args,
-        data_collator=BudgetCollator(performer, cases, ladder, text_only, args.seed, uneven),
+        data_collator=BudgetCollator(performer, cases, ladder, text_only, args.seed),
         train_dataset=Dataset.from_dict({"index": list(range(len(cases)))}),
         processing_class=performer.processor,
         callbacks=list(callbacks),

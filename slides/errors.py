@@ -20,6 +20,15 @@ class InputError(ValueError):
         super().__init__("\n".join(self.problems))
 
 
+def removed(what: str, instead: str) -> str:
+    """The message about something that earlier versions had.
+
+    Args:
+        what: as the user has written it. instead: why it went, and what to do.
+    """
+    return f"{what} was removed before 0.1.0, commit 6926608 is the last that has it; {instead}"
+
+
 def entry(main: Callable[[], None]) -> Callable[[], None]:
     """Wrap the `main` of an entry script: an `InputError` becomes its message on stderr and exit status 2."""
 

@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from envs.case import Case
 from models.allocators.glance import Glance
-from models.allocators.network import AllocatorConfig, Look, LookNetwork
+from models.allocators.network import AllocatorConfig, Look
 from models.performer import Performer, question_text
 
 
@@ -55,14 +55,3 @@ class CheapLook:
                 slide[at : at + len(tokens)] = tokens.rows[:, :d]
                 at += size
         return look
-
-    def divide(self, allocator: LookNetwork, cases: Sequence[Case], *seen: Any) -> list[list[float] | None]:
-        """Shares of a budget for the images and slides of each case; None where all get the same.
-
-        Args:
-            seen: look and question of the cases, where they are known already.
-        """
-        if allocator.shares is None:
-            return [None] * len(cases)
-        shares = allocator.divide(*(seen or self(cases)))
-        return [row[: len(self.performer.sources(c))] for row, c in zip(shares.tolist(), cases, strict=True)]

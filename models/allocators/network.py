@@ -10,8 +10,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from models.allocators.shares import SHARES, SlideShares, equal, there
-from slides.errors import InputError
+from slides.errors import InputError, removed
 
 Network = TypeVar("Network", bound="LookNetwork")
 
@@ -43,8 +42,6 @@ class AllocatorConfig(PreTrainedConfig):
         feature_dim: width d of the patch features.
         width: hidden width; buckets: size of the hashed vocabulary of question tokens.
         dropout: before the hidden layer; look_dropout: of the standardised features of the look.
-        share: how a budget is divided among the slides of a case: `equal`, `attention` by what they show, or `split`:
-            equally here, and each slide has its own budget from `SplitAllocator`.
         look_state, look_confidence: budget at which the performer is asked for its hidden state, and for how sure it
             is, see `models.allocators.glance`; None does not ask. state_dim: numbers that this gives.
     """
@@ -60,21 +57,17 @@ class AllocatorConfig(PreTrainedConfig):
         buckets: int = 4096,
         dropout: float = 0.3,
         look_dropout: float = 0.5,
-        share: str = "equal",
         look_state: int | None = None,
         look_confidence: int | None = None,
         state_dim: int = 0,
         **kwargs: Any,
     ):
-        if share not in SHARES:
-            raise InputError(f"allocator.share: {share!r} is not known; known are {', '.join(SHARES)}")
-        if share != "equal" and not look:
-            raise InputError(
-                f"allocator.look: it is empty, and share {share} divides by what is looked at; name a budget"
-            )
+        if (share := kwargs.pop("share", "equal")) != "equal":
+            made = f"the saved allocator has share {share!r}, which"
+            raise InputError(removed(made, "train again without it, in a new folder"))
         self.ladder, self.look = list(ladder), list(look)
         self.feature_dim, self.width, self.buckets = feature_dim, width, buckets
-        self.dropout, self.look_dropout, self.share = dropout, look_dropout, share
+        self.dropout, self.look_dropout = dropout, look_dropout
         self.look_state, self.look_confidence, self.state_dim = look_state, look_confidence, state_dim
         super().__init__(**kwargs)
 
@@ -122,9 +115,6 @@ class LookNetwork(PreTrainedModel):
         self.drop = nn.Dropout(config.look_dropout)
         self.see = nn.Linear(config.feature_dim, config.width // 4)
         self.question = nn.EmbeddingBag(config.buckets, config.width, mode="mean", padding_idx=0)
-        self.shares = None
-        if config.share == "attention":
-            self.shares = SlideShares(config.feature_dim, config.width // 4, config.buckets)
         self.beside = Beside(config) if config.state_dim else None
         self.head = nn.Sequential(
             nn.LayerNorm(inputs),
@@ -138,7 +128,7 @@ class LookNetwork(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         super()._init_weights(module)
-        if isinstance(module, SlideShares | Beside):
+        if isinstance(module, Beside):
             module.reset()
 
     def read(self, look: torch.Tensor | Look, question: torch.Tensor, *extra: torch.Tensor) -> torch.Tensor:
@@ -151,26 +141,16 @@ class LookNetwork(PreTrainedModel):
     def gather(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
         """What the head reads of the look and the question, (B, inputs)."""
         seen = self.see(self.drop((look - self.mean) / self.std)).flatten(2)
-        gathered = (self._weights(look, question)[..., None] * seen).sum(1)
-        return torch.cat([gathered, self.question(question)], 1)
-
-    def _weights(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
-        return equal(there(look)) if self.shares is None else self.shares(look, question, there(look))
-
-    @torch.no_grad()
-    def divide(self, look: torch.Tensor | Look, question: torch.Tensor) -> torch.Tensor:
-        """Shares (B, K) of a budget for the slides of each case: half of it equally, half by attention."""
-        if isinstance(look, Look):
-            return self.divide(look.tokens, question)
-        return (equal(there(look)) + self._weights(look, question)) / 2
+        here = there(look)
+        mean = here / here.sum(1, keepdim=True).clamp_min(1)
+        return torch.cat([(mean[..., None] * seen).sum(1), self.question(question)], 1)
 
     def flops(self, slides: int) -> float:
         """FLOPs of one decision about a case of so many slides, without a glance (a multiply-add counts 2)."""
         narrow = self.config.width // 4
-        looks = sum(self.config.look) + (self.shares is not None)
         first, last = self.head[2], self.head[-1]
         return 2.0 * (
-            slides * looks * self.config.feature_dim * narrow
+            slides * sum(self.config.look) * self.config.feature_dim * narrow
             + first.in_features * first.out_features
             + last.in_features * last.out_features
             + (self.config.state_dim + len(self.config.ladder)) * self.config.width * (self.beside is not None)
@@ -185,11 +165,16 @@ class LookNetwork(PreTrainedModel):
             self.beside.std.copy_(look.state.std(0).clamp_min(1e-3))
             self.standardise(look.tokens)
             return
-        rows = look[look.flatten(2).any(-1)].flatten(0, 1)
+        rows = look[there(look)].flatten(0, 1)
         if not len(rows):
             return  # the question is all that is looked at
         self.mean.copy_(rows.mean(0))
         self.std.copy_(rows.std(0).clamp_min(1e-3))
+
+
+def there(look: torch.Tensor) -> torch.Tensor:
+    """Which slides (B, K) a case has; the looks at others are nought."""
+    return look.flatten(2).any(-1)
 
 
 def widened(start: Network, **changes: Any) -> Network:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from models.allocators.shares import there
+from models.allocators.network import there
 
 
 def observations(look: torch.Tensor, question: torch.Tensor, buckets: int = 64) -> np.ndarray:

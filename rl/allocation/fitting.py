@@ -17,12 +17,12 @@ from models.allocators.network import Look, LookNetwork
 FOLDS = 5
 
 Network = TypeVar("Network", bound=LookNetwork)
-Inputs: TypeAlias = Sequence[torch.Tensor | Look]
-"""Looks (B, K, tokens, d), questions (B, T), and what else a network reads, (B, ...)."""
+Inputs: TypeAlias = tuple[torch.Tensor | Look, torch.Tensor]
+"""Looks (B, K, tokens, d) and questions (B, T)."""
 
 
 class Aim(ABC, Generic[Network]):
-    """What a fit is after, on the network's inputs and scores (B, rungs or what else is asked) in 0..1."""
+    """What a fit is after, on the network's inputs and scores (B, rungs) in 0..1."""
 
     @abstractmethod
     def loss(self, allocator: Network, inputs: Inputs, scores: torch.Tensor, epoch: int) -> torch.Tensor:
@@ -38,18 +38,17 @@ class Aim(ABC, Generic[Network]):
 
 
 class Regression(Aim[LookNetwork]):
-    """Predicted scores, by cross-entropy; scores are NaN where nothing was answered."""
+    """Predicted scores, by cross-entropy."""
 
     def loss(self, allocator: LookNetwork, inputs: Inputs, scores: torch.Tensor, epoch: int) -> torch.Tensor:
-        known = ~scores.isnan()
-        return F.binary_cross_entropy_with_logits(allocator(*inputs)[known], scores[known])
+        return F.binary_cross_entropy_with_logits(allocator(*inputs), scores)
 
     def predict(self, allocator: LookNetwork, inputs: Inputs) -> np.ndarray:
         return predict(allocator, *inputs)
 
     def held_out(self, predicted: np.ndarray, scores: np.ndarray) -> float:
         sure = predicted.clip(1e-6, 1 - 1e-6)
-        return float(-np.nanmean(scores * np.log(sure) + (1 - scores) * np.log(1 - sure)))
+        return float(-np.mean(scores * np.log(sure) + (1 - scores) * np.log(1 - sure)))
 
 
 def fit_table(
@@ -64,32 +63,26 @@ def fit_table(
     seed: int = 0,
     after_epoch: Callable[[int], None] | None = None,
     aim: Aim | None = None,
-    further: Sequence[torch.Tensor] = (),
-    learn_shares: bool = False,
 ) -> list[float]:
     """Fit the allocator on score[case, rung] of a frozen performer; returns the mean loss of each epoch.
 
     Args:
-        look: (N, K, tokens, d). question: (N, T). scores: (N, rungs) in 0..1, of answers at the allocator's own
-            shares, which therefore stay as they are; NaN where nothing was answered.
+        look: (N, K, tokens, d). question: (N, T). scores: (N, rungs) in 0..1.
         seed: of the order of the cases and of dropout.
         after_epoch: called with the number of each epoch, from 0.
         aim: regression by default.
-        further: inputs (N, ...) of the allocator after these two.
-        learn_shares: fit the shares too, for answers at equal ones.
     """
     aim = aim or Regression()
     torch.manual_seed(seed)
     allocator.standardise(look)
-    fitted = [p for name, p in allocator.named_parameters() if learn_shares or not name.startswith("shares.")]
-    optimizer = torch.optim.AdamW(fitted, learning_rate, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(allocator.parameters(), learning_rate, weight_decay=weight_decay)
     generator = torch.Generator().manual_seed(seed)
     losses = []
     for epoch in range(epochs):
         allocator.train()
         total = 0.0
         for rows in torch.randperm(len(scores), generator=generator).split(batch_size):
-            loss = aim.loss(allocator, [each[rows] for each in (look, question, *further)], scores[rows], epoch)
+            loss = aim.loss(allocator, (look[rows], question[rows]), scores[rows], epoch)
             allocator.zero_grad()
             loss.backward()
             optimizer.step()
@@ -115,7 +108,6 @@ def fit_by_patient(
     epochs: int,
     seed: int = 0,
     aim: Aim | None = None,
-    further: Sequence[torch.Tensor] = (),
     **options: Any,
 ) -> tuple[Network, np.ndarray, list[float]]:
     """Fit for as many epochs as held-out patients profit from.
@@ -124,42 +116,35 @@ def fit_by_patient(
         start: what every fit starts from; it is not changed.
         patients: of the N cases, see `by_patient`.
         epochs: at most so many; the one that does best on held-out patients is taken.
-        aim: regression by default. further, options: of `fit_table`.
+        aim: regression by default. options: of `fit_table`.
 
     Returns:
         The allocator fitted on all cases; what the aim predicts of them (N, ...), each by a fit that had not seen the
         patient; how far each epoch missed held-out patients.
     """
     aim = aim or Regression()
-    inputs, values = (look, question, *further), list[np.ndarray]()
+    values = list[np.ndarray]()
     for seen, held in by_patient(patients):
         fold = copy.deepcopy(start)
 
         def record(epoch: int, fold: Network = fold, held: np.ndarray = held) -> None:
-            own = aim.predict(fold, [each[held] for each in inputs])
+            own = aim.predict(fold, (look[held], question[held]))
             if epoch == len(values):
                 values.append(np.zeros((len(scores), *own.shape[1:]), own.dtype))
             values[epoch][held] = own
 
-        fit_rows(fold, inputs, scores, seen, epochs, seed=seed, after_epoch=record, aim=aim, **options)
+        known = look[seen], question[seen], scores[seen]
+        fit_table(fold, *known, epochs, seed=seed, after_epoch=record, aim=aim, **options)
     truth = scores.double().numpy()
     losses = [aim.held_out(predicted, truth) for predicted in values]
     best = int(np.argmin(losses))
     allocator = copy.deepcopy(start)
-    fit_table(allocator, look, question, scores, best + 1, seed=seed, aim=aim, further=further, **options)
+    fit_table(allocator, look, question, scores, best + 1, seed=seed, aim=aim, **options)
     return allocator, values[best], losses
 
 
-def fit_rows(
-    allocator: LookNetwork, inputs: Inputs, scores: torch.Tensor, rows: np.ndarray, epochs: int, **options: Any
-) -> None:
-    """`fit_table` on some of the cases."""
-    look, question, *further = (each[rows] for each in inputs)
-    fit_table(allocator, look, question, scores[rows], epochs, further=further, **options)
-
-
 @torch.no_grad()
-def predict(allocator: LookNetwork, *inputs: torch.Tensor | Look) -> np.ndarray:
+def predict(allocator: LookNetwork, look: torch.Tensor | Look, question: torch.Tensor) -> np.ndarray:
     """Predicted scores (B, rungs)."""
     allocator.eval()
-    return allocator(*inputs).sigmoid().double().numpy()
+    return allocator(look, question).sigmoid().double().numpy()

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from envs.case import Case
 from models.performer import Answer, Performer
-from models.share_out import share_out
 from rl.allocation.online import AllocatorLearner
 from rl.checkpoints import Clock
 from rl.processes import shared_out
@@ -39,7 +38,7 @@ class Scored:
 
 
 class FrozenAnswers:
-    """Greedy answers of a frozen performer, each made once for a case, a budget and its shares.
+    """Greedy answers of a frozen performer, each made once for a case and a budget.
 
     Args:
         batch_size: rows of one generation batch.
@@ -48,26 +47,18 @@ class FrozenAnswers:
     def __init__(self, performer: Performer, scorer: Scorer, max_new_tokens: int, batch_size: int = 128):
         self.performer, self.scorer = performer, scorer
         self.max_new_tokens, self.batch_size = max_new_tokens, batch_size
-        self.known: dict[tuple, Scored] = {}
+        self.known: dict[tuple[str, int], Scored] = {}
         self.flops = 0.0
         """Of the answers that were made."""
 
-    def __call__(
-        self,
-        cases: Sequence[Case],
-        budgets: Sequence[int],
-        weights: Sequence[Sequence[float] | None] | None = None,
-        together: bool = False,
-    ) -> list[Scored]:
+    def __call__(self, cases: Sequence[Case], budgets: Sequence[int], together: bool = False) -> list[Scored]:
         """Answers of the cases, each at its own budget (0 shows no image).
 
         Args:
-            weights: shares of the slides of each case, see `Performer.see`.
             together: every process asks for the same, so that they share the work.
         """
-        shares = list(weights) if weights is not None else [None] * len(cases)
-        rows = list(zip(cases, budgets, shares, strict=True))
-        keys = [self._key(*row) for row in rows]
+        rows = list(zip(cases, budgets, strict=True))
+        keys = [(case.id, budget) for case, budget in rows]
         new = [key for key in dict.fromkeys(keys) if key not in self.known]
         asked = [rows[keys.index(key)] for key in new]
         found = shared_out(asked, self._answer) if together else self._answer(asked)
@@ -75,21 +66,11 @@ class FrozenAnswers:
         self.known.update(zip(new, found, strict=True))
         return [self.known[key] for key in keys]
 
-    def _key(self, case: Case, budget: int, weights: Sequence[float] | None) -> tuple:
-        if weights is None:
-            return case.id, budget
-        # Shares move with every step of what divides; most of them come out as the same tokens.
-        return (
-            case.id,
-            budget,
-            *share_out(budget, weights, [self.performer.room(s) for s in self.performer.sources(case)]),
-        )
-
-    def _answer(self, rows: list[tuple[Case, int, Sequence[float] | None]]) -> list[Scored]:
+    def _answer(self, rows: list[tuple[Case, int]]) -> list[Scored]:
         if not rows:
             return []
-        cases, budgets, weights = (list(column) for column in zip(*rows, strict=True))
-        answers = self.performer.answer(cases, budgets, self.max_new_tokens, self.batch_size, weights)
+        cases, budgets = (list(column) for column in zip(*rows, strict=True))
+        answers = self.performer.answer(cases, budgets, self.max_new_tokens, self.batch_size)
         scores = self.scorer([a.text for a in answers], cases, budgets, [a.visual for a in answers])
         return [Scored(float(score), answer) for score, answer in zip(scores, answers, strict=True)]
 
@@ -101,8 +82,8 @@ class FrozenAnswers:
     def load(self, path: Path) -> None:
         """Read what `save` wrote."""
         for line in path.read_text().splitlines():
-            key, score, answer = json.loads(line)
-            self.known[tuple(key)] = Scored(score, Answer(**answer))
+            (name, budget), score, answer = json.loads(line)
+            self.known[name, budget] = Scored(score, Answer(**answer))
 
 
 @dataclass(frozen=True)
@@ -156,8 +137,7 @@ def learn_from_frozen(
         drawn = learner.draw(batch, plan.budgets)
         budgets = [learner.ladder[rung] for rung in drawn.rungs.flatten().tolist()]
         repeated = [case for case in batch for _ in range(plan.budgets)]
-        shares = [own for own in drawn.shares for _ in range(plan.budgets)]
-        scored = answers(repeated, budgets, shares, together=True)
+        scored = answers(repeated, budgets, together=True)
         score = torch.tensor([s.score for s in scored], dtype=torch.float32).view(drawn.rungs.shape)
         epoch = step * plan.images / len(cases)
         metrics = learner.update(drawn.look, drawn.question, drawn.rungs, score, drawn.price, epoch)

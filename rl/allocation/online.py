@@ -29,14 +29,12 @@ class Drawn:
 
     Args:
         look: (B, K, tokens, d). question: (B, T). price: (B,), at which they were drawn. rungs: (B, M).
-        shares: of the slides of each case.
     """
 
     look: torch.Tensor
     question: torch.Tensor
     price: torch.Tensor
     rungs: torch.Tensor
-    shares: list[list[float] | None]
 
 
 class AllocatorLearner(ABC):
@@ -68,8 +66,7 @@ class AllocatorLearner(ABC):
         """Draw `count` budgets for each case from the exploring policy."""
         look, question = self.look(cases)
         price = self._prices(len(cases))
-        rungs = self._draw(look, question, price, count)
-        return Drawn(look, question, price, rungs, self.look.divide(self.allocator, cases, look, question))
+        return Drawn(look, question, price, self._draw(look, question, price, count))
 
     def update(
         self,

@@ -6,7 +6,6 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +16,6 @@ from models.performer import Performer
 from rl.frontier import chosen
 
 if TYPE_CHECKING:
-    from rl.scoring import Scorer
     from rl.stages import Stages
 
 
@@ -67,7 +65,6 @@ class Answered:
         look_flops, flops: of the look, other budgets tried included, and of the answer.
         look_ms, ms: wall milliseconds of both, at batch size 1.
         confidence: see `models.performer.Answer`.
-        split: tokens asked for of each image and slide, where each has a budget of its own.
     """
 
     text: str
@@ -81,7 +78,6 @@ class Answered:
     look_ms: float
     ms: float
     confidence: float
-    split: tuple[int, ...] | None = None
 
 
 class Decider(ABC):
@@ -115,14 +111,11 @@ class Decider(ABC):
     def decide(self, split: str, price: float) -> Decisions:
         """Decisions about the cases of `val` or `test`; those of `val` by fits that had not seen the patient."""
 
-    def decide_on(
-        self, cases: Sequence[Case], price: float, table: ScoreTable, scorer: Scorer, folder: Path
-    ) -> Decisions:
+    def decide_on(self, cases: Sequence[Case], price: float, table: ScoreTable) -> Decisions:
         """Decisions about other cases, whose images the performer can see.
 
         Args:
             table: of these cases, the ladder's columns.
-            scorer: of answers that the table does not have; folder: where such answers are kept.
         """
         return Decisions.from_table(price, table, *self.choose(cases, price))
 
@@ -151,15 +144,12 @@ class Decider(ABC):
         return self._answered(case, self.ladder[rungs[0]], float(flops[0]), start)
 
     def answer_at(self, case: Case, budget: int) -> Answered:
-        """Answer one case alone at a budget that nothing chooses; dividing it among slides may still take a look."""
-        return self._answered(case, budget, float(self.share_look([case])[0]), time.perf_counter())
+        """Answer one case alone at a budget that nothing chooses."""
+        return self._answered(case, budget, 0.0, time.perf_counter())
 
-    def _answered(
-        self, case: Case, budget: int, look_flops: float, start: float, split: tuple[int, ...] | None = None
-    ) -> Answered:
-        weights = self.divide([case]) if split is None else [split]
+    def _answered(self, case: Case, budget: int, look_flops: float, start: float) -> Answered:
         look_ms = 1000 * (time.perf_counter() - start)
-        (found,) = self.performer.answer([case], [budget], self.stages.max_new_tokens, 1, weights)
+        (found,) = self.performer.answer([case], [budget], self.stages.max_new_tokens, 1)
         return Answered(
             text=found.text,
             budget=budget,
@@ -172,16 +162,7 @@ class Decider(ABC):
             look_ms=look_ms,
             ms=1000 * found.seconds,
             confidence=found.confidence,
-            split=split,
         )
-
-    def divide(self, cases: Sequence[Case]) -> list[list[float] | None]:
-        """Shares of a budget for the images and slides of each case; None where all get the same."""
-        return [None] * len(cases)
-
-    def share_look(self, cases: Sequence[Case]) -> np.ndarray:
-        """FLOPs (N,) that a static budget costs to be divided among the slides of each case."""
-        return np.zeros(len(cases))
 
     def look_ms(self, cases: Sequence[Case], price: float) -> np.ndarray:
         """Milliseconds (N,) of deciding about each case by itself."""

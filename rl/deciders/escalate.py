@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 
 from envs.case import Case
 from envs.score_table import ScoreTable
-from models.allocators.look import CheapLook
-from models.allocators.value import ValueAllocator
 from models.performer import Answer, Performer
 from models.reuse import Reader, look_flops
 from rl.allocation.escalation import Experience, Plan, walk
@@ -21,7 +18,6 @@ from rl.allocation.forecast import fit_forecast_by_patient
 from rl.allocation.seen import Seen
 from rl.deciders.base import Answered, Decider, Decisions
 from rl.frontier import chosen
-from rl.scoring import Scorer
 from rl.stages import Stages
 from slides.whole import write_text
 
@@ -50,17 +46,15 @@ class EscalateDecider(Decider):
 
     Args:
         stages: the run. performer: its trained performer.
-        dividing: the jointly trained allocator, which divides a budget among the slides of a case.
         known: from the validation cases.
     """
 
     form = "escalate"
 
-    def __init__(self, stages: Stages, performer: Performer, dividing: ValueAllocator, known: Experience):
-        self.stages, self.performer, self.dividing, self.known = stages, performer, dividing, known
+    def __init__(self, stages: Stages, performer: Performer, known: Experience):
+        self.stages, self.performer, self.known = stages, performer, known
         self.ladder = stages.run.ladder
-        self.look = CheapLook(performer, dividing.config)
-        self._flops = {"val": known.flops}
+        self._flops: dict[str | tuple[str, ...], np.ndarray] = {"val": known.flops}
         self._plans: dict[tuple[float, str | None], Plan] = {}
 
     def plan(self, price: float, known: Experience) -> Plan:
@@ -99,11 +93,10 @@ class EscalateDecider(Decider):
         known, rungs = self.known.about(case.question), len(self.ladder)
         plan = self.plan(price, known)
         start = time.perf_counter()
-        (shares,) = self.divide([case])
-        reader = Reader(self.performer, case, self.stages.max_new_tokens, shares)
+        reader = Reader(self.performer, case, self.stages.max_new_tokens)
         confidence, text, looked = np.full((1, rungs), np.nan), [""] * rungs, np.zeros((1, rungs), dtype=bool)
         given: dict[int, Answer] = {}
-        spent, to = self._dividing_flops(case), plan.start
+        spent, to = 0.0, plan.start
         while to not in given:
             rung = to
             answer = given[rung] = reader.answer(self.ladder[rung])
@@ -119,69 +112,51 @@ class EscalateDecider(Decider):
 
     def _fresh(self, case: Case, looks: _Looks) -> float:
         """FLOPs of the kept answer alone, without what earlier looks spare it."""
-        (shares,) = self.divide([case])
-        prompt = self.performer.prompt(case, self.ladder[looks.best], shares)
+        prompt = self.performer.prompt(case, self.ladder[looks.best])
         return self.performer.flops(prompt, looks.answer.generated)
 
     def decide(self, split: str, price: float) -> Decisions:
         table = self.stages.table("grpo", self.performer, split).at(self.ladder)
         fold = self.known.fold if split == "val" else self.known.whole(len(table.ids))
-        return self._decided(price, table, fold, self.looks(split), self.stages.splits[split])
+        return self._decided(price, table, fold, self.looks(split))
 
-    def decide_on(
-        self, cases: Sequence[Case], price: float, table: ScoreTable, scorer: Scorer, folder: Path
-    ) -> Decisions:
+    def decide_on(self, cases: Sequence[Case], price: float, table: ScoreTable) -> Decisions:
         # The table has every answer that looking would give.
-        key = str(folder)
+        key = tuple(c.id for c in cases)
         if key not in self._flops:
-            self._flops[key] = _all_looks(self.performer, cases, self.divide, table)
-        return self._decided(price, table, self.known.whole(len(cases)), self._flops[key], cases)
+            self._flops[key] = _all_looks(self.performer, cases, table)
+        return self._decided(price, table, self.known.whole(len(cases)), self._flops[key])
 
-    def _decided(
-        self, price: float, table: ScoreTable, fold: np.ndarray, looks: np.ndarray, cases: Sequence[Case]
-    ) -> Decisions:
+    def _decided(self, price: float, table: ScoreTable, fold: np.ndarray, looks: np.ndarray) -> Decisions:
         seen = Seen.of_table(table)
         rungs, spent, looked = np.zeros(len(looks), dtype=int), np.zeros(len(looks)), np.zeros(table.score.shape, bool)
         for kind in np.unique(seen.questions).tolist():
             at, known = np.flatnonzero(seen.questions == kind), self.known.about(kind)
             own = walk(self.plan(price, known), known.forecast, seen.at(at), fold[at], looks[at], known.cost, price)
             rungs[at], spent[at], looked[at] = own
-        divided = np.array([self._dividing_flops(c) for c in cases])
-        found = Decisions.from_table(price, table, rungs, spent + divided - chosen(table.flops, rungs))
+        found = Decisions.from_table(price, table, rungs, spent - chosen(table.flops, rungs))
         return replace(found, look_tokens=(table.visual * looked).sum(1) - found.visual)
-
-    def divide(self, cases: Sequence[Case]) -> list[list[float] | None]:
-        return self.look.divide(self.dividing, cases)
-
-    def share_look(self, cases: Sequence[Case]) -> np.ndarray:
-        return np.array([self._dividing_flops(c) for c in cases])
 
     def looks(self, split: str) -> np.ndarray:
         """FLOPs (N, K + 1, K) of looks at the cases of a split, see `look_flops`."""
         if split not in self._flops:
             table = self.stages.table("grpo", self.performer, split).at(self.ladder)
-            self._flops[split] = _all_looks(self.performer, self.stages.splits[split], self.divide, table)
+            self._flops[split] = _all_looks(self.performer, self.stages.splits[split], table)
         return self._flops[split]
 
-    def _dividing_flops(self, case: Case) -> float:
-        """FLOPs of dividing a budget among the slides of a case."""
-        return 0.0 if self.dividing.shares is None else self.dividing.flops(len(self.performer.sources(case)))
 
-
-def learn_escalate(
-    stages: Stages, performer: Performer, dividing: ValueAllocator, table: ScoreTable
-) -> EscalateDecider:
+def learn_escalate(stages: Stages, performer: Performer, table: ScoreTable) -> EscalateDecider:
     """Learn from the table of the validation cases, in seconds."""
-    table, look = table.at(stages.run.ladder), CheapLook(performer, dividing.config)
+    table = table.at(stages.run.ladder)
     seen = Seen.of_table(table)
     forecast, fold = fit_forecast_by_patient(seen, table.score, table.patients)
-    flops = _all_looks(performer, stages.splits["val"], lambda some: look.divide(dividing, some), table)
-    return EscalateDecider(stages, performer, dividing, Experience(forecast, fold, seen, table.score, flops))
+    flops = _all_looks(performer, stages.splits["val"], table)
+    return EscalateDecider(stages, performer, Experience(forecast, fold, seen, table.score, flops))
 
 
-def fit_escalate(stages: Stages, performer: Performer, dividing: ValueAllocator, table: ScoreTable) -> EscalateDecider:
+def fit_escalate(stages: Stages, performer: Performer, table: ScoreTable) -> EscalateDecider:
     """Learn from the table of the validation cases and write it, with what is done at each price of the evaluation."""
-    decider = learn_escalate(stages, performer, dividing, table)
+    decider = learn_escalate(stages, performer, table)
     if stages.is_main:
         folder = stages.run.folder / "allocator"
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,19 +173,13 @@ def fit_escalate(stages: Stages, performer: Performer, dividing: ValueAllocator,
 
 def load_escalate(stages: Stages, performer: Performer) -> EscalateDecider:
     """Read what `fit_escalate` left in the run's folder."""
-    dividing = ValueAllocator.from_pretrained(stages.run.folder / "grpo" / "allocator")
-    return EscalateDecider(stages, performer, dividing, Experience.load(stages.run.folder / "allocator" / KEPT))
+    return EscalateDecider(stages, performer, Experience.load(stages.run.folder / "allocator" / KEPT))
 
 
-def _all_looks(
-    performer: Performer,
-    cases: Sequence[Case],
-    divide: Callable[[Sequence[Case]], list[list[float] | None]],
-    table: ScoreTable,
-) -> np.ndarray:
+def _all_looks(performer: Performer, cases: Sequence[Case], table: ScoreTable) -> np.ndarray:
     """FLOPs (N, K + 1, K) of looks at the cases of a table."""
     found = []
-    for case, own, written in zip(cases, divide(cases), table.generated, strict=True):
-        prompts = [performer.prompt(case, b, own) for b in table.budgets]
+    for case, written in zip(cases, table.generated, strict=True):
+        prompts = [performer.prompt(case, b) for b in table.budgets]
         found.append(look_flops(performer, prompts, written))
     return np.array(found)

@@ -9,11 +9,10 @@ from models.performer import Performer
 from rl.deciders.base import Decider
 from rl.deciders.escalate import load_escalate
 from rl.deciders.policy import load_policy
-from rl.deciders.split import load_split
 from rl.deciders.text import load_text
 from rl.deciders.value import load_value
 from rl.stages import Stages
-from slides.errors import InputError
+from slides.errors import InputError, removed
 from slides.whole import write_text
 
 KEPT = "decider.json"
@@ -24,7 +23,6 @@ LOADERS: dict[str, Callable[[Stages, Performer], Decider]] = {
     "policy": load_policy,
     "text": load_text,
     "escalate": load_escalate,
-    "split": load_split,
 }
 """How each form is read from the folder `allocator` of a run."""
 
@@ -46,6 +44,8 @@ def load_decider(stages: Stages, performer: Performer) -> Decider:
     """
     path = stages.run.folder / "allocator" / KEPT
     form = json.loads(path.read_text())["form"]
+    if form == "split":
+        raise InputError(removed(f"{path}: form 'split'", "train again without allocator.share, in a new folder"))
     if form not in LOADERS:
         raise InputError(f"{path}: the form {form!r} is not known; known are {', '.join(LOADERS)}")
     return LOADERS[form](stages, performer)

@@ -64,11 +64,5 @@ class NetworkDecider(Decider):
         rungs = self.held_out_rungs(price) if split == "val" else self.rungs(*self._seen, price)
         return Decisions.from_table(price, table, rungs, self._look_flops(self.stages.splits[split]))
 
-    def divide(self, cases: Sequence[Case]) -> list[list[float] | None]:
-        return self.look.divide(self.allocator, cases)
-
-    def share_look(self, cases: Sequence[Case]) -> np.ndarray:
-        return super().share_look(cases) if self.allocator.shares is None else self._look_flops(cases)
-
     def _look_flops(self, cases: Sequence[Case]) -> np.ndarray:
         return np.array([self.allocator.flops(len(self.performer.sources(c))) for c in cases])

@@ -67,8 +67,7 @@ class ValueDecider(NetworkDecider):
     def choose(self, cases: Sequence[Case], price: float) -> tuple[np.ndarray, np.ndarray]:
         look, question = self.look(cases)
         rungs = self.rungs(look, question, price)
-        shares = self.look.divide(self.allocator, cases, look, question)
-        glances = [self._glance(*each) for each in zip(cases, rungs, shares, strict=True)]
+        glances = [self._glance(*each) for each in zip(cases, rungs, strict=True)]
         return rungs, self._look_flops(cases) + np.array(glances)
 
     def decide(self, split: str, price: float) -> Decisions:
@@ -81,18 +80,17 @@ class ValueDecider(NetworkDecider):
             cases = self.stages.splits[split]
             added = np.zeros((len(cases), len(self.ladder)))
             if self.look.glance is not None:
-                shares = self.look.divide(self.allocator, cases)
-                for row, case, own in zip(added, cases, shares, strict=True):
-                    row[:] = [self._glance(case, rung, own) for rung in range(len(self.ladder))]
+                for row, case in zip(added, cases, strict=True):
+                    row[:] = [self._glance(case, rung) for rung in range(len(self.ladder))]
             self._added[split] = added
         return self._added[split]
 
-    def _glance(self, case: Case, rung: int, shares: list[float] | None) -> float:
+    def _glance(self, case: Case, rung: int) -> float:
         """FLOPs that a glance adds to the answer at a rung: what the answer takes over is not paid twice."""
         glance = self.look.glance
         if glance is None:
             return 0.0
-        return glance.flops(case) - glance.spared(case, self.performer.prompt(case, self.ladder[rung], shares))
+        return glance.flops(case) - glance.spared(case, self.performer.prompt(case, self.ladder[rung]))
 
     def _spared_share(self) -> np.ndarray:
         """What an answer at each rung takes over of a glance, in the mean over validation cases; largest cost = 1."""

@@ -50,7 +50,6 @@ class Outcome:
         cases: in the table's order.
         whole: the performer's table, budget 0 and the ladder's columns.
         curve: decisions at every price. decisions: at the operating price.
-        divide: (N,) FLOPs that a static budget costs to be divided among slides; 0 where they share evenly.
         predicted, base: (N, K) predicted scores, None where the form predicts none, and what one would predict without
             looking.
         kinds: (N,) kind of image. majority: (N,) scores of the commonest answer.
@@ -62,7 +61,6 @@ class Outcome:
     curve: list[Decisions]
     decisions: Decisions
     preferred: Preferred
-    divide: np.ndarray
     latency: Latency
     bootstrap: Bootstrap
     predicted: np.ndarray | None
@@ -77,11 +75,10 @@ class Outcome:
 
     @cached_property
     def static(self) -> list[Point]:
-        """A point for each budget of the ladder; the look is paid for where it divides a budget among slides."""
+        """A point for each budget of the ladder."""
         table, times = self.table, self.latency.budgets(self.ladder)
-        look = float(self.divide.mean())
         columns = zip(table.score.T, table.visual.T, table.flops.T, times, self.ladder, strict=True)
-        return [point(s, v, f, self.bootstrap, look, float(ms), budget=b) for s, v, f, ms, b in columns]
+        return [point(s, v, f, self.bootstrap, latency_ms=float(ms), budget=b) for s, v, f, ms, b in columns]
 
     def adaptive(self, decisions: Decisions) -> tuple[Point, Point]:
         """The allocator's point, and that of the random allocator of equal mean budget."""
@@ -110,7 +107,7 @@ class Outcome:
     def frontier(self) -> dict[str, Any]:
         """The allocator's frontier against the static one, and the operating point in every unit of cost."""
         table, curve = self.table, self.curve
-        static = Paid(table.score, table.flops + self.divide[:, None])
+        static = Paid(table.score, table.flops)
         adaptive = Paid(np.stack([d.score for d in curve], 1), np.stack([d.cost for d in curve], 1))
         kept = self.preferred.prices, self.preferred.rungs
         return {

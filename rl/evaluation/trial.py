@@ -64,10 +64,10 @@ class Trial:
 
         Args:
             table: of these cases, budget 0 and the ladder's columns.
-            folder: where answers are kept that the table does not have, and the times of answers.
+            folder: where the times of answers are kept.
         """
         prices, ladder = (*self.prices, self.preferred.operating["price"]), table.at(self.ladder)
-        decided = [self.decider.decide_on(cases, p, ladder, scorer, folder) for p in prices]
+        decided = [self.decider.decide_on(cases, p, ladder) for p in prices]
         return self._outcome(cases, table, decided, self.decider.values(cases), scorer, folder)
 
     def _outcome(
@@ -89,7 +89,6 @@ class Trial:
             curve=decided[:-1],
             decisions=decided[-1],
             preferred=self.preferred,
-            divide=self.decider.share_look(cases),
             latency=measured_once(self.performer, self.decider, cases, decided, most, table, folder),
             bootstrap=self.bootstrap(table),
             predicted=predicted,

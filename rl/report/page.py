@@ -259,7 +259,6 @@ def _example(row: Row, ladder: Sequence[int], pictures: Pictured | None) -> Row:
         "prompt": prompt if len(prompt) <= PROMPT else prompt[:PROMPT].rstrip() + " …",
         "gold": gold,
         "answer": answer,
-        "split": " + ".join(map(str, row.get("budgets", ()))),
         "scores": [(b, row["score_by_budget"][str(b)]) for b in ladder],
         "pictures": [
             {"name": s.name, "full": _uri(s.full), "seen": _uri(s.seen), "tokens": s.tokens, "note": s.note}

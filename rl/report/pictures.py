@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,25 +49,18 @@ class Pictures:
     Args:
         performer: it says what it is shown.
         cases: the run's cases.
-        divide: shares of a budget for the images and slides of cases, see `Stages.shares`; None is even shares.
     """
 
-    def __init__(
-        self,
-        performer: Performer,
-        cases: Sequence[Case],
-        divide: Callable[[Sequence[Case]], Sequence[Sequence[float] | None] | None] | None = None,
-    ):
-        self.performer, self.divide = performer, divide
+    def __init__(self, performer: Performer, cases: Sequence[Case]):
+        self.performer = performer
         self.cases = {case.id: case for case in cases}
 
     def __call__(self, name: str, budget: int) -> list[Shown]:
         """Pictures of a case at a budget; none of what is there only as features, or cannot be read any more."""
         case = self.cases[name]
-        (weights,) = (self.divide([case]) if self.divide else None) or (None,)
         made = []
         order = {str(source): number for number, source in enumerate((*case.images, *case.slides), 1)}
-        for view in self.performer.see(case, budget, weights)[:MOST_SHOWN]:
+        for view in self.performer.see(case, budget)[:MOST_SHOWN]:
             assert isinstance(view, VisualTokens | ImageView)
             source = str(view.source)
             kind = "image" if source in case.images else "slide"

@@ -8,7 +8,6 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -61,16 +60,8 @@ def write_report(stages: Stages, performer: Performer, outcome: Outcome, summary
         "reproduce": reproduce(summary, sys.argv[1:]),
         **provenance(stages),
     }
-    write_outcome(stages.run.folder / "report", outcome, summary, pictures_of(stages, performer, outcome))
+    write_outcome(stages.run.folder / "report", outcome, summary, Pictures(performer, outcome.cases))
     return summary
-
-
-def pictures_of(stages: Stages, performer: Performer, outcome: Outcome) -> Pictures:
-    """What makes the pictures of an outcome's cases, as they were answered at the operating price."""
-    pairs = zip(outcome.cases, outcome.decisions.details or (), strict=False)
-    split = {case.id: own["budgets"] for case, own in pairs if "budgets" in own}
-    divide = (lambda cases: [split[c.id] for c in cases]) if split else partial(stages.shares, performer)
-    return Pictures(performer, outcome.cases, divide)
 
 
 def write_outcome(folder: Path, outcome: Outcome, summary: dict[str, Any], pictures: Pictured | None = None) -> None:

@@ -41,7 +41,7 @@ def recipe(folder: Path, name: str, cases: dict, questions: list[str], captions:
         performer={**RECIPE["performer"], **PATHS[name]},
         sft=stages(name, captions),
         ladder=[2, 8],
-        allocator={"look": [2], "fit_epochs": 1, "share": "attention"},
+        allocator={"look": [2], "fit_epochs": 1},
         **{**SHORT, **changes},
     )
 

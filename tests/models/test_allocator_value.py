@@ -1,19 +1,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from models.allocators.look import CheapLook
 from models.allocators.network import AllocatorConfig
 from models.allocators.value import ValueAllocator
-from models.share_out import share_out
 from models.visual import COLUMNS
-from slides.errors import InputError
 from tests.conftest import LADDER, WIDTH
 
 COST = torch.tensor([0.1, 0.3, 1.0])
@@ -115,80 +110,3 @@ def test_several_images_are_looked_at_one_by_one_and_count_the_same(allocator, p
         allocator.head(torch.cat([seen[2].mean(0), allocator.question(question)[2]])),
         atol=1e-6,
     )
-
-
-# Shares of the slides of a case.
-
-
-@pytest.fixture
-def divider() -> ValueAllocator:
-    torch.manual_seed(1)
-    config = AllocatorConfig(ladder=LADDER, look=(1, 4), feature_dim=WIDTH, width=16, buckets=64, share="attention")
-    return ValueAllocator(config).eval()
-
-
-def test_shares_are_equal_at_first_and_none_is_for_a_slide_that_is_not_there(divider, seen):
-    look = torch.cat([seen[0], seen[0].roll(1, 0), torch.zeros_like(seen[0])], 1)
-    shares = divider.divide(look, seen[1])
-    assert torch.allclose(shares, torch.tensor([0.5, 0.5, 0.0]).expand(200, 3))
-    with torch.no_grad():
-        divider.shares.score.normal_(std=5)
-    shares = divider.divide(look, seen[1])
-    assert torch.allclose(shares.sum(1), torch.ones(200)) and (shares[:, 2] == 0).all()
-    assert shares[:, :2].min() >= 0.25, "half is shared equally"
-    assert shares[:, 0].std() > 0.01
-    padded = divider(look, seen[1])
-    assert torch.allclose(padded, divider(look[:, :2], seen[1]), atol=1e-6)
-
-
-def test_the_slide_that_says_how_a_case_will_be_answered_gets_more(divider, seen):
-    """The first feature of a case's only bright slide tells whether the performer is right; others mislead."""
-    torch.manual_seed(0)
-    look = torch.randn(400, 3, 5, WIDTH) * 0.1
-    sign = torch.randint(2, (400, 3)) * 2.0 - 1
-    look[..., 0] = 3.0 * sign[..., None]
-    at, rows = torch.randint(3, (400,)), torch.arange(400)
-    look[rows, at, :, 1] = 4.0
-    question, target = torch.ones(400, 2, dtype=torch.long), ((sign[rows, at] + 1) / 2)[:, None].expand(-1, 3)
-    divider.train()
-    optimizer = torch.optim.AdamW(divider.parameters(), 1e-2)
-    for _ in range(150):
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(divider(look, question), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    shares = divider.eval().divide(look, question)
-    assert (shares.argmax(1) == at).float().mean() > 0.9
-    assert shares.gather(1, at[:, None]).mean() > 0.5
-
-
-def test_cases_are_divided_among_what_they_show(divider, performer, cases):
-    both = dataclasses.replace(cases[0], images=("field0", "field1", "field2"))
-    with torch.no_grad():
-        divider.shares.score.normal_(std=3)
-    look = CheapLook(performer, divider.config)
-    alone, shares = look.divide(divider, [cases[1], both])
-    assert alone == [1.0] and len(shares) == 3 and sum(shares) == pytest.approx(1)
-    counts = [len(v) for v in performer.see(both, 16, shares)]
-    assert sum(counts) <= 16 and counts != [6, 5, 5]
-    assert [len(v) for v in performer.see(both, 12)] == [4, 4, 4]
-
-
-def test_an_unknown_way_to_share_is_named():
-    with pytest.raises(InputError, match="share: 'fair' is not known; known are equal, attention"):
-        AllocatorConfig(share="fair")
-
-
-@given(st.integers(0, 500), st.lists(st.floats(0.01, 1), min_size=1, max_size=9))
-def test_a_budget_is_shared_out_whole(budget, weights):
-    shares = share_out(budget, weights, [math.inf] * len(weights))
-    assert sum(shares) == budget and min(shares) >= 0
-    assert all(abs(s - budget * w / sum(weights)) < 1 + 1e-6 for s, w in zip(shares, weights, strict=True))
-
-
-@given(st.integers(0, 60), st.lists(st.tuples(st.floats(0.01, 1), st.integers(0, 20)), min_size=1, max_size=6))
-def test_what_one_cannot_take_goes_to_the_others(budget, slides):
-    weights, room = zip(*slides, strict=True)
-    shares = share_out(budget, weights, room)
-    assert all(share <= most for share, most in zip(shares, room, strict=True))
-    assert sum(shares) == min(budget, sum(room))

@@ -11,7 +11,6 @@ import torch
 
 from envs.case import Case
 from envs.score_table import ScoreTable
-from models.allocators.look import CheapLook
 from models.allocators.network import AllocatorConfig
 from models.allocators.value import ValueAllocator
 from models.performer import Performer
@@ -25,7 +24,7 @@ PRICES = [0.0, 0.02, 0.1, 0.4, 3.0]
 
 
 def planted(
-    make_performer: Callable[..., Performer], cases: Sequence[Case], folder: Path, share: str = "equal", **options
+    make_performer: Callable[..., Performer], cases: Sequence[Case], folder: Path, **options
 ) -> tuple[SimpleNamespace, Performer, ValueAllocator]:
     """Stand-in of a run's stages, its performer (nested tokens) and its jointly trained allocator.
 
@@ -38,7 +37,7 @@ def planted(
     pair = Case("pair", "p9", "choice", "Which?", "normal", images=("field0", "field1"), options=("normal", "tumour"))
     splits = {"val": [*cases, pair], "test": [*cases[:3], pair]}
     torch.manual_seed(0)
-    config = AllocatorConfig(ladder=BUDGETS, look=(1,), feature_dim=WIDTH, width=16, buckets=64, share=share)
+    config = AllocatorConfig(ladder=BUDGETS, look=(1,), feature_dim=WIDTH, width=16, buckets=64)
     allocator = ValueAllocator(config)
     tables: dict[str, ScoreTable] = {}
 
@@ -47,8 +46,7 @@ def planted(
 
     def table(name, trained, split):
         if split not in tables:
-            weights = CheapLook(trained, config).divide(allocator, splits[split])
-            tables[split] = score_table(trained, splits[split], BUDGETS, scorer, 5, weights=weights)
+            tables[split] = score_table(trained, splits[split], BUDGETS, scorer, 5)
         return tables[split]
 
     def rung_cost(trained):
@@ -59,7 +57,7 @@ def planted(
         ladder=BUDGETS,
         folder=folder,
         evaluation=SimpleNamespace(prices=PRICES),
-        allocator=AllocatorOptions(look=[1], share=share, fit_epochs=3, fit_learning_rate=1e-2, **options),
+        allocator=AllocatorOptions(look=[1], fit_epochs=3, fit_learning_rate=1e-2, **options),
         grpo=SimpleNamespace(seed=0),
     )
     stages = SimpleNamespace(

@@ -25,9 +25,9 @@ COST = [0.1, 0.3, 1.0]
 def make_decider(performer):
     """A value decider of no fit, whose predicted scores rise with the budget, in a run that has nothing else."""
 
-    def make(share: str = "equal") -> ValueDecider:
+    def make() -> ValueDecider:
         torch.manual_seed(0)
-        config = AllocatorConfig(ladder=LADDER, look=(1, 4), feature_dim=WIDTH, width=16, buckets=64, share=share)
+        config = AllocatorConfig(ladder=LADDER, look=(1, 4), feature_dim=WIDTH, width=16, buckets=64)
         allocator = ValueAllocator(config)
         with torch.no_grad():
             allocator.head[-1].weight.zero_()
@@ -58,21 +58,6 @@ def test_the_price_chooses_and_both_stages_are_counted(make_decider, cases):
 def test_a_fixed_budget_takes_no_look(make_decider, cases):
     answered = make_decider().answer_at(cases[0], 9)
     assert answered.looks == (9,) and answered.visual == 9 and answered.look_flops == 0
-
-
-def test_a_budget_is_divided_among_slides_as_the_allocator_divides_it(make_decider, cases):
-    decider = make_decider("attention")
-    with torch.no_grad():
-        decider.allocator.shares.score.copy_(torch.randn(decider.allocator.shares.score.shape) * 50)
-    case = dataclasses.replace(cases[0], images=("field0", "field1"))
-    weights = decider.divide([case])
-    assert weights[0][0] != pytest.approx(0.5, abs=0.05)
-    (alone,) = decider.performer.answer([case], [16], 4, 1, weights)
-    for answered in (decider.answer(case, 0.0), decider.answer_at(case, 16)):
-        assert answered.look_flops == decider.allocator.flops(2), "dividing takes the look, also at a fixed budget"
-        assert answered.text == alone.text and answered.confidence == pytest.approx(alone.confidence)
-    (even,) = decider.performer.answer([case], [16], 4, 1)
-    assert even.confidence != pytest.approx(alone.confidence)
 
 
 def test_only_cases_with_a_gold_answer_are_scored(make_decider, cases):

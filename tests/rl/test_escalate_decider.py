@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,14 +11,12 @@ from rl.deciders.escalate import EscalateDecider, fit_escalate, load_escalate
 from tests.rl.planted import BUDGETS, PRICES, planted
 
 
-@pytest.fixture(params=["equal", "equal, by kind", "attention"])
+@pytest.fixture(params=["all kinds alike", "by kind"])
 def decider(request, make_performer, cases, tmp_path, monkeypatch) -> EscalateDecider:
-    share, _, by_kind = request.param.partition(", ")
-    if by_kind:
+    if request.param == "by kind":
         monkeypatch.setattr("rl.allocation.escalation.ENOUGH", 1)
-    stages, performer, allocator = planted(make_performer, cases, tmp_path, share)
-    allocator.save_pretrained(tmp_path / "grpo" / "allocator")
-    return fit_escalate(stages, performer, allocator, stages.table("grpo", performer, "val"))
+    stages, performer, _ = planted(make_performer, cases, tmp_path)
+    return fit_escalate(stages, performer, stages.table("grpo", performer, "val"))
 
 
 def test_what_is_decided_from_the_table_is_what_happens(decider):
@@ -30,7 +27,7 @@ def test_what_is_decided_from_the_table_is_what_happens(decider):
         rungs, look = decider.choose(cases, price)
         np.testing.assert_array_equal(rungs, decided.rungs)
         table = decider.stages.table("grpo", decider.performer, "test")
-        other = decider.decide_on(cases, price, table, None, Path("elsewhere"))
+        other = decider.decide_on(cases, price, table)
         np.testing.assert_array_equal(other.rungs, decided.rungs)
         np.testing.assert_allclose(other.cost, decided.cost)
         np.testing.assert_allclose(look, decided.look, rtol=1e-9, atol=1e-3)
@@ -52,15 +49,14 @@ def test_deciding_costs_what_the_looks_before_the_last_took(decider):
         decided = decider.decide("test", price)
         plans = [decider.plan(price, decider.known.about(kind)) for kind in table.questions]
         start = np.array([plan.start for plan in plans])
-        divided = decider.share_look(decider.stages.splits["test"])
         cases = decider.stages.splits["test"]
         stayed = np.array([len(decider.answer(case, price).looks) == 1 for case in cases])
         assert (decided.rungs[stayed] == start[stayed]).all()
         asked = np.where(start == 2, 0, decider.known.forecast.flops)
-        np.testing.assert_allclose(decided.look[stayed], (divided + asked)[stayed], rtol=1e-6)
+        np.testing.assert_allclose(decided.look[stayed], asked[stayed], rtol=1e-6)
         first = np.take_along_axis(table.flops, start[:, None], 1)[:, 0]
         # Less than both answers in full, as both read the same text and visual tokens.
-        assert (decided.look[~stayed] < divided[~stayed] + first[~stayed] + 2 * decider.known.forecast.flops).all()
+        assert (decided.look[~stayed] < first[~stayed] + 2 * decider.known.forecast.flops).all()
         np.testing.assert_allclose(decided.cost, decided.flops + decided.look)
 
 

@@ -11,9 +11,9 @@ from rl.recipe import AllocatorOptions
 from tests.rl.planted import BUDGETS, PRICES, planted
 
 
-@pytest.fixture(params=["equal", "attention"])
-def world(request, make_performer, cases, tmp_path):
-    return planted(make_performer, cases, tmp_path, request.param, look_state=5, look_confidence=5)
+@pytest.fixture
+def world(make_performer, cases, tmp_path):
+    return planted(make_performer, cases, tmp_path, look_state=5, look_confidence=5)
 
 
 def fit(world) -> ValueDecider:
@@ -38,7 +38,7 @@ def test_a_glance_is_paid_for_less_what_the_answer_takes_over(world):
     case = stages.splits["test"][0]
     glance = Glance(performer, 5, True, True)
     own = decider.allocator.flops(1)
-    costs = [decider._glance(case, rung, None) for rung in range(3)]
+    costs = [decider._glance(case, rung) for rung in range(3)]
     prompts = [performer.prompt(case, b) for b in BUDGETS]
     shape, opened = performer.shape, len(prompts[1]) + 3
     assert costs[1] == pytest.approx(shape.read(opened) - shape.read(len(prompts[1]))), "the opening alone"

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 
 import pytest
 import torch
@@ -158,16 +157,3 @@ def test_a_checkpoint_waits_until_the_rollouts_are_used_up(make_performer, make_
     )
     assert kept(tmp_path / "cutFalse") == kept(tmp_path / "cutTrue") == [3, 6, 7], "due after 2, 4, 6 and the last"
     assert_same_weights(whole, resumed)
-
-
-def test_slides_of_a_case_are_shown_at_the_shares_of_the_allocator(cases, make_performer, make_trainer, monkeypatch):
-    performer = make_performer()
-    trainer = make_trainer(performer)
-    both = [dataclasses.replace(c, images=(*c.images, "field0")) for c in cases]
-    trainer.cases = both
-    monkeypatch.setattr(trainer.learner.look, "divide", lambda allocator, asked, *seen: [[0.9, 0.1]] * len(asked))
-    trainer.model.train()
-    trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
-    for prompt in trainer._prompts:
-        counts = [len(view) for view in prompt.views]
-        assert counts in ([1], [4], [12, 2]), "14 tokens make a grid of 3 x 4"

@@ -47,7 +47,6 @@ def outcome() -> Outcome:
         curve=curve,
         decisions=curve[1],
         preferred=Preferred.of(curve, table, 2, operating),
-        divide=np.zeros(N),
         latency=Latency(times, dict.fromkeys(rungs, np.full(5, 0.25))),
         bootstrap=Bootstrap(patients, resamples=100),
         predicted=table.score,
@@ -93,9 +92,3 @@ def test_tokens_read_to_decide_are_counted(outcome):
     tokens = summary["frontier"]["operating"]["tokens"]
     assert (tokens["cost"], tokens["stage1"]) == (pytest.approx(10), 3)
     assert summary["calibration"]["scores"] is None, "a form that predicts no scores"
-
-
-def test_static_budgets_pay_for_being_divided(outcome):
-    divided = replace(outcome, divide=np.full(N, 0.5)).summary()
-    assert [p["flops"] for p in divided["static"]] == pytest.approx([2.5, 5.5, 17.5])
-    assert divided["headline"]["cost_share"]["value"] == pytest.approx(8.5 / 17.5)

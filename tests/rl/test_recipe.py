@@ -350,8 +350,6 @@ def test_grpo_does_not_start_from_what_cannot_answer(kind):
         ({"objective": "oracle_regret"}, "allocator.objective: oracle_regret .* set allocator.form to policy"),
         ({"objective": "dual"}, "allocator.target: .* belongs to the objective dual; set both"),
         ({"target": 0.3}, "allocator.target: .* belongs to the objective dual; set both"),
-        ({"share": "split", "form": "policy"}, "allocator.share: split predicts"),
-        ({"share": "split", "objective": "log"}, "allocator.share: .* allocator.objective at linear"),
         ({"objective": "dual", "target": 3.0}, "allocator.target: 3.0 is no share"),
         ({"price_range": [0.0, 1.0]}, r"allocator.price_range: \[0.0, 1.0\] is no \[lowest, highest\]"),
         ({"form": "policy", "explore": 0.0, "entropy": 0.0}, "allocator.explore: .* settles on one budget"),

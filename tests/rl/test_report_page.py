@@ -144,16 +144,6 @@ def test_text_of_open_answers_is_not_shown(summary, rows):
     assert "cases" in page.ids() and "Smith" not in page.text + str(page.tags)
 
 
-def test_budgets_of_single_slides_are_told(summary, rows):
-    for row in rows:
-        row |= {"rung": LADDER[1], "budget": 6, "budgets": [5, 0, 1], "score": 1.0}
-    page = Elements(render(summary, rows, "run"))
-    assert "5 + 0 + 1, score 1; below, even shares" in page.text
-    assert not [a for tag, a in page.tags if tag == "li" and "own" in a.get("class", "")]
-    assert spread(rows, LADDER)[0]["shares"] == [0, 1, 0, 0, 0]
-    assert [row["n"] for row in helps(rows, LADDER)] == [len(rows)]
-
-
 def test_the_page_can_be_made_again_from_its_files(folder, tmp_path):
     for name in ("summary.json", "cases.jsonl"):
         (tmp_path / name).write_text((folder / name).read_text())
@@ -242,15 +232,14 @@ def test_pictures_of_a_field_and_of_a_slide(tmp_path, make_performer, monkeypatc
     place = [[0.25, 0.5, 0.5, 1.0], [0.75, 0.5, 0.5, 1.0]]
     features = np.concatenate([np.zeros((2, 8)), place], 1)
 
-    def see(case, budget, weights):
+    def see(case, budget):
         import torch
 
-        assert weights == [0.5, 0.5]
         sources = (*case.images, *case.slides)
         return [VisualTokens(torch.tensor(features), budget, s, slide=i) for i, s in enumerate(sources)]
 
     monkeypatch.setattr(performer, "see", see)
-    field, whole = Pictures(performer, [case], lambda cases: [[0.5, 0.5]])("c", 4)
+    field, whole = Pictures(performer, [case])("c", 4)
     assert (field.name, whole.name, field.tokens) == ("image 1", "slide 2", 2)
     sizes = [Image.open(io.BytesIO(data)).size for data in (field.full, field.seen, whole.full, whole.seen)]
     assert sizes[0] == sizes[1] == (SIDE, round(SIDE * 500 / 700))

@@ -70,21 +70,6 @@ def test_without_a_share_of_text_every_row_sees(performer, cases):
         assert shown(performer, each([{"index": 0}])) == 4
 
 
-def test_uneven_budgets_may_leave_slides_out(performer, cases):
-    three = dataclasses.replace(cases[0], images=("field0", "field1", "field2"))
-    counts = []
-    for seed in range(40):
-        each = BudgetCollator(performer, [three], [12], text_only=0.0, seed=seed, uneven=(0, 1, 4))
-        shares: list = []
-        each.batch = lambda cases, budget, weights=None, shares=shares: shares.append((budget, weights))
-        each([{"index": 0}])
-        ((budget, weights),) = shares
-        counts.append([v.budget for v in performer.see(three, budget, weights and weights[0])])
-    assert all(sum(c) == 12 for c in counts), "what no slide gets the others get"
-    assert counts.count([4, 4, 4]) >= 15, "half are even"
-    assert any(len(c) == 1 for c in counts) and any(len(c) == 2 for c in counts)
-
-
 def test_training_lowers_the_loss_and_teaches_the_form(make_performer, cases, tmp_path):
     performer = make_performer(aligner_dropout=0.0)
     options = {
