@@ -65,38 +65,6 @@ def generate_sure(
     return completions
 
 
-@torch.no_grad()
-def read_ends(model: Any, sight: Sight, prompts: Sequence[Prompt], cap: int = 64) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a model makes of the ends of prompts: hidden states (B, hidden) of the last layer, logits (B, vocabulary).
-
-    Args:
-        cap: prompts of a batch at most.
-    """
-    device = model.get_input_embeddings().weight.device
-    states: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
-    logits: list[torch.Tensor] = [torch.empty(0)] * len(prompts)
-    # Families return their states in different ways; all read the logits off them by this layer.
-    read: list[torch.Tensor] = []
-    hook = model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: read.append(inputs[0]))
-    try:
-        for chunk in by_length([len(p) for p in prompts], cap=cap):
-            rows = [prompts[i] for i in chunk]
-            ids = _left([p.ids for p in rows], 0).to(device)
-            out = model(
-                input_ids=ids,
-                attention_mask=_left([torch.ones_like(p.ids) for p in rows], 0).to(device),
-                position_ids=stack_positions([p.positions for p in rows], "left").to(device),
-                logits_to_keep=1,
-                **sight.typed(ids),
-                **to_device(sight.inputs(model, [p.views for p in rows]), device),
-            )
-            for i, state, logit in zip(chunk, read.pop()[:, -1], out.logits[:, -1], strict=True):
-                states[i], logits[i] = state.float().cpu(), logit.float().cpu()
-    finally:
-        hook.remove()
-    return torch.stack(states), torch.stack(logits)
-
-
 def _write(
     model: Any, sight: Sight, prompts: Sequence[Prompt], width: int, config: GenerationConfig, sure: bool
 ) -> list[list[tuple[list[int], float]]]:

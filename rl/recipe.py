@@ -78,8 +78,6 @@ class AllocatorOptions:
         objective: what it maximises, a preset of `rewards.objectives`.
         target: mean cost that the objective `dual` aims at, the largest budget = 1.
         look: budgets whose pooled tokens are the cheapest look.
-        look_state, look_confidence: of the form value: budget at which the performer itself is asked, before a budget
-            is chosen, for its hidden state and for how sure it is; null does not ask. One forward gives both.
         width, dropout: of the value head.
         price: lambda while exploring in the joint step.
         temperature, explore: spread of drawn budgets around the best, and share of uniform draws.
@@ -96,8 +94,6 @@ class AllocatorOptions:
     objective: str = "linear"
     target: float | None = None
     look: list[int] = field(default_factory=lambda: [1, 4])
-    look_state: int | None = None
-    look_confidence: int | None = None
     width: int = 64
     dropout: float = 0.3
     price: float = 0.1
@@ -274,12 +270,6 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
         )
     if not set(run.allocator.look) <= set(ladder):
         problems.append(f"allocator.look: {run.allocator.look} must be budgets of the ladder {ladder}")
-    glances = {b for b in (run.allocator.look_state, run.allocator.look_confidence) if b is not None}
-    if glances and (len(glances) > 1 or run.allocator.form != "value" or not glances <= set(ladder)):
-        problems.append(
-            f"allocator.look_state, look_confidence: {sorted(glances)} must be one budget of the ladder {ladder}, "
-            "with allocator.form value"
-        )
     if problems:
         raise InputError(problems)
     return run

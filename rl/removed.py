@@ -9,12 +9,18 @@ from slides.errors import removed
 
 logger = logging.getLogger(__name__)
 
-FORMER: dict[str, Any] = {"share": "equal"}
+FORMER: dict[str, Any] = {"share": "equal", "look_state": None, "look_confidence": None}
 """Removed keys with their former defaults, which are still a part of what a finished stage is known by."""
 
+PROBE = (
+    "what the performer says at a small budget cost about what it brought the network; take the key out, or set "
+    "allocator.form to escalate, which goes by the performer's own answers"
+)
 REASONS = {
     "share": "shares by attention and a budget for each slide were no better than even shares at equal cost; take the "
     "key out, and the slides of a case share its budget evenly",
+    "look_state": PROBE,
+    "look_confidence": PROBE,
 }
 """What was measured of them, and what to do instead."""
 

@@ -65,7 +65,7 @@ LOGGED = {
 """Further such keys; what a stage is known by has them at these values, their defaults."""
 
 AFTER = ("form", "weight_decay", "look_state", "look_confidence")
-"""Keys of the allocator that the joint step does not read; so do those that begin with `fit_`."""
+"""Keys of the allocator, two of them removed, that the joint step does not read, as those that begin with `fit_`."""
 
 PERFORMER = "grpo_performer"
 """Folder of the performer's GRPO where the allocator learns after it."""

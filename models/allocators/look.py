@@ -1,21 +1,18 @@
 """What an allocator may look at before any budget is spent.
 
 The look is the pooled tokens of the smallest budgets, which the frozen encoder's stored features give without a model
-pass, and the question; and, where the allocator's configuration asks for it, what the performer itself makes of the
-case at a small budget.
+pass, and the question.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from envs.case import Case
-from models.allocators.glance import Glance
-from models.allocators.network import AllocatorConfig, Look
+from models.allocators.network import AllocatorConfig
 from models.performer import Performer, question_text
 
 
@@ -24,23 +21,16 @@ class CheapLook:
 
     def __init__(self, performer: Performer, config: AllocatorConfig):
         self.performer, self.config = performer, config
-        self.glance = None
-        budget = config.look_state or config.look_confidence
-        if budget is not None:
-            self.glance = Glance(performer, budget, config.look_state is not None, config.look_confidence is not None)
 
-    def __call__(self, cases: Sequence[Case]) -> tuple[Any, torch.Tensor]:
-        """Look (B, K, tokens, d) and hashed question tokens (B, T), both 0-padded; K is the most slides of a case.
-
-        With a glance, the first is a `Look` that has it beside.
-        """
+    def __call__(self, cases: Sequence[Case]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Look (B, K, tokens, d) and hashed question tokens (B, T), both 0-padded; K is the most slides of a case."""
         looks = pad_sequence([self._look(c) for c in cases], batch_first=True)
         tokenizer = self.performer.processor.tokenizer
         ids = [tokenizer(question_text(c, self.performer.show_options))["input_ids"] for c in cases]
         question = torch.zeros(len(cases), max(map(len, ids)), dtype=torch.long)
         for row, tokens in zip(question, ids, strict=True):
             row[: len(tokens)] = torch.tensor([1 + t % (self.config.buckets - 1) for t in tokens])
-        return (looks if self.glance is None else Look(looks, self.glance(cases))), question
+        return looks, question
 
     def _look(self, case: Case) -> torch.Tensor:
         """Look (K, tokens, d) at the slides of a case."""

@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import torch
 
-from models.allocators.network import Look, LookNetwork
+from models.allocators.network import LookNetwork
 
 
 class ValueAllocator(LookNetwork):
     """Predicted score (as a logit) of every rung: look (B, K, sum(look), d), question (B, T) -> (B, rungs)."""
 
-    def forward(self, look: torch.Tensor | Look, question: torch.Tensor) -> torch.Tensor:
+    def forward(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
         """Logits (B, rungs) of the performer's score."""
         return self.read(look, question)
 
     @torch.no_grad()
-    def choose(
-        self, look: torch.Tensor | Look, question: torch.Tensor, price: float, cost: torch.Tensor
-    ) -> torch.Tensor:
+    def choose(self, look: torch.Tensor, question: torch.Tensor, price: float, cost: torch.Tensor) -> torch.Tensor:
         """Rungs (B,) that maximise predicted score minus price times cost.
 
         Args:

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from sklearn.model_selection import GroupKFold
 
-from models.allocators.network import Look, LookNetwork
+from models.allocators.network import LookNetwork
 
 FOLDS = 5
 
 Network = TypeVar("Network", bound=LookNetwork)
-Inputs: TypeAlias = tuple[torch.Tensor | Look, torch.Tensor]
+Inputs: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Looks (B, K, tokens, d) and questions (B, T)."""
 
 
@@ -53,7 +53,7 @@ class Regression(Aim[LookNetwork]):
 
 def fit_table(
     allocator: Network,
-    look: torch.Tensor | Look,
+    look: torch.Tensor,
     question: torch.Tensor,
     scores: torch.Tensor,
     epochs: int,
@@ -101,7 +101,7 @@ def by_patient(patients: Sequence[str]) -> list[tuple[np.ndarray, np.ndarray]]:
 
 def fit_by_patient(
     start: Network,
-    look: torch.Tensor | Look,
+    look: torch.Tensor,
     question: torch.Tensor,
     scores: torch.Tensor,
     patients: Sequence[str],
@@ -144,7 +144,7 @@ def fit_by_patient(
 
 
 @torch.no_grad()
-def predict(allocator: LookNetwork, look: torch.Tensor | Look, question: torch.Tensor) -> np.ndarray:
+def predict(allocator: LookNetwork, look: torch.Tensor, question: torch.Tensor) -> np.ndarray:
     """Predicted scores (B, rungs)."""
     allocator.eval()
     return allocator(look, question).sigmoid().double().numpy()

@@ -145,18 +145,13 @@ class EscalateDecider(Decider):
         return self._flops[split]
 
 
-def learn_escalate(stages: Stages, performer: Performer, table: ScoreTable) -> EscalateDecider:
-    """Learn from the table of the validation cases, in seconds."""
+def fit_escalate(stages: Stages, performer: Performer, table: ScoreTable) -> EscalateDecider:
+    """Learn from the table of the validation cases and write it, with what is done at each price of the evaluation."""
     table = table.at(stages.run.ladder)
     seen = Seen.of_table(table)
     forecast, fold = fit_forecast_by_patient(seen, table.score, table.patients)
     flops = _all_looks(performer, stages.splits["val"], table)
-    return EscalateDecider(stages, performer, Experience(forecast, fold, seen, table.score, flops))
-
-
-def fit_escalate(stages: Stages, performer: Performer, table: ScoreTable) -> EscalateDecider:
-    """Learn from the table of the validation cases and write it, with what is done at each price of the evaluation."""
-    decider = learn_escalate(stages, performer, table)
+    decider = EscalateDecider(stages, performer, Experience(forecast, fold, seen, table.score, flops))
     if stages.is_main:
         folder = stages.run.folder / "allocator"
         folder.mkdir(parents=True, exist_ok=True)

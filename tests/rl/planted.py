@@ -24,13 +24,9 @@ PRICES = [0.0, 0.02, 0.1, 0.4, 3.0]
 
 
 def planted(
-    make_performer: Callable[..., Performer], cases: Sequence[Case], folder: Path, **options
+    make_performer: Callable[..., Performer], cases: Sequence[Case], folder: Path
 ) -> tuple[SimpleNamespace, Performer, ValueAllocator]:
-    """Stand-in of a run's stages, its performer (nested tokens) and its jointly trained allocator.
-
-    Args:
-        options: of the allocator.
-    """
+    """Stand-in of a run's stages, its performer (nested tokens) and its jointly trained allocator."""
     performer = make_performer(compressors=[{"name": "pool", "nested": True}])
     performer.model.eval()
     performer.model.generation_config.eos_token_id = 299  # answers of some length
@@ -57,7 +53,7 @@ def planted(
         ladder=BUDGETS,
         folder=folder,
         evaluation=SimpleNamespace(prices=PRICES),
-        allocator=AllocatorOptions(look=[1], fit_epochs=3, fit_learning_rate=1e-2, **options),
+        allocator=AllocatorOptions(look=[1], fit_epochs=3, fit_learning_rate=1e-2),
         grpo=SimpleNamespace(seed=0),
     )
     stages = SimpleNamespace(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.allocators.network import AllocatorConfig, Look, widened
+from models.allocators.network import AllocatorConfig
 from models.allocators.value import ValueAllocator
 from rl.allocation.fitting import fit_by_patient, fit_table
 from tests.conftest import LADDER, WIDTH
@@ -151,21 +151,3 @@ def test_a_fit_stops_before_it_learns_noise_by_heart():
     fit_table(whole, look, question, scores, epochs=best + 1, learning_rate=5e-3)
     assert all(torch.equal(a, b) for a, b in zip(allocator.parameters(), whole.parameters(), strict=True))
     assert all(torch.equal(before[k], v) for k, v in start.state_dict().items()), "the start is left as it was"
-
-
-def test_what_the_performer_is_sure_of_is_learnt_from_its_state():
-    """Nothing but the state tells which cases the small budgets solve."""
-    generator = torch.Generator().manual_seed(0)
-    count = 300
-    state = torch.randn(count, 6, generator=generator)
-    solved = torch.stack([state[:, 0] > 0, state[:, 0] > 0, torch.ones(count, dtype=torch.bool)], 1).float()
-    tokens, question = torch.ones(count, 1, 5, WIDTH), torch.full((count, 4), 5)
-    torch.manual_seed(0)
-    config = AllocatorConfig(ladder=LADDER, look=(1, 4), feature_dim=WIDTH, width=16, buckets=32)
-    start = widened(ValueAllocator(config), look_state=1, state_dim=6)
-    patients = [f"p{i // 2}" for i in range(count)]
-    _, values, losses = fit_by_patient(
-        start, Look(tokens, state), question, solved, patients, epochs=25, learning_rate=1e-2
-    )
-    assert losses[-1] < 0.5 * losses[0]
-    assert ((values[:, 0] > 0.5) == (state[:, 0] > 0).numpy()).mean() > 0.9

@@ -94,10 +94,12 @@ def test_a_saved_allocator_is_read(tmp_path):
     look, question = torch.randn(3, 2, 1, 8), torch.ones(3, 4, dtype=torch.long)
     assert torch.equal(again(look, question), made(look, question))
     again.save_pretrained(tmp_path / "again")
-    assert not {"share"} & set(json.loads((tmp_path / "again" / "config.json").read_text()))
+    assert not {"share", "look_state", "look_confidence", "state_dim"} & set(
+        json.loads((tmp_path / "again" / "config.json").read_text())
+    )
 
 
-@pytest.mark.parametrize("changes", [{"share": "attention"}, {"share": "split"}])
+@pytest.mark.parametrize("changes", [{"share": "attention"}, {"share": "split"}, {"look_state": 4}, {"state_dim": 2}])
 def test_a_saved_allocator_that_needs_what_was_removed_is_refused(tmp_path, changes):
     (tmp_path / "config.json").write_text(json.dumps({**json.loads(CONFIG), **changes}))
     (key,) = changes
@@ -114,10 +116,11 @@ def test_a_run_of_a_removed_form_is_refused(tmp_path):
 
 def test_removed_keys_at_their_defaults_are_passed_over_with_a_warning(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
-        run = read(tmp_path, share="equal", fit_splits=12, width=32)
+        run = read(tmp_path, share="equal", fit_splits=12, look_state=None, look_confidence=None, width=32)
     assert run.allocator.width == 32
     told = [record.getMessage() for record in caplog.records if "no effect any more" in record.getMessage()]
-    assert told == [f"allocator.{key} has no effect any more; leave it out" for key in ("fit_splits", "share")]
+    keys = ("fit_splits", "look_confidence", "look_state", "share")
+    assert told == [f"allocator.{key} has no effect any more; leave it out" for key in keys]
 
 
 @pytest.mark.parametrize(
@@ -128,6 +131,8 @@ def test_removed_keys_at_their_defaults_are_passed_over_with_a_warning(tmp_path,
             r"allocator.share: 'attention' was removed before 0.1.0, .*even shares at equal cost",
         ),
         ({"share": "split", "fit_splits": 24}, "allocator.share: 'split' was removed .*take the key out"),
+        ({"look_state": 4, "look_confidence": None}, "allocator.look_state: 4 was removed .*about what it brought"),
+        ({"look_confidence": 1}, "allocator.look_confidence: 1 was removed .*set allocator.form to escalate"),
     ],
 )
 def test_removed_keys_that_ask_for_something_are_refused(tmp_path, allocator, message):

@@ -263,13 +263,6 @@ def test_a_rule_of_the_operating_price_must_be_known(recipe):
     ]
 
 
-@pytest.mark.parametrize(
-    "allocator", [{"look_state": 2}, {"look_state": 1, "look_confidence": 4}, {"form": "escalate", "look_state": 1}]
-)
-def test_a_glance_is_at_one_budget_of_the_ladder_and_of_the_form_value(recipe, allocator):
-    assert "must be one budget of the ladder" in problems(recipe(allocator=allocator))[0]
-
-
 def test_an_unknown_form_is_named(recipe):
     (problem,) = problems(recipe(allocator={"form": "escalade"}))
     assert problem.startswith("allocator.form: 'escalade' is not known; known are value,")
