@@ -113,9 +113,7 @@ class TokenBudget(gymnasium.Env[np.ndarray, np.int64]):
         self._case, self._price, self._rung = case, price, 0
         # Rows are compared with their own budgets alone, so that one row is enough.
         row = slice(case, case + 1)
-        self._reward = worth(
-            self.objective, self.score[row], self.tokens, self.cost[row], price, self.budgets[-1], self.budgets[0]
-        )[0]
+        self._reward = worth(self.objective, self.score[row], self.tokens, self.cost[row], price, self.budgets[-1])[0]
         return self._observe(), self._info()
 
     def step(self, action: np.int64) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:

@@ -8,7 +8,6 @@ stays NaN. `rewards/priced.py` has them in TRL's form.
 
 from __future__ import annotations
 
-import math
 import re
 from typing import Any
 
@@ -42,30 +41,6 @@ def linear(score: Any, cost: Any, price: Any, worst_cost: Any = 1.0) -> Any:
     """
     score, cost = _settled(score, cost, worst_cost)
     return score - price * cost
-
-
-def multiplicative(score: Any, cost: Any, price: Any) -> Any:
-    """s * (1 - price * cost), the factor not below 0: nothing is paid for wrong answers. Arguments as for `linear`."""
-    score, cost = _settled(score, cost, 1.0)
-    factor = 1.0 - price * cost
-    return score * library_of(factor).clip(factor, 0.0, None)
-
-
-def log(score: Any, tokens: Any, cap: Any, price: Any, n_min: float = 1.0) -> Any:
-    """s - price * log2(n / n_min) / log2(cap / n_min): each doubling of the tokens costs the same.
-
-    Args:
-        score: s in 0..1.
-        tokens: n, held to n_min..cap; NaN: no readable budget.
-        cap: tokens of the largest budget; where it is not above n_min there is no choice and the cost is 0.
-        price: what the largest budget costs, 0 or more.
-        n_min: tokens of the smallest budget, which is free.
-    """
-    score, tokens = _settled(score, tokens, cap)
-    share = tokens / n_min, cap / n_min
-    library = library_of(*share)
-    doublings, most = (library.log2(library.clip(_array(ratio, library), 1.0, None)) for ratio in share)
-    return score - price * library.clip(doublings / library.where(most > 0, most, math.inf), 0.0, 1.0)
 
 
 def threshold(score: Any, tokens: Any, cap: Any, factor: float = 0.5) -> Any:
@@ -125,26 +100,6 @@ def visionthink(
     return library.where(known, library.where(pays, worth - penalty, worth), -penalty)
 
 
-def oracle_regret(tokens: Any, oracle: Any, cap: Any, n_min: float = 1.0) -> Any:
-    """-|log2 n - log2 n*|: doublings between the tokens asked for and those the case needs.
-
-    Needs no rollout of the performer, only n* from a sweep of the frozen one.
-
-    Args:
-        tokens: n, held to n_min..cap; NaN: no readable budget, as far off as any answer to any case can be.
-        oracle: n*, the smallest budget with which the performer is right, held to n_min..cap; NaN where none is.
-        cap: tokens of the largest budget.
-        n_min: tokens of the smallest budget, above 0.
-    """
-    library = library_of(tokens, oracle, cap)
-    tokens = _array(tokens, library)
-    known = ~library.isnan(tokens)
-    asked, needed, most = (
-        library.log2(_held(n, n_min, cap, library)) for n in (library.where(known, tokens, oracle), oracle, cap)
-    )
-    return -library.where(known, abs(asked - needed), most - math.log2(n_min))
-
-
 def dual_price(price: float, cost: Any, target: float, step: float = 0.1, worst_cost: float = 1.0) -> float:
     """The price for the next batch, by a step of dual ascent on the constraint that the mean cost be the target.
 
@@ -170,12 +125,6 @@ def _settled(score: Any, cost: Any, worst: Any) -> tuple[Any, Any]:
     cost = _array(cost, library)
     known = ~library.isnan(cost)
     return library.where(known, score, 0.0), library.where(known, cost, worst)
-
-
-def _held(value: Any, least: Any, most: Any, library: Any) -> Any:
-    """`value` within least..most; NaN stays NaN."""
-    value, least, most = (_array(v, library) for v in (value, least, most))
-    return library.minimum(library.maximum(value, least), most)
 
 
 def _array(value: Any, library: Any) -> Any:

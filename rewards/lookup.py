@@ -15,11 +15,14 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import rewards
-from slides.errors import InputError
+from rewards.objectives import INSTEAD, REMOVED
+from slides.errors import InputError, removed
 from slides.user_code import FILE_MODULE, load_user_module
 
 RewardFn = Callable[..., Any]
 F = TypeVar("F", bound=RewardFn)
+
+REMOVED_REWARDS = tuple(f"{preset}_cost" for preset in REMOVED)
 
 _registered: dict[str, RewardFn] = {}
 
@@ -66,6 +69,8 @@ def find(name: str, base: str | Path | None = None) -> tuple[str, str, RewardFn]
     """
     place, separator, function_name = name.rpartition(":")
     if not separator:
+        if name in REMOVED_REWARDS:
+            raise InputError(removed(f"reward {name!r}", f"{INSTEAD} linear_cost; name that, or visionthink_cost"))
         names = reward_names()
         if name not in names:
             raise InputError(

@@ -5,24 +5,17 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from rewards.cost import (
-    BIRR_CAP,
-    library_of,
-    linear,
-    log,
-    multiplicative,
-    oracle_regret,
-    threshold,
-    visionthink,
-)
+from rewards.cost import BIRR_CAP, library_of, linear, threshold, visionthink
 from slides.errors import InputError
 
-OBJECTIVES = ("linear", "multiplicative", "log", "birr", "visionthink", "oracle_regret", "dual")
+OBJECTIVES = ("linear", "birr", "visionthink", "dual")
 """`dual` is `linear` at a price that whoever learns moves, by `rewards.cost.dual_price`, until a mean cost is met."""
-OF_GROUPS = ("visionthink", "oracle_regret")
+OF_GROUPS = ("visionthink",)
 """These compare a case's budgets with each other: the worth of a mean score is not the mean worth."""
-UNPRICED = ("birr", *OF_GROUPS)
-"""These know no price, as published."""
+REMOVED = ("multiplicative", "log", "oracle_regret")
+"""Presets of earlier versions, whose rewards were called `<preset>_cost`."""
+INSTEAD = "no figure of the project speaks for it over"
+"""Why they went; what to write comes after it."""
 LOW_SHARE = 0.25
 """Share of the largest budget up to which a look is a cheap one, as in `visionthink_cost`."""
 
@@ -34,7 +27,6 @@ def worth(
     cost: Any,
     price: Any,
     cap: Any = None,
-    n_min: float | None = None,
 ) -> Any:
     """Reward (N, K) of every case at every budget.
 
@@ -45,7 +37,6 @@ def worth(
         tokens: (K,) or (N, K) visual tokens. cost: (K,) or (N, K), the largest budget = 1.
         price: of the largest budget, a number or (N, 1), 0 or more.
         cap: tokens of the largest budget, a number or for `birr` (N, 1); the most of `tokens` by default.
-        n_min: tokens of the smallest budget; the fewest of `tokens` by default.
 
     Raises:
         InputError: the objective is not known.
@@ -56,26 +47,17 @@ def worth(
     else:
         tokens, cost = (library.as_tensor(v, dtype=score.dtype) for v in (tokens, cost))
     cap = float(tokens.max()) if cap is None else cap
-    n_min = float(tokens.min()) if n_min is None else n_min
     worst = float(cost.max())
     lost = library.isnan(score)
     score = library.where(lost, 0.0, score)
     tokens, cost = (library.where(lost, math.nan, v) for v in (tokens, cost))
     if objective in ("linear", "dual"):
         return linear(score, cost, price, max(1.0, worst))
-    if objective == "multiplicative":
-        return multiplicative(score, cost, price)
-    if objective == "log":
-        return log(score, tokens, cap, price, n_min)
     if objective == "birr":
         return threshold(score, tokens, birr_cap(cap))
     if objective == "visionthink":
         high = library.where(lost, math.nan, library.where(tokens > LOW_SHARE * cap, 1.0, 0.0))
         return visionthink(score, library.zeros_like(score), high)
-    if objective == "oracle_regret":
-        best = ~lost & (score >= library.amax(score, -1, keepdims=True) - 1e-9)
-        needed = library.amin(library.where(best, tokens, math.inf), -1, keepdims=True)
-        return oracle_regret(tokens, needed, cap, n_min)
     raise InputError(f"objective: {objective!r} is not known; known are {', '.join(OBJECTIVES)}")
 
 

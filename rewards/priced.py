@@ -1,9 +1,9 @@
 """`linear_cost` and its kin: the presets of `rewards/cost.py` in TRL's form, for a policy that is trained on its own.
 
 There are two kinds. Of a policy that answers, the cost is the visual tokens of the row, and the score comes from
-another reward: `linear_cost`, `multiplicative_cost`, `log_cost`, `visionthink_cost`, `dual_cost`. Of a policy that is
-asked for a budget, the answer itself is the cost, and what it is worth comes from a sweep of the frozen performer, as
-columns: `birr_cost`, `oracle_regret_cost`. In joint training the cost is the allocator's alone.
+another reward: `linear_cost`, `visionthink_cost`, `dual_cost`. Of a policy that is asked for a budget, the answer
+itself is the cost, and what it is worth comes from a sweep of the frozen performer, as columns: `birr_cost`. In joint
+training the cost is the allocator's alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeGuard
 import numpy as np
 
 from rewards.answer import Completion, extract_answer, form_of
-from rewards.cost import birr, dual_price, linear, log, multiplicative, oracle_regret, parse_budget, visionthink
+from rewards.cost import birr, dual_price, linear, parse_budget, visionthink
 from rewards.registry import column, get_reward, reward, warn_unscorable
 from slides.errors import InputError
 
@@ -62,41 +62,9 @@ def linear_cost(
         [-0.1]
     """
     given = columns | {"max_budget": max_budget, "tokens": tokens, "budget": budget}
-    return _each(completions, score, given, price, lambda s, n, cap: linear(s, n / cap, price))
-
-
-@reward("multiplicative_cost")
-def multiplicative_cost(
-    completions: Sequence[Completion],
-    max_budget: Sequence[float | None],
-    score: str | Mapping[str, Any],
-    tokens: Sequence[float | None] | None = None,
-    budget: Sequence[float | None] | None = None,
-    price: float = 0.5,
-    **columns: Any,
-) -> list[float | None]:
-    """`multiplicative` in the visual tokens of the row, s * (1 - price * tokens / max_budget).
-
-    As `linear_cost`, but `score` has to be named: put it in the place of that reward, not beside it.
-    """
-    given = columns | {"max_budget": max_budget, "tokens": tokens, "budget": budget}
-    return _each(completions, score, given, price, lambda s, n, cap: multiplicative(s, n / cap, price))
-
-
-@reward("log_cost")
-def log_cost(
-    completions: Sequence[Completion],
-    max_budget: Sequence[float | None],
-    tokens: Sequence[float | None] | None = None,
-    budget: Sequence[float | None] | None = None,
-    score: str | Mapping[str, Any] | None = None,
-    price: float = 0.5,
-    n_min: float = 1.0,
-    **columns: Any,
-) -> list[float | None]:
-    """`log` in the visual tokens of the row, with `n_min` tokens free; otherwise as `linear_cost`."""
-    given = columns | {"max_budget": max_budget, "tokens": tokens, "budget": budget}
-    return _each(completions, score, given, price, lambda s, n, cap: log(s, n, cap, price, n_min))
+    if price < 0:
+        raise InputError(f"`price` is {price}; a cost is subtracted already, so give 0 or more")
+    return [_after_cost(spent, price) for spent in _spent(completions, score, given)]
 
 
 @reward("visionthink_cost")
@@ -200,7 +168,7 @@ def dual_cost(
     if log_metric is not None and costs:
         log_metric(DUAL_COST, float(np.nan_to_num(costs, nan=1.0).mean()))
         log_metric("dual_cost/price", price)
-    return [None if spent is None else float(linear(spent.score, spent.tokens / spent.cap, price)) for spent in found]
+    return [_after_cost(spent, price) for spent in found]
 
 
 @reward("birr_cost")
@@ -245,50 +213,8 @@ def birr_cost(
     return values
 
 
-@reward("oracle_regret_cost")
-def oracle_regret_cost(
-    completions: Sequence[Completion],
-    oracle_budget: Sequence[float | None],
-    max_budget: Sequence[float | None],
-    n_min: float = 1.0,
-    **columns: Any,
-) -> list[float | None]:
-    """`oracle_regret` of a policy whose answer is a budget: minus the doublings between it and the one the case needs.
-
-    Args:
-        completions: n completions; the first whole number of 2 or more in the answer is the budget.
-        oracle_budget: the smallest budget with which the frozen performer is right; None where there is none.
-        max_budget: tokens of the largest budget.
-        n_min: tokens of the smallest budget, above 0.
-        columns: not used.
-
-    Returns:
-        n values, 0.0 for the needed budget, -log2(max_budget / n_min) for an answer without a budget; None for rows
-        without an oracle or a largest budget.
-    """
-    if not n_min > 0:
-        raise InputError(f"reward 'oracle_regret_cost': `n_min` is {n_min}; give a number above 0")
-    values: list[float | None] = []
-    for completion, needed, cap in zip(completions, oracle_budget, max_budget, strict=True):
-        if not _is_count(needed) or not _is_count(cap):
-            values.append(None)
-            continue
-        asked = parse_budget(extract_answer(completion))
-        values.append(float(oracle_regret(math.nan if asked is None else asked, needed, cap, n_min)))
-    return values
-
-
-def _each(
-    completions: Sequence[Completion],
-    score: str | Mapping[str, Any] | None,
-    columns: dict[str, Any],
-    price: float,
-    outcome: Callable[[float, float, float], Any],
-) -> list[float | None]:
-    """`outcome(s, tokens, cap)` for each completion that has all three, None for the others."""
-    if price < 0:
-        raise InputError(f"`price` is {price}; a cost is subtracted already, so give 0 or more")
-    return [None if spent is None else float(outcome(*spent)) for spent in _spent(completions, score, columns)]
+def _after_cost(spent: _Priced | None, price: float) -> float | None:
+    return None if spent is None else float(linear(spent.score, spent.tokens / spent.cap, price))
 
 
 def _spent(

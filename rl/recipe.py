@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 from trl import SFTConfig
 
 from models.build import PerformerConfig
-from rewards.objectives import OBJECTIVES, OF_GROUPS
+from rewards.objectives import INSTEAD, OBJECTIVES, OF_GROUPS, REMOVED
 from rl.allocation.sampling import ADVANTAGES
 from rl.allocation.text_options import TextOptions
 from rl.config import FrugalConfig
@@ -22,7 +22,7 @@ from rl.recipe_file import Recipe, config_of, content_of, parsed
 from rl.removed import FORMER, without_removed
 from rl.values import checked, plain_types, told, typed
 from sft.options import OWN, Stage, read_stages
-from slides.errors import InputError
+from slides.errors import InputError, removed
 from slides.parsing import parse_yaml
 
 FORMS = ("value", "policy", "text", "escalate")
@@ -123,8 +123,10 @@ class AllocatorOptions:
         found = [
             f"allocator.{key}: {getattr(self, key)!r} is not known; known are {', '.join(names)}"
             for key, names in known.items()
-            if getattr(self, key) not in names
+            if getattr(self, key) not in names and (key != "objective" or self.objective not in REMOVED)
         ]
+        if self.objective in REMOVED:
+            found.append(removed(f"allocator.objective: {self.objective}", f"{INSTEAD} linear; write linear"))
         if self.form == "value" and self.objective in OF_GROUPS:
             found.append(
                 f"allocator.objective: {self.objective} compares the budgets of a case, which a predicted mean score "

@@ -32,7 +32,7 @@ class Objective:
         tokens, cost = np.array(self.ladder, dtype=float), np.array(self.cost)
         if rungs is not None:
             tokens, cost = tokens[rungs.cpu().numpy()], cost[rungs.cpu().numpy()]
-        return worth(self.name, score, tokens, cost, price, self.ladder[-1], self.ladder[0])
+        return worth(self.name, score, tokens, cost, price, self.ladder[-1])
 
     def best(self, score: Any, price: float) -> Any:
         """Rungs (N,) of the highest reward, of (predicted) scores (N, rungs)."""

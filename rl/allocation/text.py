@@ -114,7 +114,7 @@ class TokenReward:
         else:
             tokens, cap = np.array(held, dtype=float), float(self.ladder[-1])
         cost = np.array(held) / self.ladder[-1]
-        return worth(self.preset, score, tokens, cost, self.price, cap, float(self.ladder[0])).tolist()
+        return worth(self.preset, score, tokens, cost, self.price, cap).tolist()
 
 
 def train_text(stages: Stages, performer: Performer) -> TextAllocator:

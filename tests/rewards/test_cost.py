@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.cost import birr, dual_price, linear, log, multiplicative, oracle_regret, parse_budget, visionthink
+from rewards.cost import birr, dual_price, linear, parse_budget, visionthink
 from rewards.cost import threshold as threshold_reward
 
 NAN = math.nan
@@ -43,12 +43,9 @@ def test_parse_budget(text, budget):
 
 PRESETS = {
     "linear": lambda s, n, cap, price: linear(s, n / cap, price),
-    "multiplicative": lambda s, n, cap, price: multiplicative(s, n / cap, price),
-    "log": lambda s, n, cap, price: log(s, n, cap, price, 4.0),
     "threshold": lambda s, n, cap, price: threshold_reward(s, n, cap),
 }
 READABLE = PRESETS | {
-    "oracle_regret": lambda s, n, cap, price: oracle_regret(n, 1 + s * 63, cap),
     "dual": lambda s, n, cap, price: linear(s, n / cap, dual_price(price, [0.9], target=0.5)),
     "birr": lambda s, n, cap, price: birr(None if math.isnan(n) else str(round(n) + 2), int(cap), s),
 }
@@ -63,9 +60,8 @@ def test_an_unreadable_output_never_beats_a_readable_one(preset, score, other, t
 
 @pytest.mark.parametrize(
     ("preset", "expected"),
-    [("linear", [0.9, 0.6, -0.4]), ("multiplicative", [0.9, 0.6, 0.0]), ("threshold", [1.0, 0.5, 0.0]),
-     ("log", [1 - 0.4 * 2 / 4, 0.6, -0.4])],
-)  # fmt: skip
+    [("linear", [0.9, 0.6, -0.4]), ("threshold", [1.0, 0.5, 0.0])],
+)
 @pytest.mark.parametrize("library", [np.asarray, torch.tensor], ids=["numpy", "torch"])
 def test_values(preset, expected, library):
     values = PRESETS[preset](library([1.0, 1.0, 1.0]), library([16.0, 64.0, NAN]), 64.0, 0.4)
@@ -123,12 +119,6 @@ def test_gradients_pass_beside_an_unreadable_row():
     assert costs.grad.tolist() == pytest.approx([-0.4, 0.0])
 
 
-@pytest.mark.filterwarnings("error")
-def test_log_without_a_choice_is_free():
-    assert log(1.0, 4.0, 4.0, 0.3, 4.0) == 1.0
-    assert log(1.0, np.array([0.0, 1.0, 4.0, 900.0]), 64.0, 0.3, 4.0).tolist() == pytest.approx([1, 1, 1, 0.7])
-
-
 def look(scores, forms, highs, **options):
     """`visionthink` of one group, by numpy and by torch."""
     values = visionthink(np.array(scores), np.array(forms), np.array(highs), **options)
@@ -173,21 +163,6 @@ def test_visionthink_treats_a_group_as_a_set_and_unreadable_as_worst(rows, shuff
     for (score, form, high), value in zip(rows, values, strict=True):
         assert -0.1 <= value <= score + 0.5 * form + 1e-12 or math.isnan(high)
         assert not math.isnan(high) or value == pytest.approx(-0.1)
-
-
-@pytest.mark.parametrize("library", [np.asarray, torch.tensor], ids=["numpy", "torch"])
-def test_oracle_regret(library):
-    tokens = library([64.0, 32.0, 256.0, 2.0, 9000.0, NAN])
-    assert oracle_regret(tokens, 64.0, 256.0, 16.0).tolist() == pytest.approx([0, -1, -2, -2, -2, -4])
-    needed = library([16.0, 64.0, 4.0, 9000.0, 256.0, 16.0])
-    assert oracle_regret(tokens, needed, 256.0, 16.0).tolist() == pytest.approx([-2, -1, -4, -4, 0, -4])
-    assert math.isnan(oracle_regret(64.0, NAN, 256.0))
-
-
-def test_oracle_regret_has_gradients_beside_an_unreadable_row():
-    tokens = torch.tensor([32.0, NAN], requires_grad=True)
-    oracle_regret(tokens, 64.0, 256.0).sum().backward()
-    assert tokens.grad.tolist() == pytest.approx([1 / (32 * math.log(2)), 0.0])
 
 
 def test_dual_price():

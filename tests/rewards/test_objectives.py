@@ -22,12 +22,9 @@ SCORE = np.array([[0.0, 1.0, 1.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]])
     [
         ("linear", [[-0.02, 0.95, 0.8], [0.98, 0.95, 0.8], [-0.02, -0.05, -0.2]]),
         ("dual", [[-0.02, 0.95, 0.8], [0.98, 0.95, 0.8], [-0.02, -0.05, -0.2]]),
-        ("multiplicative", [[0, 0.95, 0.8], [0.98, 0.95, 0.8], [0, 0, 0]]),
-        ("log", [[0, 0.9, 0.8], [1, 0.9, 0.8], [0, -0.1, -0.2]]),
         ("birr", [[0, 1, 0.5], [1, 1, 0.5], [0, 0, 0]]),
         # A cheap look is right in half of the right answers, and in two thirds: the expensive ones pay.
         ("visionthink", [[0, 1, 0.9], [1, 1, 0.9], [0, 0, 0]]),
-        ("oracle_regret", [[-4, 0, -4], [0, -4, -8], [0, -4, -8]]),
     ],
 )
 @pytest.mark.parametrize("library", [np.asarray, torch.tensor], ids=["numpy", "torch"])
@@ -36,13 +33,12 @@ def test_presets(objective, expected, library):
     np.testing.assert_allclose(np.asarray(found), expected, atol=1e-12)
 
 
-@pytest.mark.parametrize("objective", ["linear", "multiplicative", "log"])
-def test_each_case_may_have_its_price_and_cost(objective):
+def test_each_case_may_have_its_price_and_cost():
     price, cost = np.array([[0.0], [0.1], [0.5]]), np.stack([COST, COST / 2, COST])
     tokens = np.broadcast_to(TOKENS, (3, 3))
-    whole = worth(objective, SCORE, tokens, cost, price)
+    whole = worth("linear", SCORE, tokens, cost, price)
     for row in range(3):
-        np.testing.assert_allclose(whole[row], worth(objective, SCORE[row], TOKENS, cost[row], price[row, 0]))
+        np.testing.assert_allclose(whole[row], worth("linear", SCORE[row], TOKENS, cost[row], price[row, 0]))
 
 
 def test_published_vectors_of_the_token_reward():
@@ -72,5 +68,5 @@ def test_what_cannot_be_scored_is_never_better(objective, score, price):
 
 
 def test_an_unknown_objective_is_named():
-    with pytest.raises(InputError, match="objective: 'cheap' is not known; known are linear, multiplicative"):
+    with pytest.raises(InputError, match="objective: 'cheap' is not known; known are linear, birr, visionthink, dual"):
         worth("cheap", SCORE, TOKENS, COST, 0.1)

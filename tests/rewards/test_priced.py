@@ -5,15 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.priced import (
-    birr_cost,
-    dual_cost,
-    linear_cost,
-    log_cost,
-    multiplicative_cost,
-    oracle_regret_cost,
-    visionthink_cost,
-)
+from rewards.priced import birr_cost, dual_cost, linear_cost, visionthink_cost
 from rewards.registry import RewardError, get_reward, warn_unscorable
 from slides.errors import InputError
 
@@ -28,8 +20,7 @@ ROW = {"answer": ["a"] * 3, "options": [["a", "b"]] * 3, "task": ["choice"] * 3}
     [
         ("linear_cost", {"price": 0.4}, [-0.1, -0.1, -0.4]),
         ("linear_cost", {"price": 0.4, "score": "choice"}, [0.9, -0.1, -0.4]),
-        ("multiplicative_cost", {"price": 0.4, "score": "choice"}, [0.9, 0.0, 0.0]),
-        ("log_cost", {"price": 0.4, "score": {"name": "choice"}, "n_min": 16}, [0.8, -0.2, -0.4]),
+        ("linear_cost", {"price": 0.4, "score": {"name": "choice"}}, [0.9, -0.1, -0.4]),
     ],
 )
 def test_reward_form(name, params, expected):
@@ -47,9 +38,9 @@ def test_reward_form(name, params, expected):
 
 def test_reward_form_without_a_budget_or_a_score_does_not_apply():
     assert linear_cost([RIGHT] * 4, max_budget=[None, 64, 0, "64"], tokens=[4, None, 4, 4]) == [None] * 4
-    assert log_cost([RIGHT], max_budget=[64]) == [None]
+    assert linear_cost([RIGHT], max_budget=[64]) == [None]
     columns = ROW | {"task": ["open"] * 3}
-    assert multiplicative_cost([RIGHT] * 3, [64] * 3, "choice", tokens=[4] * 3, **columns) == [None] * 3
+    assert linear_cost([RIGHT] * 3, [64] * 3, score="choice", tokens=[4] * 3, **columns) == [None] * 3
 
 
 def test_more_realised_than_the_largest_budget_costs_the_largest():
@@ -60,7 +51,7 @@ def test_mistakes_are_named():
     with pytest.raises(InputError, match="price"):
         linear_cost([RIGHT], max_budget=[64], tokens=[4], price=-1.0)
     with pytest.raises(RewardError, match="'score'"):
-        get_reward("multiplicative_cost")([RIGHT], max_budget=[64], tokens=[4])
+        get_reward("visionthink_cost")([RIGHT], max_budget=[64], tokens=[4], id=["1"])
     with pytest.raises(InputError, match="did you mean 'choice'"):
         linear_cost([RIGHT], max_budget=[64], tokens=[4], score="choise")
 
@@ -149,19 +140,9 @@ def test_birr_cost_without_a_usable_sweep_does_not_apply(row, caplog):
     assert "row-7" in caplog.text
 
 
-def test_oracle_regret_cost():
-    answers = ["64", "16", "2", "9000", "256", "many"]
-    values = oracle_regret_cost([budget(a) for a in answers], [64] * 6, [256] * 6, n_min=16)
-    assert values == pytest.approx([0, -2, -2, -2, -2, -4])
-    assert oracle_regret_cost([budget("64")] * 3, [None, NAN, 64], [256, 256, None]) == [None] * 3
-    with pytest.raises(InputError, match="n_min"):
-        oracle_regret_cost([budget("64")], [64], [256], n_min=0)
-
-
 SPECS = {
-    "linear_cost": {}, "linear_cost with a score": {"score": "choice"}, "multiplicative_cost": {"score": "choice"},
-    "log_cost": {"score": "choice", "n_min": 4}, "visionthink_cost": {"score": "choice"},
-    "dual_cost": {"score": "choice", "price": 0.7, "target": 0.1}, "birr_cost": {}, "oracle_regret_cost": {},
+    "linear_cost": {}, "linear_cost with a score": {"score": "choice"}, "visionthink_cost": {"score": "choice"},
+    "dual_cost": {"score": "choice", "price": 0.7, "target": 0.1}, "birr_cost": {},
 }  # fmt: skip
 SILENCES = ["", "a", "<answer></answer>", "<answer>a</answer><answer>a</answer>"]
 outputs = st.sampled_from(["16", "64", "256", "a", "b", "answer"])
@@ -177,12 +158,12 @@ outputs = st.sampled_from(["16", "64", "256", "a", "b", "answer"])
 def test_an_unreadable_completion_never_beats_a_readable_one(name, readable, unreadable):
     """Of the same case; for a policy that is asked for a budget, text without a number is unreadable as well."""
     completions = [FORM.format(a) if form else f"<answer>{a}</answer>" for a, _, form in readable] + unreadable
-    asked = name in ("birr_cost", "oracle_regret_cost")
+    asked = name == "birr_cost"
     silent = [i >= len(readable) or (asked and not readable[i][0].isdigit()) for i in range(len(completions))]
     n = len(completions)
     columns = {
         "answer": ["a"] * n, "options": [["a", "b"]] * n, "id": ["1"] * n, "max_budget": [256] * n,
-        "tokens": [t for _, t, _ in readable] + [4] * len(unreadable), "native": [2142] * n, "oracle_budget": [64] * n,
+        "tokens": [t for _, t, _ in readable] + [4] * len(unreadable), "native": [2142] * n,
         "budgets": [[16, 64, 256]] * n, "scores": [[0.0, 0.5, 1.0]] * n,
     }  # fmt: skip
     values = get_reward({"name": name.split()[0], "params": SPECS[name]})(completions, **columns)

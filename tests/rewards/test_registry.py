@@ -24,7 +24,7 @@ def of(source, user_file, **spec):
 
 def test_built_in_rewards_are_known_without_being_imported_by_the_caller():
     names = reward_names()
-    assert {"choice", "ap50", "ap75", "ap50_95", "format", "linear_cost", "multiplicative_cost", "log_cost"} <= set(
+    assert {"choice", "ap50", "ap75", "ap50_95", "format", "linear_cost", "visionthink_cost", "dual_cost"} <= set(
         names
     )
     code = "from rewards.registry import get_reward; print(get_reward('ap50').name)"
@@ -412,6 +412,12 @@ def test_runs_in_stock_trl_with_and_without_the_wrapper():
 
 
 def test_every_built_in_reward_documents_itself():
-    for name in ("choice", "ap50", "ap75", "ap50_95", "format", "linear_cost", "multiplicative_cost", "log_cost"):
+    for name in ("choice", "ap50", "ap75", "ap50_95", "format", "linear_cost", "visionthink_cost", "dual_cost"):
         assert get_reward(name)._function.__doc__
         assert re.search(rf"`{name}`", (ROOT / "docs/rewards.md").read_text())
+
+
+@pytest.mark.parametrize("name", ["multiplicative_cost", "log_cost", "oracle_regret_cost"])
+def test_a_removed_reward_is_named_with_what_to_write_instead(name):
+    with pytest.raises(InputError, match=rf"reward '{name}' was removed before 0\.1\.0, .* linear_cost; name that"):
+        get_reward({"name": name, "params": {"price": 0.5}})
