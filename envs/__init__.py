@@ -3,5 +3,5 @@
 - `case`, and where cases come from: `manifest` (your own files), `simulator` (drawn slides with known truth), `mosaic`
   (labelled tiles laid out on a field).
 - `checks`: leaks, copies and contradictions; `new_cases`: cases that are only answered.
-- `token_budget` and `score_table`: choosing budgets as a Gymnasium environment, and as a table of scores.
+- `score_table`: what a performer scores at every budget.
 """

@@ -16,7 +16,7 @@ PAGES += sorted((ROOT / "docs").glob("*.md"))
 RECIPES = ROOT / "configs" / "recipes"
 PACKAGES = ("envs", "models", "rewards", "rl", "sft", "slides")
 EXAMPLES = {"configs/recipes/other.yaml"}  # a recipe of the reader's
-TREE = ("benchmarks", "configs", "docs", "tests", *PACKAGES)
+TREE = ("benchmarks", "configs", "docs", "examples", "tests", *PACKAGES)
 
 
 def anchors(path: Path) -> set[str]:

@@ -1,26 +1,56 @@
 """A gymnasium environment over a score table, so that any reinforcement learner can train an allocator.
 
-    import envs.token_budget
-    env = gymnasium.make("frugalpath/TokenBudget-v0", score=score, flops=flops, budgets=[1, 4], observation=seen)
+    pip install gymnasium
+    python examples/token_budget.py runs/demo/tables/grpo.val.jsonl --price 0.1
+
+trains the simplest of learners, which sees the kind of question alone, and prints its mean reward beside those of
+random budgets, the best static budget and the best budget of each case. With a library of learners:
+
+    from examples.token_budget import TokenBudget, observations
+    env = TokenBudget.from_table(ScoreTable.load(path), observations(*look(cases)), price=(0.003, 1.0))
 
 Nothing is generated: what the frozen performer scores at every budget is known, and a step looks it up.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-import gymnasium
 import numpy as np
-from gymnasium import spaces
+import torch
 
 from envs.score_table import ScoreTable
+from models.allocators.network import there
 from rewards.objectives import OBJECTIVES, worth
-from slides.errors import InputError
+from slides.errors import InputError, entry
+
+try:
+    import gymnasium
+    from gymnasium import spaces
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("this example needs gymnasium; pip install gymnasium", name="gymnasium") from error
 
 ID = "frugalpath/TokenBudget-v0"
+
+
+def observations(look: torch.Tensor, question: torch.Tensor, buckets: int = 64) -> np.ndarray:
+    """Pooled look and hashed bag of question tokens, (N, d + buckets) in float32.
+
+    Args:
+        look: (N, K, tokens, d), as `CheapLook` gives it: the mean over tokens and the slides that are there.
+        question: (N, T) hashed tokens, 0 is none: shares of the tokens in each bucket.
+    """
+    seen = there(look)[..., None, None]
+    pooled = (look * seen).sum((1, 2)) / (seen.sum(1)[:, 0] * look.shape[2]).clamp_min(1)
+    asked = torch.zeros(len(question), buckets)
+    some = (question > 0).float()
+    asked.scatter_add_(1, question % buckets, some / some.sum(1, keepdim=True).clamp_min(1))
+    return torch.cat([pooled, asked], 1).numpy().astype(np.float32)
 
 
 class TokenBudget(gymnasium.Env[np.ndarray, np.int64]):
@@ -182,4 +212,58 @@ class TokenBudget(gymnasium.Env[np.ndarray, np.int64]):
             raise InputError(problems)
 
 
-gymnasium.register(id=ID, entry_point="envs.token_budget:TokenBudget")
+gymnasium.register(id=ID, entry_point=f"{__name__}:TokenBudget")
+
+
+def learn(env: TokenBudget, states: np.ndarray, episodes: int, seed: int) -> np.ndarray:
+    """Rungs (states,) of the highest mean reward, from episodes at random rungs.
+
+    Args:
+        states: (N,) what the learner sees of each case, as a whole number from 0.
+    """
+    rng = np.random.default_rng(seed)
+    total, count = np.zeros((2, states.max() + 1, len(env.budgets)))
+    for _ in range(episodes):
+        case, rung = int(rng.integers(len(states))), int(rng.integers(len(env.budgets)))
+        env.reset(options={"case": case})
+        total[states[case], rung] += env.step(np.int64(rung))[1]
+        count[states[case], rung] += 1
+    return (total / count.clip(1)).argmax(1)
+
+
+@entry
+def main() -> None:
+    """Train on half of a table's patients, and print one JSON line about the others."""
+    parser = argparse.ArgumentParser(description="A budget for each kind of question, learned from a score table.")
+    parser.add_argument("table", type=Path, help="score table of a run, such as runs/demo/tables/grpo.val.jsonl")
+    parser.add_argument("--price", type=float, default=0.1, help="score that the largest budget costs")
+    parser.add_argument("--episodes", type=int, default=20_000)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    if not args.table.is_file():
+        raise InputError(f"{args.table}: no such score table; run rl/grpo.py first")
+    table = ScoreTable.load(args.table)
+    table = table.at([b for b in table.budgets if b])
+    kinds, states = np.unique(table.questions, return_inverse=True)
+    patients = np.unique(table.patients)
+    seen = np.isin(table.patients, np.random.default_rng(args.seed).permutation(patients)[: len(patients) // 2])
+    if seen.all() or not seen.any():
+        raise InputError(f"{args.table}: has {len(patients)} patients; half are learned from, so give two or more")
+    env = TokenBudget(table.score[seen], table.flops[seen], table.budgets, states[seen, None], args.price)
+    rungs = learn(env, states[seen], args.episodes, args.seed)
+    cost = table.flops / table.flops[seen, -1].mean()
+    reward = worth("linear", table.score, table.visual, cost, args.price)
+    static, held = int(reward[seen].mean(0).argmax()), reward[~seen]
+    result = {
+        "n": len(held),
+        "budgets": {str(kind): table.budgets[rung] for kind, rung in zip(kinds, rungs, strict=True)},
+        "learned": float(held[np.arange(len(held)), rungs[states[~seen]]].mean()),
+        "static": float(held[:, static].mean()),
+        "random": float(held.mean()),
+        "oracle": float(held.max(1).mean()),
+    }
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,6 +1,11 @@
 from __future__ import annotations
 
+import dataclasses
+import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import gymnasium
 import numpy as np
@@ -9,8 +14,7 @@ import torch
 from gymnasium.utils.env_checker import check_env
 
 from envs.score_table import ScoreTable
-from envs.token_budget import ID, TokenBudget
-from models.allocators.observing import observations
+from examples.token_budget import ID, TokenBudget, observations
 from slides.errors import InputError
 
 BUDGETS = [1, 4, 16]
@@ -183,3 +187,32 @@ def test_observations_are_the_pooled_look_and_the_words_of_the_question():
     assert found[0, :4].tolist() == [4, 5, 6, 7] and found[1, :4].tolist() == [2, 2, 2, 2]
     assert found[0, 4 + 5] == pytest.approx(2 / 3) and found[0, 4 + 9] == pytest.approx(1 / 3)
     assert found[1, 4 + 6] == 1 and found[:, 4:].sum() == pytest.approx(2)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    script = Path(__file__).parents[2] / "examples" / "token_budget.py"
+    return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_the_script_learns_a_budget_for_each_kind_of_question(tmp_path):
+    """The kind tells which cases the smallest budget solves."""
+    kinds = ["heavy" if i % 3 == 0 else "light" for i in range(COUNT)]
+    dataclasses.replace(table(), questions=kinds).save(tmp_path / "table.jsonl")
+    done = run(str(tmp_path / "table.jsonl"), "--price", "0.5", "--episodes", "2000")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["budgets"] == {"heavy": 4, "light": 1} and 25 <= found["n"] <= 35
+    assert found["learned"] == pytest.approx(found["oracle"])
+    assert found["oracle"] > found["static"] + 0.02 > found["random"] + 0.1
+
+
+def test_the_script_names_a_table_that_is_not_there(tmp_path):
+    done = run(str(tmp_path / "none.jsonl"))
+    assert done.returncode == 2 and "none.jsonl: no such score table" in done.stderr
+
+
+def test_without_gymnasium_the_remedy_is_named():
+    code = "import sys; sys.modules['gymnasium'] = None; import examples.token_budget"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "this example needs gymnasium; pip install gymnasium" in done.stderr
