@@ -229,7 +229,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "again_cpu_s": round(max(each["cpu"] for each in again), 1),
         "first_peak_gb": round(first["peak"] / 1e9, 2),
         "again_peak_gb": round(max(each["peak"] for each in again) / 1e9, 2),
-        "cache_mb": round(size / 1e6, 1),
+        "cache_mb": round(size / 1e6, 2),
     }
 
 
