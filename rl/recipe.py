@@ -110,7 +110,10 @@ class AllocatorOptions:
     text: TextOptions = field(default_factory=TextOptions)
 
     def settings(self) -> dict[str, Any]:
-        """What a trained allocator depends on: keys that are as they were before they existed are left out."""
+        """What a trained allocator depends on.
+
+        Keys that are as they were before they existed are left out; removed ones are in it as they were by default.
+        """
         own = {k: v for k, v in dataclasses.asdict(self).items() if k != "text"}
         if self.form != "policy":
             own = {k: v for k, v in own.items() if k not in ("price_range", "entropy", "entropy_decay", "advantage")}
