@@ -17,8 +17,19 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from slides.content import Content, digest, file_key, file_keys, in_processes, numbers_below, read_known, write_known
+from slides.content import (
+    Content,
+    digest,
+    file_key,
+    file_keys,
+    in_processes,
+    numbers_below,
+    read_known,
+    without_collections,
+    write_known,
+)
 from slides.images import (
+    FORMATS,
     MAX_PIXELS,
     OR_DROP,
     ImageError,
@@ -30,6 +41,7 @@ from slides.images import (
 )
 
 _SMALL = 2**20  # bytes of a file up to which it is held in memory, to be hashed and decoded after one reading
+_HEADS = {b"\x89PNG\r\n\x1a\n": ("PNG",), b"\xff\xd8\xff": ("JPEG",)}
 _MANY = 4000  # files from which on processes are worth their start
 _BLOCK = 500  # files that one of them looks at in a row
 _WRITE_S = 30  # seconds after which what was found is remembered, in case the rest is not reached
@@ -235,7 +247,8 @@ def _look_at_all(
 def _look_at_block(paths: Sequence[str], kinds: Sequence[bool], max_pixels: int) -> list[tuple[str, int, int] | str]:
     """In another process."""
     allow_pixels(max_pixels)
-    return [_try_to_look(path, kind, max_pixels) for path, kind in zip(paths, kinds, strict=True)]
+    with without_collections():
+        return [_try_to_look(path, kind, max_pixels) for path, kind in zip(paths, kinds, strict=True)]
 
 
 def _try_to_look(path: str, is_image: bool, max_pixels: int) -> tuple[str, int, int] | str:
@@ -255,7 +268,8 @@ def _look(path: str, is_image: bool, max_pixels: int) -> FileFacts | str:
     data = _small_content(path)
     if data and plain_picture(path, data):
         try:
-            return FileFacts(hashlib.sha256(data).hexdigest(), *_decode(io.BytesIO(data), max_pixels))
+            formats = next((known for head, known in _HEADS.items() if data.startswith(head)), FORMATS)
+            return FileFacts(hashlib.sha256(data).hexdigest(), *_decode(io.BytesIO(data), max_pixels, formats))
         except Exception:  # told below, by the name of the file
             pass
     checked = digest(path)
@@ -280,9 +294,9 @@ def _small_content(path: str) -> bytes:
         os.close(opened)
 
 
-def _decode(source: str | BinaryIO, max_pixels: int) -> tuple[int, int]:
+def _decode(source: str | BinaryIO, max_pixels: int, formats: tuple[str, ...] = FORMATS) -> tuple[int, int]:
     """Width and height of an image that can be decoded."""
-    with open_image(source, max_pixels) as image:
+    with open_image(source, max_pixels, formats) as image:
         width, height = image.size
         # An eighth of the size still reads the whole JPEG stream, at a fraction of the time.
         image.draft("RGB", (max(1, width // 8), max(1, height // 8)))

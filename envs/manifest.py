@@ -5,11 +5,9 @@ JSONL, JSON, CSV, TSV or parquet rows, ms-swift rows, or a folder with one sub-f
 
 from __future__ import annotations
 
-import gc
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import compress
 from pathlib import Path
@@ -26,6 +24,7 @@ from envs.quick import kinds_of
 from envs.rows import read_rows
 from envs.splits import carve, limit_cases
 from envs.table import ABSENT, Rows
+from slides.content import without_collections
 from slides.errors import InputError
 from slides.images import MAX_PIXELS, allow_pixels
 
@@ -107,7 +106,7 @@ def build(
     start = Path(root).expanduser() if root else (source if source.is_dir() else source.parent)
     known = {f.name for f in fields(Reading)} - {"root", "patient_pattern", "gold"}
     reading = Reading(root=start, patient_pattern=pattern, **{k: v for k, v in params.items() if k in known})
-    with _without_collections():
+    with without_collections():
         return _cases(source, reading, params)
 
 
@@ -203,18 +202,6 @@ def _warn(path: str, cases: Sequence[Case], copies: int, broken: Mapping[str, st
     if copies:
         logger.warning("%s: left out %d copies of images in a later split", path, copies)
     warn_of_lost_slides(cases, broken)
-
-
-@contextmanager
-def _without_collections() -> Iterator[None]:
-    """Millions of objects are made that stay: looking through them again and again takes a third of the time."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def read_manifest(path: str | Path, *, root: str | Path | None = None, **params: Any) -> list[Case]:

@@ -35,18 +35,21 @@ def allow_pixels(pixels: int) -> None:
     Image.MAX_IMAGE_PIXELS = max(pixels, Image.MAX_IMAGE_PIXELS or 0)
 
 
-def open_image(path: str | os.PathLike | BinaryIO, max_pixels: int | None = None) -> Image.Image:
+def open_image(
+    path: str | os.PathLike | BinaryIO, max_pixels: int | None = None, formats: tuple[str, ...] = FORMATS
+) -> Image.Image:
     """Open an image file and check its size; nothing is decoded yet.
 
     Args:
         max_pixels: a limit below that of the process.
+        formats: of `FORMATS`, where the format is known: trying the others takes as long as opening it.
 
     Raises:
         ImageError: no such file, not an image, or too large.
     """
     limit = min(n for n in (max_pixels, Image.MAX_IMAGE_PIXELS) if n is not None)
     try:
-        image = Image.open(path, formats=FORMATS)
+        image = Image.open(path, formats=formats)
     except Image.DecompressionBombError as error:
         raise ImageError(f"is too large to open ({error}); {_REMEDY}") from error
     except Exception as error:  # readers of broken heads raise almost anything
