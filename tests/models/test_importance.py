@@ -85,8 +85,9 @@ def test_gradients_reach_the_scorer_also_through_a_layer_norm(scorer, norm):
     out = scorer(tokens, 4, question)
     (norm(out.features) * torch.randn(2, 4, DIM)).sum().backward()
     for name, parameter in scorer.named_parameters():
-        # The last bias shifts all scores alike; it has a gradient all the same.
-        assert parameter.grad is not None and parameter.grad.norm() > 1e-7, name
+        assert parameter.grad is not None, name
+        # The last bias shifts all scores alike, which a softmax does not see: what it gets is rounding.
+        assert (parameter.grad.norm() > 1e-4) == (name != "score.1.bias"), name
     assert (tokens.features.grad[1, 5:] == 0).all(), "padding has no part in it"
 
 
