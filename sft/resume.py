@@ -42,7 +42,7 @@ def train_from(trainer: Trainer, checkpoint: str | None) -> None:
 def repeatable() -> Iterator[None]:
     """Sums whose order is fixed, where this is cheap: on a CPU.
 
-    There a single kernel adds in whatever order its threads come, that of the gradient of `x[rows]`; torch's
+    There one kernel of those tried adds in whatever order its threads come, that of the gradient of `x[rows]`; torch's
     deterministic one is no slower. On a GPU many kernels do, and their substitutes are slower or missing:
     `full_determinism` of the trainer's arguments asks for them, and is left as it is.
     """
