@@ -168,6 +168,11 @@ def file_key(real: str, size: int, written: int, changed: int) -> bytes:
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=16).digest()
 
 
+def usable_cores() -> int:
+    """Cores that this process may use, of those that the launcher's processes on this machine share."""
+    return max(1, cpu_count() // max(1, int(os.environ.get("LOCAL_WORLD_SIZE") or 1)))
+
+
 def in_processes(
     work: Callable[..., Any], tasks: Sequence[tuple], *, many: bool = True, ahead: int | None = None
 ) -> Iterator[Any]:
@@ -184,8 +189,7 @@ def in_processes(
     Raises:
         RuntimeError: when results are taken: a process died.
     """
-    # Processes of one launch share the cores.
-    number = min(_PROCESSES, cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), len(tasks))
+    number = min(_PROCESSES, usable_cores(), len(tasks))
     if number < 2 or not many:
         return (work(*task) for task in tasks)
     # Loky's way to start a process neither forks one in which torch has started threads nor imports the script again.

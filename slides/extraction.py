@@ -12,6 +12,7 @@ import numpy as np
 import openslide
 from tqdm import tqdm
 
+from slides.content import usable_cores
 from slides.encoder import PatchEncoder, load_encoder
 from slides.errors import InputError
 from slides.jobs import SlideJob, as_jobs, stain_key
@@ -21,7 +22,7 @@ from slides.reader import BackendError, SlideReader
 from slides.scale import Scale, SlideError, find_scale
 from slides.status import DONE, FAILED, SKIPPED, SlideStatus, file_identity, read_status, write_status
 from slides.store import FeatureWriter
-from slides.stream import check_tile, encode_tiles, read_thumbnail, read_tiles, usable_cores
+from slides.stream import check_tile, encode_tiles, read_thumbnail, read_tiles
 from slides.tiling import Grid, cap, make_grid, select, tissue_fraction
 from slides.tissue import find_tissue
 

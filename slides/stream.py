@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections import deque
@@ -27,12 +26,6 @@ BLOCK_SIDE = 4
 # A level of more pixels than this is not searched for tissue: a file that claims to be that large and has no pyramid
 # would be read for a quarter of an hour and more.
 MAX_SEARCH = 2**35
-
-
-def usable_cores() -> int:
-    """Cores that this process may use, of those that the launcher's processes on this machine share."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, here // max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def read_ahead(
