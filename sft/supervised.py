@@ -26,6 +26,7 @@ from models.performer import Performer
 from models.sharded import make_ready, shares_out, whole
 from models.sight import stack_positions
 from rewards.registry import gold_completion
+from rl.flops import FlopCount
 from sft.options import training_arguments
 from sft.resume import train_from
 from slides.errors import InputError
@@ -68,7 +69,14 @@ class StageTrainer(SFTTrainer):
     def __init__(self, *args: Any, rates: Mapping[str, float] | None = None, **kwargs: Any):
         self.rates = rates
         super().__init__(*args, **kwargs)
-        make_ready(self.accelerator.unwrap_model(self.model))
+        own = self.accelerator.unwrap_model(self.model)
+        make_ready(own)
+        self._flops = FlopCount(own)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """FLOPs of the language model for a batch, counted as those of GRPO are, see `FlopCount`."""
+        self._flops.add(int(inputs["attention_mask"].sum()), update=True)
+        return self._flops.take()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """As its base; every group is divided by part, before anything of it is used."""
