@@ -21,7 +21,7 @@ from rl.deciders.loading import keep_decider
 from rl.deciders.policy import fit_policy
 from rl.deciders.text import text_decider
 from rl.deciders.value import fit_value
-from rl.deployed import check_trained
+from rl.deployed import SUMMARY, check_trained
 from rl.guards import collapsed
 from rl.recipe import parse_recipe
 from rl.stages import Stages
@@ -29,17 +29,11 @@ from slides.errors import entry
 
 
 def make_decider(stages: Stages, performer: Performer, start: LookNetwork) -> Decider:
-    """An allocator of the recipe's form that is ready to decide; what it takes for new cases is kept in the folder.
+    """An allocator of the recipe's form that is ready to decide.
 
     Args:
         start: the jointly trained network.
     """
-    decider = _fitted(stages, performer, start)
-    keep_decider(decider)
-    return decider
-
-
-def _fitted(stages: Stages, performer: Performer, start: LookNetwork) -> Decider:
     form = stages.run.allocator.form
     if form == "text":
         return text_decider(stages, performer)
@@ -76,7 +70,11 @@ def main() -> None:
         print(f"allocator fitted on {len(predicted)} cases, mean absolute error out of fold {error:.3f}")
     for warning in collapse(stages, performer, decider):
         print(f"warning: {warning}")
-    print(f"written to {stages.run.folder / decider.folder}")
+    if (run.folder / SUMMARY).is_file():
+        print("the report, and what answers, are as before; rl/pareto.py makes them anew")
+    else:
+        keep_decider(decider)
+    print(f"written to {run.folder / decider.folder}")
 
 
 if __name__ == "__main__":

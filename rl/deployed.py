@@ -12,7 +12,7 @@ from envs.case import Case
 from models.performer import Performer
 from rl.checkpoints import DONE
 from rl.deciders.base import Decider
-from rl.deciders.loading import KEPT, load_decider
+from rl.deciders.loading import KEPT, kept_form, load_decider
 from rl.prepare import load_features
 from rl.recipe import Run
 from rl.stages import Stages
@@ -72,16 +72,17 @@ def settings(run: Run) -> dict[str, Any]:
 
 
 def check_finished(run: Run) -> None:
-    """Refuse a run that has no trained performer and fitted allocator, or that other settings have made.
+    """Refuse a run that has no trained performer and fitted allocator, or that other settings have made or reported.
 
     Raises:
         InputError: with what is missing and what writes it, or what differs.
     """
     if (run.folder / MARK).is_file():
         _check_settings(run, json.loads((run.folder / MARK).read_text())["parts"])
-        return
-    _check_files(run, NEEDED)
-    _check_settings(run, json.loads((run.folder / "grpo" / DONE).read_text())["parts"])
+    else:
+        _check_files(run, NEEDED)
+        _check_settings(run, json.loads((run.folder / "grpo" / DONE).read_text())["parts"])
+    kept_form(run)
 
 
 def check_trained(run: Run) -> None:

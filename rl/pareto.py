@@ -19,6 +19,7 @@ from typing import Any
 from models.allocators.network import LookNetwork
 from models.performer import Performer
 from rl.allocate import collapse, make_decider
+from rl.deciders.loading import keep_decider
 from rl.deployed import check_trained
 from rl.evaluation.attribution import attribute
 from rl.evaluation.cautions import cautions
@@ -55,6 +56,7 @@ def evaluate(stages: Stages, performer: Performer, start: LookNetwork) -> dict[s
         "warnings": [*cautions(outcome), *collapse(stages, performer, trial.decider)],
     }
     summary = write_report(stages, performer, outcome, summary)
+    keep_decider(trial.decider)
     if stages.is_main:
         write_card(run.folder / "grpo" / "README.md", run, summary)
     return summary

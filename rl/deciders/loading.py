@@ -11,6 +11,7 @@ from rl.deciders.escalate import load_escalate
 from rl.deciders.policy import load_policy
 from rl.deciders.text import load_text
 from rl.deciders.value import load_value
+from rl.recipe import Run
 from rl.stages import Stages
 from slides.errors import InputError, removed
 from slides.whole import write_text
@@ -28,24 +29,42 @@ LOADERS: dict[str, Callable[[Stages, Performer], Decider]] = {
 
 
 def keep_decider(decider: Decider) -> None:
-    """Write the form, and the cost of the budgets, which is measured on training questions."""
+    """Write the form, and the cost of the budgets, which is measured on training questions.
+
+    It goes with the report, whose prices are of this form.
+    """
     stages = decider.stages
     path = stages.run.folder / "allocator" / KEPT
-    if stages.is_main and not path.is_file():
+    if stages.is_main:
         content = {"form": decider.form, "ladder": decider.ladder, "rung_cost": list(decider.rung_cost)}
         write_text(path, json.dumps(content, indent=1) + "\n")
+
+
+def kept_form(run: Run) -> str:
+    """The form that a run's last report was made with, and that its recipe names.
+
+    Raises:
+        InputError: this version does not know it, or the recipe names another.
+    """
+    path = run.folder / "allocator" / KEPT
+    form = json.loads(path.read_text())["form"]
+    if form == "split":
+        raise InputError(removed(f"{path}: form 'split'", "train again without allocator.share, in a new folder"))
+    if form not in LOADERS:
+        raise InputError(f"{path}: the form {form!r} is not known; known are {', '.join(LOADERS)}")
+    if form != run.allocator.form:
+        recipe = f"--config {run.path}" if run.path else "--config RECIPE"
+        raise InputError(
+            f"{path}: the last report was made with allocator.form {form}, the recipe has {run.allocator.form}; give "
+            f"--set allocator.form={form}, or make the report with the other: python rl/pareto.py {recipe}"
+        )
+    return form
 
 
 def load_decider(stages: Stages, performer: Performer) -> Decider:
     """The fitted allocator of a run.
 
     Raises:
-        InputError: this version does not know its form.
+        InputError: as `kept_form`.
     """
-    path = stages.run.folder / "allocator" / KEPT
-    form = json.loads(path.read_text())["form"]
-    if form == "split":
-        raise InputError(removed(f"{path}: form 'split'", "train again without allocator.share, in a new folder"))
-    if form not in LOADERS:
-        raise InputError(f"{path}: the form {form!r} is not known; known are {', '.join(LOADERS)}")
-    return LOADERS[form](stages, performer)
+    return LOADERS[kept_form(stages.run)](stages, performer)

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+import rl.allocate
 import rl.answer
 import rl.grpo
 import rl.pareto
@@ -50,6 +51,8 @@ def test_a_published_run_answers_like_the_run(finished, slides, question, called
         assert called(rl.pareto.main, *source)[0] == 0
     status, out, err = called(rl.publish.main, *source, "--to", tmp_path / "published")
     assert status == 0 and "MB" in out, err
+    kept = json.loads((tmp_path / "published" / "allocator" / "decider.json").read_text())
+    assert kept["form"] == form
     asked = {}
     for budget in ([], ["--price", 0.03], ["--budget", 4]):
         status, out, err = called(rl.answer.main, *source, *question, *budget)
@@ -130,6 +133,24 @@ def test_only_what_was_written_is_uploaded(published, called, monkeypatch):
     monkeypatch.setattr(rl.publish, "get_token", lambda: "hf_none")
     status, _, err = called(rl.publish.main, "--to", published, "--push", "someone/model")
     assert status == 2 and "--push someone/model: " in err and "Traceback" not in err, "the Hub is out of reach"
+
+
+def test_another_form_than_that_of_the_last_report_is_refused(finished, question, called, tmp_path):
+    recipe = Path(shutil.copy(finished[0], tmp_path))
+    shutil.copytree(finished[0].parent / "run", tmp_path / "run")
+    source = ["--config", recipe, "--output_dir", tmp_path / "run"]
+    escalate = [*source, "--set", "allocator.form=escalate"]
+    kept = tmp_path / "run" / "allocator" / "decider.json"
+    for reported, other, form in ((escalate, source, "escalate"), (source, escalate, "value")):
+        if form == "value":
+            assert called(rl.allocate.main, *source)[0] == 0
+            assert json.loads(kept.read_text())["form"] == "escalate", "the report is still of that"
+        assert called(rl.pareto.main, *reported)[0] == 0
+        assert json.loads(kept.read_text())["form"] == form
+        for main, given in ((rl.answer.main, question), (rl.publish.main, ["--to", tmp_path / "model"])):
+            status, _, err = called(main, *other, *given)
+            assert status == 2 and f"--set allocator.form={form}" in err and "rl/pareto.py" in err, err
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize(
