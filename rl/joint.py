@@ -15,6 +15,7 @@ from accelerate.utils import gather
 
 from envs.case import Case
 from models.performer import Performer
+from rewards.registry import RewardFunction
 from rl.allocation.online import AllocatorLearner
 from rl.trainer import GroupTrainer
 from sft.supervised import gold_ids
@@ -132,22 +133,47 @@ class FrugalTrainer(GroupTrainer):
             )
 
     def _calculate_rewards(self, inputs: list[dict], *rest: Any) -> torch.Tensor:
+        before = self._errors()
         rewards = super()._calculate_rewards(inputs, *rest)
         _, allocator_learns = self._learns()
         if self.model.training and allocator_learns:
             local = rewards[len(inputs) * self.accelerator.process_index :][: len(inputs)]
             weights = self.score_weights.to(local.device) * ~local.isnan()
-            score = (local.nan_to_num() * weights).sum(1) / weights.sum(1).clamp_min(1e-9)
+            # A completion that no reward scores has none, and so has a draw whose completions have none.
+            score = (local.nan_to_num() * weights).sum(1) / weights.sum(1)
             score = score.view(*self._drawn.rungs.shape, self.num_generations)
-            score = score[..., : self.num_generations - self.args.gold_rollout].mean(-1)
+            score = score[..., : self.num_generations - self.args.gold_rollout].nanmean(-1)
             # Every process updates on the rollouts of all, so that the allocators stay equal without DDP.
             seen = (self._padded(self._drawn.look), self._padded(self._drawn.question))
             parts = (*seen, self._drawn.rungs, score, self._drawn.price)
             look, question, rungs, score, price = (gather(t.to(local.device)).cpu() for t in parts)
+            if score.isnan().all():
+                self._check_failed(self._errors() - before)
             metrics = self.learner.update(look, question, rungs, score, price, self.state.epoch or 0.0)
             for name, value in metrics.items():
                 self._metrics["train"][f"allocator/{name}"].append(value)
         return rewards
+
+    def _errors(self) -> int:
+        """Errors so far of the rewards of the score, where they may fail (`on_error: none`)."""
+        scoring = [r for r, weight in zip(self.reward_funcs, self.score_weights.tolist(), strict=True) if weight]
+        return sum(r.counts["errors"] for r in scoring if isinstance(r, RewardFunction))
+
+    def _check_failed(self, errors: int) -> None:
+        """Refuse a batch without any score, unless a reward failed on it.
+
+        Raises:
+            InputError: as `Scorer` has it.
+        """
+        if gather(torch.tensor([errors], device=self.accelerator.device)).sum():
+            return
+        case = self.cases[self._inputs[0]["index"]]
+        weighed = zip(self.reward_func_names, self.score_weights.tolist(), strict=True)
+        names = ", ".join(name for name, weight in weighed if weight)
+        raise InputError(
+            f"case {case.id}: no reward scores its task {case.task!r}, or that of another case of the batch (asked: "
+            f"{names}); add one that does to `rewards`"
+        )
 
     def _padded(self, rows: torch.Tensor) -> torch.Tensor:
         return self.accelerator.pad_across_processes(rows.to(self.accelerator.device), dim=1)

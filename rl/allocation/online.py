@@ -79,12 +79,18 @@ class AllocatorLearner(ABC):
     ) -> dict[str, float]:
         """One step on the scores (B, M) of the drawn rungs (B, M); returns metrics.
 
+        Draws whose score is NaN are left out: nothing is known of them. Without any score there is no step.
+
         Args:
             price: (B,), at which they were drawn; the learner's own by default.
             epoch: passes over the training cases so far.
         """
         if price is None:
             price = torch.full((len(rungs),), self.price)
+        told = self._told(score)
+        look, question, rungs, score, price = (t[told] for t in (look, question, rungs, score, price))
+        if not len(score):
+            return {}
         self.allocator.train()
         with same_draws(self._updates()):
             loss = self._loss(look, question, rungs, score.clamp(0, 1), price, epoch)
@@ -92,12 +98,16 @@ class AllocatorLearner(ABC):
         loss.backward()
         self.optimizer.step()
         best = self._best(look, question)
-        metrics = {"loss": loss.item(), "score": score.mean().item(), **self._metrics(best, rungs, question)}
+        metrics = {"loss": loss.item(), "score": score.nanmean().item(), **self._metrics(best, rungs, question)}
         if self.objective.target is not None:
             spent = self._spent(look, question, best)
             metrics |= {"price": self.price, "cost": spent.mean().item()}
             self.price = dual_price(self.price, spent.numpy(), self.objective.target)
         return metrics
+
+    def _told(self, score: torch.Tensor) -> torch.Tensor:
+        """Which cases (B,) tell something, by the scores of their draws (B, M)."""
+        return ~score.isnan().all(1)
 
     def _updates(self) -> int:
         """Updates so far, those before a resumed checkpoint with them."""
@@ -192,7 +202,8 @@ class ValueLearner(AllocatorLearner):
         return torch.multinomial(policy.clamp_min(1e-9), count, replacement=count > len(self.ladder))
 
     def _loss(self, look, question, rungs, score, price, epoch) -> torch.Tensor:
-        return F.binary_cross_entropy_with_logits(self.allocator(look, question).gather(1, rungs), score)
+        known = ~score.isnan()
+        return F.binary_cross_entropy_with_logits(self.allocator(look, question).gather(1, rungs)[known], score[known])
 
     @torch.no_grad()
     def _best(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
@@ -218,6 +229,10 @@ class PolicyLearner(AllocatorLearner):
 
     def _prices(self, count: int) -> torch.Tensor:
         return super()._prices(count) if self.objective.target is not None else self.allocator.draw_prices(count)
+
+    def _told(self, score: torch.Tensor) -> torch.Tensor:
+        """An advantage compares the draws of a case, so that all must have a score."""
+        return ~score.isnan().any(1)
 
     def _draw(self, look: torch.Tensor, question: torch.Tensor, price: torch.Tensor, count: int) -> torch.Tensor:
         return self.allocator.sample(look, question, price, count, self.explore)

@@ -58,7 +58,9 @@ def make_learner() -> Callable[..., AllocatorLearner]:
 def make_trainer(cases, make_learner, tmp_path) -> Callable[..., FrugalTrainer]:
     """A trainer whose batch is 2 images x 2 budgets x 2 completions, of the cases `shown` or those of the bank."""
 
-    def make(performer: Performer, peft_config=None, form: str = "value", shown=None, **changes) -> FrugalTrainer:
+    def make(
+        performer: Performer, peft_config=None, form: str = "value", shown=None, rewards=None, **changes
+    ) -> FrugalTrainer:
         asked = shown or cases
         options = {
             **SHORT_RUN,
@@ -71,7 +73,7 @@ def make_trainer(cases, make_learner, tmp_path) -> Callable[..., FrugalTrainer]:
             "max_steps": 3,
         }
         rewards = get_rewards(
-            [{"name": "format", "params": {"soft": True}}, "choice", "tests.rl.conftest:even_tokens"]
+            rewards or [{"name": "format", "params": {"soft": True}}, "choice", "tests.rl.conftest:even_tokens"]
         )
         rows = [{"index": i, "prompt": performer.messages(c), **case_columns(c)} for i, c in enumerate(asked)]
         return FrugalTrainer(
@@ -93,6 +95,20 @@ def make_trainer(cases, make_learner, tmp_path) -> Callable[..., FrugalTrainer]:
 def even_tokens(completions, completion_ids, **columns) -> list[float]:
     """A reward that tells apart what an untrained performer writes: the share of even tokens."""
     return [sum(t % 2 == 0 for t in ids) / max(1, len(ids)) for ids in completion_ids]
+
+
+def odd_cases(completions, index, fails=False, **columns) -> list[float | None]:
+    """A reward that does not apply to cases of even number, or fails on them."""
+    if fails and any(i % 2 == 0 for i in index):
+        raise ConnectionError("no answer")
+    return [None if i % 2 == 0 else 1.0 for i in index]
+
+
+def never(completions, fails=False, **columns) -> list[float | None]:
+    """A reward that applies to nothing, or that always fails."""
+    if fails:
+        raise ConnectionError("no answer")
+    return [None] * len(completions)
 
 
 def whole_and_resumed(

@@ -48,6 +48,35 @@ def train(learner: AllocatorLearner, steps: int, count: int = 4) -> list[dict[st
     return logs
 
 
+@pytest.mark.parametrize("form", ["value", "policy"])
+def test_draws_without_a_score_are_left_out(form):
+    look, question, scores = Planted().batch(8)
+    rungs = torch.tensor([[0, 1, 2]] * 8)
+    price = torch.full((8,), 0.1)
+    part, whole = make(form), make(form)
+    for learner in (part, whole):
+        for module in learner.allocator.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    some = torch.cat([scores[:4], torch.full((4, 3), torch.nan)])
+    found = part.update(look, question, rungs, some, price)
+    known = whole.update(look[:4], question[:4], rungs[:4], scores[:4], price[:4])
+    assert found == pytest.approx(known)
+    for name, value in whole.allocator.state_dict().items():
+        torch.testing.assert_close(part.allocator.state_dict()[name], value)
+    before = {n: v.clone() for n, v in part.allocator.state_dict().items()}
+    assert part.update(look, question, rungs, torch.full((8, 3), torch.nan), price) == {}
+    assert all(torch.equal(v, before[n]) for n, v in part.allocator.state_dict().items())
+
+
+def test_single_draws_without_a_score_are_left_out_of_values():
+    look, question, scores = Planted().batch(8)  # dropout is drawn alike in both
+    scores[:, 1] = torch.nan
+    found = make("value").update(look, question, torch.tensor([[0, 1, 2]] * 8), scores)
+    known = make("value").update(look, question, torch.tensor([[0, 2]] * 8), scores[:, [0, 2]])
+    assert found["loss"] == pytest.approx(known["loss"]) and found["score"] == pytest.approx(known["score"])
+
+
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_a_policy_is_learnt_from_draws_for_every_price(kind):
     learner = make("policy", kind=kind)

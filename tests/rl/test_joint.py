@@ -100,6 +100,29 @@ def test_the_gold_rollout_closes_every_group_and_is_not_scored_for_the_allocator
     assert (out["advantages"].view(4, 4).argmax(1) == 3).all()
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_no_reward_scores_teaches_the_allocator_nothing(make_performer, make_trainer, monkeypatch, fails):
+    spec = {"name": "tests.rl.conftest:odd_cases", "params": {"fails": fails}, "on_error": "none"}
+    trainer = make_trainer(make_performer(), rewards=["format", spec], per_device_train_batch_size=16)
+    seen = {}
+    monkeypatch.setattr(trainer.learner, "update", lambda *drawn: seen.update(score=drawn[3]) or {})
+    trainer.model.train()
+    order = [i for i in (0, 1, 2, 3) for _ in range(4)]
+    trainer._generate_and_score_completions([trainer.train_dataset[i] for i in order])
+    assert seen["score"].isnan().all(1).tolist() == [True, False, True, False]
+    assert seen["score"][1::2].tolist() == [[1.0, 1.0]] * 2
+
+
+def test_a_batch_that_no_reward_scores_is_refused_unless_one_failed(make_performer, make_trainer):
+    spec = {"name": "tests.rl.conftest:never", "on_error": "none"}
+    with pytest.raises(InputError, match=r"case case\d: no reward scores its task 'choice', .*asked: never"):
+        make_trainer(make_performer(), rewards=["format", spec]).train()
+    trainer = make_trainer(make_performer(), rewards=["format", {**spec, "params": {"fails": True}}], max_steps=1)
+    before = copy.deepcopy(trainer.learner.allocator.state_dict())
+    trainer.train()
+    assert all(torch.equal(v, before[n]) for n, v in trainer.learner.allocator.state_dict().items())
+
+
 def test_a_gold_answer_that_would_be_cut_off_is_refused(make_performer, make_trainer):
     with pytest.raises(InputError, match=r"max_completion_length: 3 tokens, but the gold answer of case case\d takes"):
         make_trainer(make_performer(), gold_rollout=True, max_completion_length=3)
