@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,9 +86,9 @@ def provenance(stages: Stages) -> dict[str, Any]:
         "scored_by": {r.name: r.score_weight for r in stages.scorer.rewards},
         "ladder": stages.run.ladder,
         "seed": stages.run.grpo.seed,
-        "versions": {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}},
-        "git": _revision(),
-        "command": _command(),
+        "versions": _versions(),
+        "git": revision(),
+        "command": command(),
     }
 
 
@@ -149,22 +150,41 @@ def _cases(outcome: Outcome) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _revision() -> str | None:
-    """Revision of the sources, with a mark when they were changed since; None outside a git checkout."""
-    root = Path(__file__).parent.parent
+def revision(root: Path = Path(__file__).parents[2]) -> str | None:
+    """Revision of the sources, with a mark when they were changed since; None unless they are a git checkout.
+
+    Args:
+        root: of the sources. They may also lie inside another repository, whose revision says nothing of them.
+    """
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=True).stdout.strip()
+
     try:
-        done = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=root,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root.resolve():
+            return None
+        return git("describe", "--always", "--dirty", "--abbrev=12")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
 
 
-def _command() -> str:
-    processes = PartialState().num_processes
-    return f"accelerate launch --num_processes {processes} {' '.join(sys.argv)}"
+def command() -> str:
+    """What was run, as far as the arguments and the launcher's variables tell; its own options are not known."""
+    processes, launched = PartialState().num_processes, os.environ
+    if launched.keys() & {"ACCELERATE_DYNAMO_USE_FULLGRAPH", "ACCELERATE_CONFIG_DS_FIELDS"}:
+        words = ["accelerate", "launch", "--num_processes", str(processes)]
+    elif "TORCHELASTIC_RUN_ID" in launched:
+        nodes, each = (launched.get(name, "1") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+        words = ["torchrun", "--nnodes", nodes, "--nproc_per_node", each]
+    else:
+        words = ["python"]
+    told = shlex.join([*words, *sys.argv])
+    return told if words != ["python"] or processes == 1 else f"{told}  # {processes} processes"
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), **{p: version(p) for p in PACKAGES}}
+    try:
+        return found | {"frugalpath": version("frugalpath")}
+    except PackageNotFoundError:  # used from its folder
+        return found
