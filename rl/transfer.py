@@ -15,8 +15,8 @@ from accelerate import PartialState
 
 from envs.case import Case
 from envs.registry import make_env
-from rl.allocate import make_decider
 from rl.checkpoints import is_done
+from rl.deciders.loading import check_fitted, load_decider
 from rl.evaluation.cautions import cautions
 from rl.evaluation.trial import Trial
 from rl.prepare import load_features, load_rewards
@@ -39,20 +39,21 @@ def transfer(stages: Stages, recipe: Path) -> tuple[dict[str, Any], Path]:
         The summary, and where it was written.
 
     Raises:
-        InputError: the run is not finished; the recipe has no test case, the run was trained on some of them, their
-            rewards or questions do not fit, or they are encoded otherwise.
+        InputError: the run is not finished, its allocator was not fitted; the recipe has no test case, the run was
+            trained on some of them, their rewards or questions do not fit, or they are encoded otherwise.
     """
     run, other = stages.run, parse_recipe(["--config", str(recipe)])
     if is_done(run.folder / "grpo", stages.grpo_parts()) is None:
         raise InputError(f"{run.folder}: has no finished run to transfer; train it first with rl/grpo.py")
+    check_fitted(stages)
     _check_encoder(run, other, recipe)
     cases = _test_cases(stages, other, recipe)
     folder = run.folder / f"transfer_{recipe.stem}"
     tables = folder / "tables"
+    performer, _ = stages.joint()
+    trial = Trial(stages, performer, load_decider(stages, performer))
     bank = load_features(cases, other.encoder, other.feature_folder)
-    stages.bank.add(bank)
-    performer, start = stages.joint()
-    trial = Trial(stages, performer, make_decider(stages, performer, start))
+    stages.bank.add(bank)  # after the run itself is read, which is known by the slides that it lacks
     scorer = Scorer(load_rewards(run, cases), run.ladder[-1])
     table = score_table(
         performer,

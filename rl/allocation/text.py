@@ -117,6 +117,12 @@ class TokenReward:
         return worth(self.preset, score, tokens, cost, self.price, cap).tolist()
 
 
+def text_parts(stages: Stages) -> dict[str, Any]:
+    """What the trained adapter depends on."""
+    options = stages.run.allocator
+    return {**stages.grpo_parts(), "text": dataclasses.asdict(options.text), "price": options.price}
+
+
 def train_text(stages: Stages, performer: Performer) -> TextAllocator:
     """The performer's adapter that writes budgets, trained; a finished stage is read from the run's folder.
 
@@ -124,7 +130,7 @@ def train_text(stages: Stages, performer: Performer) -> TextAllocator:
     """
     run, folder = stages.run, stages.run.folder / "text"
     options = run.allocator.text
-    parts = {**stages.grpo_parts(), "text": dataclasses.asdict(options), "price": run.allocator.price}
+    parts = text_parts(stages)
     if is_done(folder, parts):
         return read_text(stages, performer)
     allocator = _warm_start(stages, performer)

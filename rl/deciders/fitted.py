@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -15,13 +17,18 @@ from rl.stages import Stages
 OUT_OF_FOLD = "out_of_fold.npy"
 
 
+def fit_parts(stages: Stages) -> dict[str, Any]:
+    """What a fit depends on."""
+    return {**stages.grpo_parts(), "fit": stages.run.allocator.settings()}
+
+
 def fitted(
     stages: Stages, performer: Performer, start: Network, table: ScoreTable, aim: Aim[Network]
 ) -> tuple[Network, np.ndarray]:
     """The fitted network, and what the aim predicts of the validation cases out of fold."""
     options = stages.run.allocator
     folder = stages.run.folder / "allocator"
-    parts = {**stages.grpo_parts(), "fit": options.settings()}
+    parts = fit_parts(stages)
     if is_done(folder, parts):
         return read_fit(stages, type(start))
     clock, cases = Clock(), stages.splits["val"]

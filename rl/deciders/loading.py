@@ -6,8 +6,11 @@ import json
 from collections.abc import Callable
 
 from models.performer import Performer
+from rl.allocation.text import text_parts
+from rl.checkpoints import is_done
 from rl.deciders.base import Decider
 from rl.deciders.escalate import load_escalate
+from rl.deciders.fitted import fit_parts
 from rl.deciders.policy import load_policy
 from rl.deciders.text import load_text
 from rl.deciders.value import load_value
@@ -68,3 +71,22 @@ def load_decider(stages: Stages, performer: Performer) -> Decider:
         InputError: as `kept_form`.
     """
     return LOADERS[kept_form(stages.run)](stages, performer)
+
+
+def check_fitted(stages: Stages) -> None:
+    """Refuse a run whose allocator is not the one that its recipe asks for.
+
+    Raises:
+        InputError: as `kept_form`, it was never fitted, or other settings were.
+    """
+    run = stages.run
+    if not (run.folder / "allocator" / KEPT).is_file():
+        recipe = f"--config {run.path}" if run.path else "--config RECIPE"
+        raise InputError(
+            f"{run.folder}: its allocator was never fitted, or never reported on; run: python rl/pareto.py {recipe}"
+        )
+    form = kept_form(run)
+    if form == "text":
+        is_done(run.folder / "text", text_parts(stages))
+    elif form != "escalate":
+        is_done(run.folder / "allocator", fit_parts(stages))

@@ -131,6 +131,23 @@ def test_a_run_is_transferred_to_other_cases(finished, fields, tmp_path):
     assert kept == {f: f.stat().st_mtime_ns for f in kept}, "nothing was fitted"
 
 
+def test_a_transfer_fits_nothing(finished, fields, tmp_path, called):
+    run = shutil.copytree(finished[0].parent / "run", tmp_path / "run", ignore=shutil.ignore_patterns("transfer*"))
+    other = write_recipe(tmp_path / "other", tmp_path, cases={**fields, "question": "diagnosis"})
+    source = ["--config", finished[0], "--output_dir", run, "--set", "allocator.form=escalate"]
+    (run / "allocator" / "decider.json").unlink()
+    status, _, err = called(rl.pareto.main, *source, "--transfer", other)
+    assert status == 2 and "never fitted" in err and "rl/pareto.py --config" in err
+    assert not list(run.glob("transfer*")) and not list((run / "allocator").glob("esc*"))
+    assert called(rl.pareto.main, *source)[0] == 0
+    kept = {f: f.stat().st_mtime_ns for f in (run / "allocator").iterdir()}
+    status, _, err = called(rl.pareto.main, *source, "--transfer", other)
+    assert status == 0, err
+    assert kept == {f: f.stat().st_mtime_ns for f in (run / "allocator").iterdir()}
+    own, there = (json.loads((run / part / "summary.json").read_text()) for part in ("report", "transfer_recipe"))
+    assert there["headline"]["price"] == own["headline"]["price"]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
