@@ -13,7 +13,7 @@ import torch
 from models.compressors.base import PLACE, Tokens
 from models.compressors.pool import Pool
 from slides.errors import InputError
-from slides.field_store import StoredField, count_stored, load_stored
+from slides.field_store import StoredField, count_stored, load_stored, stored_dim
 from slides.store import Features
 
 COLUMNS = PLACE + 1
@@ -85,7 +85,7 @@ class FeatureBank:
     @cached_property
     def dim(self) -> int:
         """Width d of the stored features."""
-        return self.load(next(iter(self.files))).features.shape[1]
+        return stored_dim(next(iter(self.files.values())))
 
     def add(self, other: FeatureBank) -> None:
         """Take in the sources of another bank, whose features are as wide."""

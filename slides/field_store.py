@@ -27,7 +27,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from slides.errors import InputError
-from slides.store import Features, count_features, read_features
+from slides.store import Features, count_features, features_dim, read_features
 from slides.whole import whole
 
 logger = logging.getLogger(__name__)
@@ -63,6 +63,11 @@ def load_stored(where: str | StoredField) -> Features:
 def count_stored(where: str | StoredField) -> int:
     """How many features there are, without reading them."""
     return where.store.count(where.key) if isinstance(where, StoredField) else count_features(where)
+
+
+def stored_dim(where: str | StoredField) -> int:
+    """How wide features are, without reading them."""
+    return where.store.dim(where.key) if isinstance(where, StoredField) else features_dim(where)
 
 
 class FieldStore:
@@ -133,6 +138,15 @@ class FieldStore:
         """
         shard, record = self._find(key)[0]
         return int(shard.shapes[record].prod())
+
+    def dim(self, key: str) -> int:
+        """Width of a field's features.
+
+        Raises:
+            InputError: it is not in the store.
+        """
+        shard, _ = self._find(key)[0]
+        return int(shard.features.shape[1])
 
     def read(self, key: str) -> Features:
         """Features of a field, float32, with the attributes of `slides.store.Features`.

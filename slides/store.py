@@ -166,6 +166,12 @@ def count_features(path: str | os.PathLike) -> int:
         return int(coords.shape[-2])
 
 
+def features_dim(path: str | os.PathLike) -> int:
+    """Width d of the features of a file that `read_features` reads, without reading them."""
+    with _datasets(Path(path)) as (_, features, _):
+        return int(features.shape[-1])
+
+
 @contextmanager
 def _datasets(path: Path) -> Iterator[tuple[h5py.File, h5py.Dataset, h5py.Dataset]]:
     """A file with its datasets `features` and `coords`, of which nothing has been read but the shapes.

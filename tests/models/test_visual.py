@@ -32,6 +32,13 @@ def test_every_source_and_budget_is_pooled_once(bank):
     assert counting.reads == 3
 
 
+def test_the_width_is_read_without_the_features(bank):
+    counting = CountingBank(bank.files)
+    assert counting.dim == WIDTH and counting.reads == 0
+    counting.add(CountingBank(bank.files))
+    assert counting.reads == 0
+
+
 def test_tokens_are_features_then_place(bank):
     tokens = bank.see("field3", 100)
     stored = read_features(bank.files["field3"])

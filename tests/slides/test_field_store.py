@@ -58,6 +58,7 @@ def test_what_is_added_is_read(tmp_path):
         assert holds(store, number)
         rows, columns, _ = cells_of(number).shape
         assert store.count(key_of(number)) == rows * columns
+        assert store.dim(key_of(number)) == store.read(key_of(number)).features.shape[1]
     stored = store.read(key_of(1))
     assert stored.coords.tolist() == [[0, 0], [16, 0], [32, 0], [0, 16], [16, 16], [32, 16]]
     known = {"encoder": "mean", "fingerprint": "mean@1", "patch_size": 16, "width": 48, "height": 32}
