@@ -22,6 +22,7 @@ from models.compressors.chain import Chain
 from models.cost import DecoderShape, TowerShape
 from models.generation import generate_sure
 from models.image_view import ImageView
+from models.modes import evaluating
 from models.processor import SlideProcessor, ViewProcessor
 from models.qwen_vl import QwenProcessor, freeze_vision, load_qwen
 from models.share_out import share_out
@@ -188,29 +189,29 @@ class Performer(ABC):
         Args:
             told: called with the number of answers of each batch, for a progress bar.
         """
-        was_training = self.model.training
-        self.model.eval()
         order = sorted(range(len(cases)), key=lambda i: (budgets[i], len(cases[i].prompt)))
-        answers: list[Answer | None] = [None] * len(cases)
+        answers: dict[int, Answer] = {}
         greedy = self.greedy(max_new_tokens)
-        for at in range(0, len(order), batch_size):
-            chunk = order[at : at + batch_size]
-            start = time.perf_counter()
-            prompts = [self.prompt(cases[i], budgets[i]) for i in chunk]
-            written = generate_sure(
-                self.model,
-                self.processor.sight,
-                prompts,
-                [1] * len(chunk),
-                greedy,
-            )
-            seconds = (time.perf_counter() - start) / len(chunk)
-            for i, prompt, (ids, logp) in zip(chunk, prompts, written, strict=True):
-                answers[i] = self.answered(prompt, ids, logp, self.flops(prompt, len(ids)), seconds)
-            if told is not None:
-                told(len(chunk))
-        self.model.train(was_training)
-        return [a for a in answers if a is not None]
+        with evaluating(self.model):
+            for at in range(0, len(order), batch_size):
+                chunk = order[at : at + batch_size]
+                start = time.perf_counter()
+                prompts = [self.prompt(cases[i], budgets[i]) for i in chunk]
+                written = generate_sure(
+                    self.model,
+                    self.processor.sight,
+                    prompts,
+                    [1] * len(chunk),
+                    greedy,
+                )
+                seconds = (time.perf_counter() - start) / len(chunk)
+                for i, prompt, (ids, logp) in zip(chunk, prompts, written, strict=True):
+                    answers[i] = self.answered(prompt, ids, logp, self.flops(prompt, len(ids)), seconds)
+                if told is not None:
+                    told(len(chunk))
+        if lost := [case.id for i, case in enumerate(cases) if i not in answers]:
+            raise RuntimeError(f"no answer was written to {', '.join(lost)}")
+        return [answers[i] for i in range(len(cases))]
 
     def greedy(self, max_new_tokens: int) -> GenerationConfig:
         """How answers are written."""

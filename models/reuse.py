@@ -22,6 +22,7 @@ import torch
 from envs.case import Case
 from models.attention import check_window, dense_attention
 from models.generation import to_device, write_on
+from models.modes import evaluating
 from models.performer import Answer, Performer, SlidePerformer
 from models.sight import Prompt, stack_positions
 from models.visual import VisualTokens
@@ -100,13 +101,11 @@ class Reader:
                 return replace(answer, flops=0.0, seconds=time.perf_counter() - start)
             if kept:
                 saved, cache = spared(performer, before, prompt), old
-        was_training = model.training
-        model.eval()
         check_window(model, len(prompt) + self.config.max_new_tokens)
         device = model.get_input_embeddings().weight.device
         ids = prompt.ids[None].to(device)
         everything = torch.ones_like(ids)
-        with dense_attention(model):
+        with evaluating(model), dense_attention(model):
             out = model(
                 attention_mask=everything,
                 position_ids=stack_positions([prompt.positions[:, kept:]]).to(device),
@@ -117,7 +116,6 @@ class Reader:
             )
             sight = performer.processor.sight
             (((written, logp),),) = write_on(model, sight, [prompt], ids, everything, out, 1, self.config, True)
-        model.train(was_training)
         flops = performer.flops(prompt, len(written)) - saved
         answer = performer.answered(prompt, written, logp, flops, time.perf_counter() - start)
         self._last = prompt, answer, out.past_key_values

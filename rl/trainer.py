@@ -21,6 +21,7 @@ from models.attention import check_window, share_prefix
 from models.build import make_sight
 from models.feature_cache import FeatureCache
 from models.generation import by_length, generate, to_device
+from models.modes import evaluating
 from models.processor import ViewProcessor, token_types
 from models.sharded import gathered, make_ready, shares_out
 from models.sight import Prompt, read_prompt
@@ -210,11 +211,10 @@ class GroupTrainer(CompletionLog):
             ) as model,
             gathered(model),
         ):
-            was_training = model.training
-            model.eval()  # dropout, where it is kept, is for the update
-            out = generate(model, self.sight, self._prompts, copies, self.generation_config)
-            model.train(was_training)
-        if was_training:
+            training = model.training
+            with evaluating(model):  # dropout, where it is kept, is for the update
+                out = generate(model, self.sight, self._prompts, copies, self.generation_config)
+        if training:
             self._flops.add(sum(map(len, self._prompts)) + sum(map(len, out)))
         return out
 

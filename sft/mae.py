@@ -12,6 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from models.compressors.chain import Chain
 from models.compressors.reconstruction import MaskedReconstruction
 from models.compressors.resampler import Resampler
+from models.modes import evaluating
 from sft.options import training_arguments
 from sft.resume import train_from
 from slides.errors import InputError
@@ -77,11 +78,9 @@ def measure_mae(
         `explained`: 1 - loss / baseline. `tokens`: patches that the hidden tokens stand for.
     """
     device = model.resampler.latents.device
-    training = model.training
-    model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
     total = torch.zeros(len(model.resampler.patches.mean), dtype=torch.float64)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), evaluating(model):
         torch.manual_seed(seed)
         for slide in rows:
             parts = model.reconstruct([slide.to(device)], budget)
@@ -89,7 +88,6 @@ def measure_mae(
             errors = (predicted - target, known - target, target)
             sums += torch.stack([*(weight @ (e**2).mean(1) for e in errors), weight.sum()])
             total += weight @ target
-    model.train(training)
     weights = sums[3]
     if not weights:
         raise InputError("mae: no slide has more than one token: nothing can be hidden and told")

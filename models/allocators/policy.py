@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from models.allocators.network import AllocatorConfig, LookNetwork
+from models.modes import evaluating
 
 BUMPS = 7
 """Over the logarithm of the price; they and the price itself tell the network where in the range it is."""
@@ -70,21 +71,17 @@ class PolicyAllocator(LookNetwork):
     @torch.no_grad()
     def probabilities(self, look: torch.Tensor, question: torch.Tensor, price: torch.Tensor | float) -> torch.Tensor:
         """Probabilities (B, rungs) without dropout, at one price or at one for each case (B,)."""
-        was_training = self.training
-        self.eval()
-        logits = self(look, question, torch.as_tensor(price, dtype=torch.float32).expand(len(look)))
-        self.train(was_training)
+        with evaluating(self):
+            logits = self(look, question, torch.as_tensor(price, dtype=torch.float32).expand(len(look)))
         return logits.softmax(-1)
 
     @torch.no_grad()
     def sweep(self, look: torch.Tensor, question: torch.Tensor, prices: Sequence[float]) -> torch.Tensor:
         """Probabilities (B, prices, rungs) without dropout; the look is read once."""
-        was_training = self.training
-        self.eval()
-        gathered = self.gather(look, question)
-        where = self._where(torch.tensor(prices, dtype=torch.float32))
-        read = [self.head(torch.cat([gathered, at.expand(len(look), -1)], 1)) + self.shift(at) for at in where]
-        self.train(was_training)
+        with evaluating(self):
+            gathered = self.gather(look, question)
+            where = self._where(torch.tensor(prices, dtype=torch.float32))
+            read = [self.head(torch.cat([gathered, at.expand(len(look), -1)], 1)) + self.shift(at) for at in where]
         return (GAIN * torch.stack(read, 1)).softmax(-1)
 
     def choose(self, look: torch.Tensor, question: torch.Tensor, price: torch.Tensor | float) -> torch.Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from models.allocators.network import LookNetwork
+from models.modes import evaluating
 
 
 class ValueAllocator(LookNetwork):
@@ -24,8 +25,6 @@ class ValueAllocator(LookNetwork):
         Args:
             cost: (rungs,) or (B, rungs), the largest budget = 1.
         """
-        was_training = self.training
-        self.eval()
-        value = self(look, question).sigmoid() - price * cost
-        self.train(was_training)
+        with evaluating(self):
+            value = self(look, question).sigmoid() - price * cost
         return value.argmax(-1)

@@ -57,6 +57,18 @@ def test_performer_and_allocator_both_learn(make_performer, make_trainer):
     assert trainer.state.total_flos > 0
 
 
+def test_rollouts_that_fail_leave_the_model_in_training(make_performer, make_trainer, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ConnectionError("the device is gone")
+
+    trainer = make_trainer(make_performer())
+    trainer.model.train()
+    monkeypatch.setattr("rl.trainer.generate", broken)
+    with pytest.raises(ConnectionError):
+        trainer._generate_and_score_completions([trainer.train_dataset[0]] * 8)
+    assert trainer.model.training
+
+
 def test_a_system_message_goes_with_the_question(make_performer, make_trainer):
     performer = make_performer()
     performer.system = "You are a pathologist."

@@ -123,6 +123,9 @@ def test_a_slide_of_one_token_teaches_nothing_and_harms_nothing(slides):
     assert model([slides[0][:1], slides[1]])["loss"] > 0
     with pytest.raises(InputError, match="more than one token"):
         measure_mae(model, [slides[0][:1]], 8)
+    with pytest.raises(RuntimeError):
+        measure_mae(model.train(), [slides[0][:, 1:]], 8)
+    assert model.training
 
 
 @pytest.mark.parametrize(
