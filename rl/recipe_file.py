@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -50,6 +51,14 @@ TYPES = {"balance": bool, "rewards": list[Any]}
 """Types of those that are no section and no argument of the trainer."""
 
 
+AT_START = (
+    "CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "HIP_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "OMP_", "KMP_",
+    "GOMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "PYTHON", "LD_", "HF_HOME", "HF_HUB_", "HF_DATASETS_",
+    "TRANSFORMERS_OFFLINE",
+)  # fmt: skip
+"""How names of variables begin that libraries read as they are loaded, or devices are looked for."""
+
+
 class _Parser(TrlParser):
     """TRL's, whose errors are told as all others are."""
 
@@ -68,6 +77,22 @@ def config_of(argv: list[str]) -> tuple[Path | None, list[str]]:
     return None, argv
 
 
+def export(variables: dict[str, str], path: Path) -> None:
+    """Set variables of the recipe's `env`.
+
+    Raises:
+        InputError: one of them acts only where it is set before the program starts, and is not.
+    """
+    late = {k: v for k, v in variables.items() if k.startswith(AT_START) and os.environ.get(k) != v}
+    if late:
+        words = " ".join(f"{name}={shlex.quote(value)}" for name, value in late.items())
+        raise InputError(
+            f"{path}: env: {', '.join(late)} acts only before the program starts; take it out, and write it before "
+            f"the command: {words} python ..."
+        )
+    os.environ.update(variables)
+
+
 def content_of(path: Path | None, problems: list[str]) -> dict[str, Any]:
     """Keys and values of a recipe's file, those left out that are told as problems."""
     if path is None:
@@ -80,7 +105,7 @@ def content_of(path: Path | None, problems: list[str]) -> dict[str, Any]:
     variables = content.pop("env", None) or {}
     if not isinstance(variables, dict):
         raise InputError(f"{path}: env: {variables!r} is no mapping of variables to values")
-    os.environ.update({str(name): str(value) for name, value in variables.items()})
+    export({str(name): str(value) for name, value in variables.items()}, path)
     types = plain_types(FrugalConfig) | TYPES
     kept: dict[str, Any] = {}
     for key, value in content.items():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -266,6 +267,17 @@ def test_a_rule_of_the_operating_price_must_be_known(recipe):
 def test_an_unknown_form_is_named(recipe):
     (problem,) = problems(recipe(allocator={"form": "escalade"}))
     assert problem.startswith("allocator.form: 'escalade' is not known; known are value,")
+
+
+def test_variables_that_would_be_set_too_late_are_refused(recipe, monkeypatch):
+    for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "MADE_UP"):
+        monkeypatch.setenv(name, "1")
+    parse_recipe(recipe(env={"OMP_NUM_THREADS": 1, "MADE_UP": 2}))
+    assert os.environ["MADE_UP"] == "2"
+    given = recipe(env={"OMP_NUM_THREADS": 4, "CUDA_VISIBLE_DEVICES": "0,1", "MADE_UP": 3})
+    with pytest.raises(InputError, match=r"before the command: CUDA_VISIBLE_DEVICES=0,1 OMP_NUM_THREADS=4 python"):
+        parse_recipe(given)
+    assert [os.environ[name] for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "MADE_UP")] == ["1", "1", "2"]
 
 
 def test_an_environment_must_be_named(recipe):
