@@ -62,6 +62,14 @@ def test_the_recipe_of_the_readme_is_part_of_the_real_one():
     assert part.pop("cases").items() <= whole["cases"].items() and part.items() <= whole.items()
 
 
+@pytest.mark.parametrize("page", ["README.md", "docs/results.md"])
+def test_the_gold_rollout_of_the_demo_is_told_beside_its_figures(page):
+    assert yaml.safe_load((RECIPES / "demo.yaml").read_text())["gold_rollout"]
+    figures = {"README.md": "the demo, on simulated slides", "docs/results.md": "## Simulated slides"}[page]
+    told = (ROOT / page).read_text().split(figures)[1].split("\n## ")[0]
+    assert "`gold_rollout: true`" in told
+
+
 @cache
 def messages() -> list[str]:
     """Every text in the packages' code, with `…` where a value is put in."""
