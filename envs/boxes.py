@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-from scipy import ndimage
 
 from envs.case import FRAME
 from slides.images import read_image
@@ -31,6 +30,8 @@ def boxes_from_mask(path: str, image_size: tuple[int, int]) -> list[list[int]]:
     Raises:
         ValueError: the mask has another size than its image or more than one channel; says so in one sentence.
     """
+    from scipy import ndimage  # a third of a second that manifests without masks need not pay
+
     image = read_image(path, mode=None)
     if image.size != image_size:
         raise ValueError(f"the mask {path} is {image.size} pixels and its image {image_size}; they must agree")

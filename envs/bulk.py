@@ -34,6 +34,7 @@ def bulk_cases(
     options: Sequence[str] | None,
     paths: Mapping[str, str],
     resolve: Callable[[str], str],
+    checked: bool = False,
 ) -> list[Case] | None:
     """The cases of all rows, none of which has a problem; None where rows must be looked at one by one.
 
@@ -44,6 +45,7 @@ def bulk_cases(
         options: of choice cases without their own.
         paths: by entry, of the files that are there.
         resolve: the path of an entry that is not among them; raises ValueError where it is none.
+        checked: these very rows have become cases before, none of which had a problem.
     """
     if format not in ("cases", "labels") or not reading.gold or reading.mask_column or reading.box_frame == "pixels":
         return None
@@ -53,7 +55,7 @@ def bulk_cases(
         cases = _cases(rows, reading, format, options, paths, resolve)
     except (_NotPlainError, InputError, ValueError, TypeError, IndexError):  # of values where others belong
         return None
-    return None if faulty_cases(cases) else cases
+    return None if not checked and faulty_cases(cases) else cases
 
 
 def _cases(rows, reading, format, options, paths, resolve) -> list[Case]:

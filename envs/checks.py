@@ -52,17 +52,14 @@ def check_cases(
         )
         problems += file_problems(cases, at, broken)
         warn_of_lost_slides(cases, broken)
-    problems += _across(cases, at, lambda case: [case.patient], "one patient is in several splits", _SAME_SPLIT)
-    problems += _across(
-        cases,
-        at,
-        lambda case: file_keys(case, facts),
-        "one image or slide (or a copy of it) is in several splits",
-        _COPY,
-    )
+    patients = [(case.patient,) for case in cases]
+    problems += _across(cases, at, patients, "one patient is in several splits", _SAME_SPLIT)
+    files = [file_keys(case, facts) for case in cases]
+    problems += _across(cases, at, files, "one image or slide (or a copy of it) is in several splits", _COPY)
     if not allow_shared_text:
-        problems += _across(cases, at, report_keys, "one report text is in several splits", _TEXT)
-    problems += _contradictions(cases, at, facts)
+        texts = [report_keys(case) for case in cases]
+        problems += _across(cases, at, texts, "one report text is in several splits", _TEXT)
+    problems += _contradictions(cases, at, facts, files)
     counts = Counter(case.split for case in cases)
     problems += [_empty(split, counts) for split in need if cases and not counts[split]]
     if problems:
@@ -108,10 +105,10 @@ def file_keys(case: Case, facts: Mapping[str, FileFacts]) -> list[str]:
 
 def report_keys(case: Case) -> list[str]:
     """The answer as a text that must not stand in two splits: synoptic, or open and as long as a report."""
-    text = " ".join(case.answer.casefold().split())
-    if case.task == "synoptic" or (case.task == "open" and len(text.split()) >= REPORT_WORDS):
-        return [text]
-    return []
+    if case.task not in ("open", "synoptic"):
+        return []
+    words = case.answer.casefold().split()
+    return [" ".join(words)] if case.task == "synoptic" or len(words) >= REPORT_WORDS else []
 
 
 def file_problems(cases: Sequence[Case], at: Sequence[str], broken: Mapping[str, str]) -> list[str]:
@@ -155,20 +152,22 @@ _TEXT = (
 )
 
 
-def _across(cases, at, keys, what: str, remedy: str) -> list[str]:
-    """A message for each key that occurs in more than one split, naming the rows of each split."""
+def _across(cases, at, keys: Sequence[Sequence[Hashable]], what: str, remedy: str) -> list[str]:
+    """A message for each key that occurs in more than one split, naming the rows of each split.
+
+    `keys` are those of each case.
+    """
     first: dict[Hashable, str] = {}
     torn: set[Hashable] = set()
-    for case in cases:
-        split = case.split
-        for key in keys(case):
-            if first.setdefault(key, split) != split:
+    for case, own in zip(cases, keys, strict=True):
+        for key in own:
+            if first.setdefault(key, case.split) != case.split:
                 torn.add(key)
     if not torn:
         return []
     seen: dict[Hashable, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for i, case in enumerate(cases):
-        for key in dict.fromkeys(keys(case)):
+        for key in dict.fromkeys(keys[i]):
             if key in torn:
                 seen[key][case.split].append(at[i])
     messages = []
@@ -179,9 +178,9 @@ def _across(cases, at, keys, what: str, remedy: str) -> list[str]:
     return messages
 
 
-def _contradictions(cases: Sequence[Case], at: Sequence[str], facts: Mapping[str, FileFacts]) -> list[str]:
-    """The same question about the same pixels with two right options."""
-    first = {i: keys[0] for i, case in enumerate(cases) if case.task == "choice" and (keys := file_keys(case, facts))}
+def _contradictions(cases, at, facts: Mapping[str, FileFacts], files: Sequence[Sequence[str]]) -> list[str]:
+    """The same question about the same pixels with two right options; `files` are the `file_keys` of each case."""
+    first = {i: keys[0] for i, keys in enumerate(files) if keys and cases[i].task == "choice"}
     times = Counter(first.values())
     seen: dict[tuple, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for i, key in first.items() if len(times) < len(first) else ():

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,14 @@ class Converted:
     files: FoundFiles
 
 
-def to_cases(rows: Rows, reading: Reading) -> Converted:
-    """Cases of the rows, all at once where nothing is wrong with them (`envs.bulk`), else row by row."""
+def to_cases(rows: Rows, reading: Reading, *, checked: bool = False) -> Converted:
+    """Cases of the rows, all at once where nothing is wrong with them (`envs.bulk`), else row by row.
+
+    Args:
+        rows: of the manifest.
+        reading: how they are read.
+        checked: these very rows have become cases before, none of which had a problem.
+    """
     format = _format(rows, reading)
     options = reading.options
     if format == "labels":
@@ -61,9 +68,10 @@ def to_cases(rows: Rows, reading: Reading) -> Converted:
     def resolve(entry: str) -> str:
         return str(resolve_path(entry, reading.root, allow_outside=reading.allow_outside))
 
-    cases = bulk_cases(rows, reading, format, options, files.paths, resolve)
+    bulk = partial(bulk_cases, rows, reading, format, options, files.paths, resolve, checked)
+    cases = bulk()
     if not files.finish() and cases is not None:  # with links, or files that are not there
-        cases = bulk_cases(rows, reading, format, options, files.paths, resolve)
+        cases = bulk()
     if cases is not None:
         return Converted(cases, rows.places, [], files)
     split_given = reading.split_column in rows.columns

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import io
-import operator
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -39,16 +37,17 @@ from slides.images import (
     slide_format,
     too_large,
 )
+from slides.plain import plain_size
 
 _SMALL = 2**20  # bytes of a file up to which it is held in memory, to be hashed and decoded after one reading
 _HEADS = {b"\x89PNG\r\n\x1a\n": ("PNG",), b"\xff\xd8\xff": ("JPEG",)}
 _MANY = 4000  # files from which on processes are worth their start
 _BLOCK = 500  # files that one of them looks at in a row
+_AHEAD = 400  # blocks that may wait to be taken, so that processes go on while this one writes
 _WRITE_S = 30  # seconds after which what was found is remembered, in case the rest is not reached
 
 
-@dataclass(frozen=True, slots=True)
-class FileFacts:
+class FileFacts(NamedTuple):
     """What was found out about one file: content hash, and width and height in pixels (0 for slides)."""
 
     digest: str
@@ -111,17 +110,18 @@ class FoundFiles:
         size = 20 * _BLOCK
         tasks = [(start, self._entries[at : at + size]) for at in range(0, len(self._entries), size)]
         self._coming = in_processes(numbers_below, tasks, many=len(self._entries) > _MANY, ahead=len(tasks))
-        parts = [entry.rpartition("/") for entry in self._entries]
-        texts = [part[0] for part in parts]
-        folders = {folder: self._real_folder(start, folder) for folder in dict.fromkeys(texts)}
+        texts = dict.fromkeys(entry.rpartition("/")[0] for entry in self._entries)
+        folders = {folder: self._real_folder(start, folder) for folder in texts}
         self._folders = list(folders.values())
-        names = (part[2] for part in parts)
-        self.paths = dict(zip(self._entries, map(operator.add, [folders[t] or "" for t in texts], names), strict=True))
-        if "" in folders or None in self._folders:
-            for entry, (folder, slash, name) in zip(self._entries, parts, strict=True):
-                # The second: directly under "/", or blank.
-                if folders[folder] is None or (not folder and (slash or not name.strip())):
-                    del self.paths[entry]
+        plain = start.rstrip("/") + "/"
+        if all(real == f"{plain}{folder}/" for folder, real in folders.items()):
+            self.paths = dict(zip(self._entries, map(plain.__add__, self._entries), strict=True))
+            return
+        for entry in self._entries:
+            folder, slash, name = entry.rpartition("/")
+            # The second: directly under "/", or blank.
+            if folders[folder] is not None and (folder or (not slash and name.strip())):
+                self.paths[entry] = folders[folder] + name
 
     def _real_folder(self, start: str, folder: str) -> str | None:
         """Without links, with a slash at the end; None where its files are for `resolve_path`."""
@@ -190,16 +190,13 @@ def inspect_files(
     """
     allow_pixels(max_pixels)
     kinds = dict.fromkeys(slides, False) | dict.fromkeys(images, True)
-    keys = keys or {}
-    more, problems = file_keys(path for path in kinds if path not in keys)
+    known_keys = keys or {}
+    more, problems = file_keys(path for path in kinds if path not in known_keys)
+    keys = {**known_keys, **more} if more else known_keys
     facts: dict[str, FileFacts] = {}
     if use_cache:
         for decoded in (False, True):
-            asked = {
-                path: more.get(path) or keys[path]
-                for path, kind in kinds.items()
-                if kind is decoded and path not in problems
-            }
+            asked = {path: keys[path] for path, kind in kinds.items() if kind is decoded and path not in problems}
             known = read_known(asked.values(), decoded=decoded)
             for path, key in asked.items():
                 if (content := known.get(key)) is not None:
@@ -215,7 +212,7 @@ def inspect_files(
                     problems[path] = result
                     continue
                 facts[path] = FileFacts(*result)
-                fresh[more.get(path) or keys[path]] = Content(*(result if kinds[path] else result[:1]))
+                fresh[keys[path]] = Content(*(result if kinds[path] else result[:1]))
             if use_cache and time.monotonic() > written + _WRITE_S:
                 write_known(fresh)
                 fresh, written = {}, time.monotonic()
@@ -236,7 +233,7 @@ def _look_at_all(
     parts = [paths[at : at + size] for at in range(0, len(paths), size)]
     tasks = [(part, [kinds[path] for path in part], max_pixels) for part in parts]
     if len(paths) >= _MANY:
-        yield from zip(parts, in_processes(_look_at_block, tasks), strict=True)
+        yield from zip(parts, in_processes(_look_at_block, tasks, ahead=_AHEAD), strict=True)
         return
     with ThreadPoolExecutor(workers) as pool:
         found = pool.map(lambda path: _try_to_look(path, kinds[path], max_pixels), paths)
@@ -267,6 +264,8 @@ def _look(path: str, is_image: bool, max_pixels: int) -> FileFacts | str:
         return FileFacts(digest(path))
     data = _small_content(path)
     if data and plain_picture(path, data):
+        if size := plain_size(data, max_pixels):
+            return FileFacts(hashlib.sha256(data).hexdigest(), *size)
         try:
             formats = next((known for head, known in _HEADS.items() if data.startswith(head)), FORMATS)
             return FileFacts(hashlib.sha256(data).hexdigest(), *_decode(io.BytesIO(data), max_pixels, formats))

@@ -119,12 +119,12 @@ def _cases(source: Path, reading: Reading, params: Mapping[str, Any]) -> list[Ca
     rows, problems = read_rows(source, outcome.kinds if outcome else None)
     if source.is_dir() and (found := identify(source, known, rows)):
         outcome = recall(found.key)
-    again = found is not None and outcome is None and source.suffix.lower() == ".jsonl"
+    again = found is not None and outcome is None and source.suffix.lower() in (".jsonl", ".csv", ".tsv")
     kinds = kinds_of(source, rows) if again and not problems else None
     rows = _keep(rows, only, path)
     if not len(rows) and not problems:
         raise InputError(f"{path}: no rows; the file or folder is empty" + (" or `only` keeps none" if only else ""))
-    made = to_cases(rows, reading)
+    made = to_cases(rows, reading, checked=outcome is not None)
     del rows
     files = made.files.digest()
     problems += made.problems

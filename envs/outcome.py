@@ -30,7 +30,7 @@ from slides.content import open_cache
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1
+_FORMAT = 2
 """Goes up whenever the checks change, or what is kept of them."""
 _PACKAGES = ("frugalpath", "numpy", "openslide-python", "openslide-bin", "pillow", "pyarrow")
 _KEPT = 100  # outcomes; those used last

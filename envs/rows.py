@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from envs.quick import quick_rows
-from envs.table import ABSENT, BLOCK, Block, Collector, Row, Rows, to_blocks
+from envs.table import ABSENT, BLOCK, Block, Collector, Row, Rows, to_block, to_blocks
 from slides.errors import InputError
 from slides.parsing import parse_json
 
@@ -105,25 +106,56 @@ def _row(at: str, mark: int | str, value: Any) -> tuple[int | str, dict[str, Any
     return f"{at}: a {type(value).__name__} stands where a row with columns should"
 
 
-def _jsonl(path: Path) -> Iterator[tuple[int | str, Any] | str]:
+def _jsonl(path: Path) -> Iterator[Block | str]:
     with open(path, "rb") as file:
-        for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
-            at = f"{path}:{number}"
-            if len(line) > MAX_LINE:
-                yield f"{at}: a line of more than {MAX_LINE:,} bytes; the rows after it were not read"
-                return
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip():
-                continue
-            try:
-                yield _row(at, number, parse_json(line.decode()))
-            except UnicodeDecodeError:
-                yield f"{at}: not UTF-8 text; save the file as UTF-8"
-            except json.JSONDecodeError as error:
-                yield f"{at}: not JSON ({error.msg} at column {error.colno}); write one object a line"
-            except ValueError as error:
-                yield f"{at}: not to be read as JSON ({error}); write one object a line"
+        lines = iter(lambda: file.readline(MAX_LINE + 1), b"")
+        start = 1
+        while part := list(islice(lines, BLOCK)):
+            if (rows := _plain_lines(part)) is not None:
+                yield to_block(range(start, start + len(part)), rows)
+            else:
+                yield from to_blocks(_lines(path, part, start))
+                if max(map(len, part)) > MAX_LINE:
+                    return
+            start += len(part)
+
+
+def _plain_lines(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
+    """The objects of lines that hold one each and nothing else, else None; takes half the time of line by line."""
+    scan = json.JSONDecoder().scan_once
+    rows: list[dict[str, Any]] = []
+    at = 0
+    try:
+        text = b"".join(lines).decode()
+        while at < len(text):
+            row, at = scan(text, at)
+            if type(row) is not dict or text[at] != "\n":
+                return None
+            rows.append(row)
+            at += 1
+    except (StopIteration, ValueError, RecursionError, IndexError):
+        return None
+    return rows if len(rows) == len(lines) else None  # fewer: one goes over several lines
+
+
+def _lines(path: Path, lines: Sequence[bytes], start: int) -> Iterator[tuple[int | str, Any] | str]:
+    for number, line in enumerate(lines, start):
+        at = f"{path}:{number}"
+        if len(line) > MAX_LINE:
+            yield f"{at}: a line of more than {MAX_LINE:,} bytes; the rows after it were not read"
+            return
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip():
+            continue
+        try:
+            yield _row(at, number, parse_json(line.decode()))
+        except UnicodeDecodeError:
+            yield f"{at}: not UTF-8 text; save the file as UTF-8"
+        except json.JSONDecodeError as error:
+            yield f"{at}: not JSON ({error.msg} at column {error.colno}); write one object a line"
+        except ValueError as error:
+            yield f"{at}: not to be read as JSON ({error}); write one object a line"
 
 
 def _json(path: Path) -> Iterator[tuple[int | str, Any] | str]:
@@ -232,7 +264,7 @@ def _text(path: Path) -> str:
 
 
 _READERS: dict[str, tuple[Callable[[Path], Iterator[Block | str]], str]] = {
-    ".jsonl": (lambda path: to_blocks(_jsonl(path)), ":"),
+    ".jsonl": (_jsonl, ":"),
     ".json": (lambda path: to_blocks(_json(path)), ":"),
     ".csv": (_csv, ":"),
     ".tsv": (_csv, ":"),

@@ -89,8 +89,11 @@ def assign_splits(
     profile: dict[Hashable, Counter[str]] = defaultdict(Counter)
     for unit, stratum in zip(units, strata, strict=True):
         profile[unit][stratum if sizes[stratum] >= small else ""] += 1
-    totals: Counter[str] = sum(profile.values(), Counter())
+    totals: Counter[str] = Counter()
+    for own in profile.values():
+        totals.update(own)
     held: dict[str, Counter[str]] = {split: Counter() for split in positive}
+    filled = dict.fromkeys(positive, 0)
     chosen: dict[Hashable, str] = {}
 
     def strain(split: str, profile: Counter[str]) -> float:
@@ -103,9 +106,10 @@ def assign_splits(
 
     for unit in sorted(profile, key=lambda unit: (-profile[unit].total(), _hash(seed, unit))):
         n = profile[unit].total()
-        roomy = [split for split in positive if held[split].total() + n < positive[split] * len(units) + 1]
+        roomy = [split for split in positive if filled[split] + n < positive[split] * len(units) + 1]
         split = min(roomy or positive, key=lambda split: strain(split, profile[unit]))
-        held[split] += profile[unit]
+        held[split].update(profile[unit])
+        filled[split] += n
         chosen[unit] = split
     return [chosen[unit] for unit in units]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import itemgetter
 from typing import Any
 
 ABSENT: Any = object()
@@ -141,12 +142,16 @@ def to_blocks(found: Iterable[tuple[int | str, Any] | str]) -> Iterator[Block | 
         marks.append(each[0])
         rows.append(each[1])
         if len(rows) == BLOCK:
-            yield _block(marks, rows)
+            yield to_block(marks, rows)
             marks, rows = [], []
     if rows:
-        yield _block(marks, rows)
+        yield to_block(marks, rows)
 
 
-def _block(marks: Sequence[int | str], rows: Sequence[Mapping[str, Any]]) -> Block:
+def to_block(marks: Sequence[int | str], rows: Sequence[Mapping[str, Any]]) -> Block:
+    """A block of rows that are dictionaries."""
+    first = rows[0].keys()
+    if all(row.keys() == first for row in rows):
+        return Block(marks, {name: list(map(itemgetter(name), rows)) for name in first})
     names = dict.fromkeys(chain.from_iterable(rows))
     return Block(marks, {name: [row.get(name, ABSENT) for row in rows] for name in names})

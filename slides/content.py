@@ -17,10 +17,9 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loky import ProcessPoolExecutor, cpu_count
 
@@ -35,8 +34,7 @@ _ODD = (-1, -1, -1)
 _BATCH = 5000  # files that one query or one transaction is about; SQLite takes 32,766 in a query
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
+class Content(NamedTuple):
     """What is known of a file: SHA-256 (hex), and width and height in px once it was decoded as an image."""
 
     digest: str
@@ -226,14 +224,12 @@ def read_known(keys: Iterable[bytes], *, decoded: bool = False) -> dict[bytes, C
         decoded: leave out files that have only been hashed.
     """
     found: dict[bytes, Content] = {}
-    wanted = sorted(keys)
-    if not wanted:
-        return found
     condition = " AND width IS NOT NULL" if decoded else ""
     try:
         with closing(open_cache()) as cache:
             if cache.execute("SELECT 1 FROM contents LIMIT 1").fetchone() is None:
                 return found
+            wanted = sorted(keys)
             for start in range(0, len(wanted), _BATCH):
                 part = wanted[start : start + _BATCH]
                 marks = ",".join("?" * len(part))
