@@ -23,19 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from envs.score_table import ScoreTable
-from models.allocators.look import CheapLook
-from models.allocators.network import AllocatorConfig
-from models.allocators.policy import PolicyAllocator, PolicyConfig
-from models.allocators.value import ValueAllocator
-from rewards.bootstrap import Bootstrap
-from rl.allocation.exact import ExpectedReward
-from rl.allocation.fitting import Aim, Network, fit_by_patient, predict
-from rl.allocation.objectives import Objective
-from rl.frontier import chosen, mixed
-from rl.recipe import AllocatorOptions, parse_recipe
-from rl.stages import Stages
-from slides.errors import entry
+from frugalpath.allocator.fitting import Aim, Network, fit_by_patient, predict
+from frugalpath.allocator.network import AllocatorConfig, CheapLook
+from frugalpath.allocator.objectives import Objective
+from frugalpath.allocator.policy import ExpectedReward, PolicyAllocator, PolicyConfig
+from frugalpath.allocator.score_table import ScoreTable
+from frugalpath.allocator.value import ValueAllocator
+from frugalpath.bootstrap import Bootstrap
+from frugalpath.errors import entry
+from frugalpath.evaluation.frontier import chosen, mixed
+from frugalpath.recipe.run import AllocatorOptions, parse_recipe
+from frugalpath.rl.stages import Stages
 
 PRICES = (0.01, 0.03, 0.1, 0.3, 1.0)
 

@@ -4,7 +4,7 @@
     python benchmarks/encode.py --images ../shared/data/tiles/pcam/images --device cuda
 
 The peer reads an image ahead, encodes each in a forward of its own and writes an HDF5 file for each, as versions
-before the store of shards did. Ours is `slides.fields.encode_fields`. Both hash the files, decode them, encode them by
+before the store of shards did. Ours is `frugalpath.slides.fields.encode_fields`. Both hash the files, decode them, encode them by
 the packaged EfficientNet-Lite0 and store float16, on all `--cores`. `batched_ratio` is the peer's time over ours.
 `sharded_ratio` is the time of one process of one thread over that of two such processes which share the fields out.
 
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from benchmarks.measure import MARK, Others, give, machine, settle, versions
-from slides.errors import InputError, entry
+from frugalpath.errors import InputError, entry
 
 KINDS = {"single": 1, "batched": 1, "one": 1, "two": 2}
 """Processes of each kind of run."""
@@ -146,8 +146,8 @@ def work() -> None:
     plan = json.loads(sys.stdin.readline())
     import torch
 
-    from slides.encoder import load_encoder
-    from slides.fields import encode_fields
+    from frugalpath.slides.encoder import load_encoder
+    from frugalpath.slides.fields import encode_fields
 
     torch.set_num_threads(plan["threads"])
     encoder = load_encoder(device=plan["device"])
@@ -172,9 +172,9 @@ def one_by_one(paths: list[str], out: Path, encoder: Any) -> None:
 
     import numpy as np
 
-    from slides.content import file_digests
-    from slides.fields import read_field
-    from slides.store import Features, write_features
+    from frugalpath.slides.content import file_digests
+    from frugalpath.slides.fields import read_field
+    from frugalpath.slides.store import Features, write_features
 
     digests, _ = file_digests(paths)
     with ThreadPoolExecutor(1) as reader:
@@ -197,10 +197,10 @@ def compare(single: str, batched: str, paths: list[str]) -> float:
     """Share of the stored values that are the same."""
     import numpy as np
 
-    from slides.encoder import load_encoder
-    from slides.field_store import load_stored
-    from slides.fields import encode_fields
-    from slides.store import read_features
+    from frugalpath.slides.encoder import load_encoder
+    from frugalpath.slides.field_store import load_stored
+    from frugalpath.slides.fields import encode_fields
+    from frugalpath.slides.store import read_features
 
     files = encode_fields(paths, batched, load_encoder(), progress=False)  # all there: nothing is encoded
     same = values = 0
@@ -218,8 +218,8 @@ def difference(paths: list[str], device: str) -> float:
     """Largest difference of a float32 feature between batches and one by one, as a share of the largest feature."""
     import numpy as np
 
-    from slides.encoder import load_encoder
-    from slides.fields import read_field
+    from frugalpath.slides.encoder import load_encoder
+    from frugalpath.slides.fields import read_field
 
     encoder = load_encoder(device=device)
     found = [read_field(p, side=None, stride=encoder.stride) for p in paths[:256]]

@@ -47,7 +47,7 @@ def fields(start: int, end: int) -> Iterator[tuple[str, np.ndarray]]:
 
 
 class Shards:
-    """`slides.field_store.FieldStore`."""
+    """`frugalpath.slides.field_store.FieldStore`."""
 
     package = "safetensors"
 
@@ -67,7 +67,7 @@ class Shards:
 
 def open_shards(folder: Path) -> Any:
     """Our store."""
-    from slides.field_store import FieldStore
+    from frugalpath.slides.field_store import FieldStore
 
     return FieldStore(folder, "abcd1234", stride=32, encoder="none", fingerprint="none@0")
 
@@ -80,7 +80,7 @@ class Files:
     @staticmethod
     def write(folder: Path, part: int, found: Iterable[tuple[str, np.ndarray]]) -> None:
         """Append a part."""
-        from slides.store import Features, write_features
+        from frugalpath.slides.store import Features, write_features
 
         down, across = np.mgrid[: SHAPE[0], : SHAPE[1]] * 32
         places = np.stack([across.ravel(), down.ravel()], 1)
@@ -91,7 +91,7 @@ class Files:
     @staticmethod
     def reader(folder: Path) -> Callable[[str], np.ndarray]:
         """What reads a field by its key."""
-        from slides.store import read_features
+        from frugalpath.slides.store import read_features
 
         return lambda key: read_features(folder / f"{key}.h5").features
 

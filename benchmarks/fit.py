@@ -1,4 +1,4 @@
-"""The memory that `rl.doctor` expects against what training takes: a few shapes, each in a process of its own.
+"""The memory that `frugalpath.doctor` expects against what training takes: a few shapes, each in a process of its own.
 
     python benchmarks/fit.py
     python benchmarks/fit.py --only grpo grpo_lora
@@ -55,8 +55,8 @@ def parse() -> argparse.Namespace:
 
 def subject_of(shape: dict[str, Any]) -> Any:
     """The model of a shape."""
-    from models.build import PerformerConfig
-    from rl.doctor.subject import Subject
+    from frugalpath.doctor.subject import Subject
+    from frugalpath.models.build import PerformerConfig
 
     family = "slide_vlm" if shape["kind"] == "sft" else "qwen_vl"
     return Subject.of(PerformerConfig(family=family, lora=shape.get("lora"), **shape.get("model", MODEL)), 1280)
@@ -64,8 +64,8 @@ def subject_of(shape: dict[str, Any]) -> Any:
 
 def jobs(shape: dict[str, Any]) -> dict[str, Any]:
     """The work of a shape, by phase."""
-    from rl.doctor.jobs import Job
-    from rl.doctor.tracing import Seen, Update, Writing
+    from frugalpath.doctor.jobs import Job
+    from frugalpath.doctor.tracing import Seen, Update, Writing
 
     lora, visual, written = shape.get("lora"), shape["visual"], shape["written"]
     seen, prompt = Seen(visual, visual), shape["text"] + visual
@@ -110,10 +110,10 @@ def train_sft(shape: dict[str, Any], model: Any, folder: str, note: Callable[...
     from datasets import Dataset
     from peft import get_peft_model
 
-    from models.build import PerformerConfig, lora_config
-    from models.processor import SlideProcessor
-    from models.tokenizer import train_tokenizer
-    from sft.supervised import StageTrainer, sft_config
+    from frugalpath.models.build import PerformerConfig, lora_config
+    from frugalpath.models.processor import SlideProcessor
+    from frugalpath.models.tokenizer import train_tokenizer
+    from frugalpath.sft.supervised import StageTrainer, sft_config
 
     class Noted(StageTrainer):
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -167,11 +167,11 @@ def train_grpo(shape: dict[str, Any], model: Any, folder: str, note: Callable[..
     from PIL import Image
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from models.build import PerformerConfig, lora_config
-    from models.qwen_vl import SPECIAL, QwenProcessor
-    from models.tokenizer import train_tokenizer
-    from rl.config import GroupConfig
-    from rl.trainer import GroupTrainer
+    from frugalpath.models.build import PerformerConfig, lora_config
+    from frugalpath.models.qwen_vl import SPECIAL, QwenProcessor
+    from frugalpath.models.tokenizer import train_tokenizer
+    from frugalpath.recipe.grpo import GroupConfig
+    from frugalpath.rl.trainer import GroupTrainer
 
     class Noted(GroupTrainer):
         def _generate_single_turn(self, *args: Any) -> Any:
@@ -235,7 +235,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     # All that a run imports is there before the first measurement, and what training imports late as well.
-    import rl.stages  # noqa: F401
+    import frugalpath.rl.stages
 
     torch.set_num_threads(options.cores)
     shape, device = SHAPES[options.worker], options.device
@@ -268,7 +268,7 @@ def main() -> None:
     if options.worker:
         give(work(options))
         return
-    from rl.doctor.fit import Place, phase_of
+    from frugalpath.doctor.fit import Place, phase_of
 
     os.environ["MALLOC_MMAP_THRESHOLD_"] = "65536"
     for name in options.only:

@@ -137,7 +137,7 @@ def child(name: str, count: int, seed: int, engine: str, folder: Path) -> None:
             from benchmarks.fuzz_targets import targets
     else:
         from benchmarks.fuzz_targets import targets
-    from slides.errors import InputError
+    from frugalpath.errors import InputError
 
     target = targets()[name]
     logging.disable()

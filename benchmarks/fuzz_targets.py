@@ -35,21 +35,21 @@ from benchmarks.fuzz_inputs import (
     SWIFT,
     YAML_WORDS,
 )
-from envs.manifest import build
-from envs.new_cases import read_new_cases
-from rewards.answer import extract_answer, form_of
-from rewards.detection import ap50, parse_boxes
-from rewards.entities import entity_f1_score, find_entities, read_vocabulary
-from rewards.label import choice
-from rewards.synoptic import protocol as protocols
-from rewards.synoptic.parse import parse_report
-from rewards.synoptic.reward import synoptic
-from rewards.text import rouge_l
-from slides.field_store import FieldStore
-from slides.images import read_image
-from slides.jobs import find_jobs
-from slides.store import Features, write_features
-from slides.trial import try_features
+from frugalpath.envs.manifest import build
+from frugalpath.envs.new_cases import read_new_cases
+from frugalpath.rewards.answer import extract_answer, form_of
+from frugalpath.rewards.detection import ap50, parse_boxes
+from frugalpath.rewards.entities import entity_f1_score, find_entities, read_vocabulary
+from frugalpath.rewards.label import choice
+from frugalpath.rewards.synoptic import protocol as protocols
+from frugalpath.rewards.synoptic.parse import parse_report
+from frugalpath.rewards.synoptic.reward import synoptic
+from frugalpath.rewards.text import rouge_l
+from frugalpath.slides.field_store import FieldStore
+from frugalpath.slides.images import read_image
+from frugalpath.slides.jobs import find_jobs
+from frugalpath.slides.store import Features, write_features
+from frugalpath.slides.trial import try_features
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -219,7 +219,7 @@ def _protocol(data: bytes) -> None:
 
 
 def _recipe(data: bytes) -> None:
-    from rl.recipe import parse_recipe
+    from frugalpath.recipe.run import parse_recipe
 
     path = _file("recipe.yaml", data)
     try:

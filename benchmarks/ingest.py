@@ -3,7 +3,7 @@
     python benchmarks/ingest.py
 
 The peer is the loop of CLAM and TRIDENT: in one thread, for each tile, `read_region` on the best level,
-`convert("RGB")` and a PIL resize to 224 px. Ours reads the same tiles of the same file as `slides.extract` does:
+`convert("RGB")` and a PIL resize to 224 px. Ours reads the same tiles of the same file as `frugalpath.slides.extract` does:
 blocks of tiles, two reading threads. Both resize by the same filter. `*_ratio` are times of reading alone, peer over
 ours; `end_to_end_*_ratio` add the encoder, which both share: the peer reads a batch, then encodes it; ours reads
 ahead.
@@ -33,7 +33,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as slides.extract does
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as frugalpath.slides.extract does
 
 import numpy as np
 import openslide
@@ -43,13 +43,13 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from slides.encoder import PatchEncoder, load_encoder
-from slides.errors import InputError, entry
-from slides.extraction import batches
-from slides.reader import SlideReader
-from slides.scale import find_scale
-from slides.stream import encode_tiles, read_tiles
-from slides.tiling import make_grid
+from frugalpath.errors import InputError, entry
+from frugalpath.slides.encoder import PatchEncoder, load_encoder
+from frugalpath.slides.extraction import batches
+from frugalpath.slides.reader import SlideReader
+from frugalpath.slides.scale import find_scale
+from frugalpath.slides.stream import encode_tiles, read_tiles
+from frugalpath.slides.tiling import make_grid
 
 MPP, TILE_PX, BATCH, NATIVE = 2.0, 224, 64, 256
 
@@ -131,7 +131,7 @@ def plain_loop(path: str, tiles: list[tuple[int, int]], step: float, encoder: Pa
 
 
 def ours(path: str, backend: str, places: np.ndarray, encoder: PatchEncoder | None, workers: int) -> int:
-    """The pipeline of `slides.extract`, without the tissue mask and the store; the number of tiles read."""
+    """The pipeline of `frugalpath.slides.extract`, without the tissue mask and the store; the number of tiles read."""
     count = 0
     with SlideReader(path, backend) as reader:
         mpp = find_scale(reader.properties).mpp

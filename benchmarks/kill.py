@@ -50,25 +50,25 @@ import yaml
 from safetensors import safe_open
 
 from benchmarks.measure import machine, versions
-from rl.checkpoints import DONE, WHOLE, last_whole
-from slides.errors import InputError, entry
-from slides.images import read_image
+from frugalpath.errors import InputError, entry
+from frugalpath.recipe.checkpoints import DONE, WHOLE, last_whole
+from frugalpath.slides.images import read_image
 
 ROOT = Path(__file__).resolve().parents[1]
 PLAN = "FRUGALPATH_KILL"
 """Environment variable of a watched run: JSON of `trace` and, where it is to be killed, `phase`, `call`, `delay`."""
 
 PHASES = {
-    "extraction": "rl.prepare:_extract",
-    "sft": "sft.supervised:StageTrainer.training_step",
-    "sft checkpoint": "sft.supervised:StageTrainer._save_checkpoint",
-    "rollout": "rl.joint:FrugalTrainer._generate_and_score_completions",
-    "update": "rl.joint:FrugalTrainer.training_step",
-    "checkpoint write": "rl.joint:FrugalTrainer._save_checkpoint",
-    "stage end": "rl.stages:Stages._finish",
-    "evaluation": "rl.stages:score_table",
-    "fit": "rl.pareto:make_decider",
-    "report": "rl.pareto:write_report",
+    "extraction": "frugalpath.recipe.data:_extract",
+    "sft": "frugalpath.sft.supervised:StageTrainer.training_step",
+    "sft checkpoint": "frugalpath.sft.supervised:StageTrainer._save_checkpoint",
+    "rollout": "frugalpath.rl.joint:FrugalTrainer._generate_and_score_completions",
+    "update": "frugalpath.rl.joint:FrugalTrainer.training_step",
+    "checkpoint write": "frugalpath.rl.joint:FrugalTrainer._save_checkpoint",
+    "stage end": "frugalpath.rl.stages:Stages._finish",
+    "evaluation": "frugalpath.rl.stages:score_table",
+    "fit": "frugalpath.rl.pareto:make_decider",
+    "report": "frugalpath.rl.pareto:write_report",
 }
 """Phase -> the function whose calls it is made of."""
 

@@ -40,7 +40,7 @@ from loky import ProcessPoolExecutor, cpu_count
 from PIL import Image
 
 from benchmarks.measure import MARK, Others, give
-from slides.errors import entry
+from frugalpath.errors import entry
 
 LABELS = ("ADI", "BACK", "DEB", "LYM", "MUC", "MUS", "NORM", "STR", "TUM")
 PROMPT = "Which tissue is this?"
@@ -151,7 +151,7 @@ def write(options: argparse.Namespace) -> None:
 
 def work(options: argparse.Namespace) -> None:
     """Read one manifest in this process."""
-    from envs.manifest import build
+    from frugalpath.envs.manifest import build
 
     _, file, params = MANIFESTS[options.worker]
     cases = build(path=str(options.folder / file.format(options.rows)), **params)

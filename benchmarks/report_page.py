@@ -24,15 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 
 from benchmarks.browser import Browser, find_chromium
-from envs.case import Case
-from envs.score_table import ScoreTable
-from rewards.bootstrap import Bootstrap
-from rl.deciders.base import Decisions
-from rl.evaluation.latency import Latency
-from rl.evaluation.outcome import Outcome, Preferred
-from rl.report.pictures import SIDE, Shown, jpeg
-from rl.report.writing import curves, reproduce, write_outcome
-from slides.errors import InputError, entry
+from frugalpath.allocator.base import Decisions
+from frugalpath.allocator.score_table import ScoreTable
+from frugalpath.bootstrap import Bootstrap
+from frugalpath.envs.case import Case
+from frugalpath.errors import InputError, entry
+from frugalpath.evaluation.latency import Latency
+from frugalpath.evaluation.report.pictures import SIDE, Shown, jpeg
+from frugalpath.evaluation.report.writing import curves, reproduce, write_outcome
+from frugalpath.evaluation.run import Outcome, Preferred
 
 LADDER = [1, 4, 16, 64, 256]
 PRICES = [0.0, 0.003, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.27, 0.4, 0.6, 1.0]

@@ -26,10 +26,10 @@ import numpy
 import rapidfuzz
 import scipy
 
-from rewards.synoptic.protocol import Field, Protocol, load_protocol
-from rewards.synoptic.render import render_report
-from rewards.synoptic.reward import synoptic
-from slides.errors import entry
+from frugalpath.errors import entry
+from frugalpath.rewards.synoptic.protocol import Field, Protocol, load_protocol
+from frugalpath.rewards.synoptic.render import render_report
+from frugalpath.rewards.synoptic.reward import synoptic
 
 
 def parse() -> argparse.Namespace:

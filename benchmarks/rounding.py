@@ -19,10 +19,10 @@ from trl import GRPOTrainer
 
 from benchmarks.shapes import shape
 from benchmarks.shared_prefix import build
-from models.build import LORA_TARGETS
-from models.tokenizer import train_tokenizer
-from rl.config import GroupConfig
-from rl.trainer import GroupTrainer
+from frugalpath.models.build import LORA_TARGETS
+from frugalpath.models.tokenizer import train_tokenizer
+from frugalpath.recipe.grpo import GroupConfig
+from frugalpath.rl.trainer import GroupTrainer
 
 TRAINERS = {"stock": GRPOTrainer, "ours": GroupTrainer}
 WAYS = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from models.cost import DecoderShape, TowerShape
+from frugalpath.models.cost import DecoderShape, TowerShape
 
 TOWER = {"hidden_size": 1280, "intermediate_size": 3420, "depth": 32, "num_heads": 16,
          "fullatt_block_indexes": [7, 15, 23, 31]}  # fmt: skip

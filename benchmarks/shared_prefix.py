@@ -74,8 +74,8 @@ def build(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from models.qwen_vl import SPECIAL, QwenProcessor, freeze_vision, small_qwen
-    from models.tokenizer import train_tokenizer
+    from frugalpath.models.qwen_vl import SPECIAL, QwenProcessor, freeze_vision, small_qwen
+    from frugalpath.models.tokenizer import train_tokenizer
 
     torch.manual_seed(0)
     size, made = {"shortest_edge": 784, "longest_edge": 784 * options.image_tokens}, shape(options)
@@ -137,7 +137,7 @@ def trainer_of(options: argparse.Namespace) -> type:
     import torch
     from trl import GRPOTrainer
 
-    from rl.trainer import GroupTrainer
+    from frugalpath.rl.trainer import GroupTrainer
 
     base: Any = GroupTrainer if options.worker == "ours" else GRPOTrainer
 
@@ -187,9 +187,9 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     from safetensors.torch import save_file
     from transformers import TrainerCallback
 
-    from models.build import LORA_TARGETS
-    from models.qwen_vl import freeze_vision, load_qwen
-    from rl.config import GroupConfig
+    from frugalpath.models.build import LORA_TARGETS
+    from frugalpath.models.qwen_vl import freeze_vision, load_qwen
+    from frugalpath.recipe.grpo import GroupConfig
 
     torch.set_num_threads(options.cores)
     model, processor = build(options)

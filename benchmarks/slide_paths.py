@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.shapes import shape
-from slides.errors import InputError
-from slides.store import Features, read_features, write_features
+from frugalpath.errors import InputError
+from frugalpath.slides.store import Features, read_features, write_features
 
 SIDE = 256
 """Level-0 pixels of a patch at 20x."""
@@ -96,12 +96,12 @@ def build(options: argparse.Namespace, path: str, files: dict[str, str]) -> Any:
     import torch
     from transformers import AutoConfig
 
-    from models.performer import SlidePerformer
-    from models.processor import SlideProcessor
-    from models.slide_config import SlideVLMConfig
-    from models.slide_vlm import SlideVLM
-    from models.tokenizer import train_tokenizer
-    from models.visual import FeatureBank
+    from frugalpath.models.feature_bank import FeatureBank
+    from frugalpath.models.performer import SlidePerformer
+    from frugalpath.models.processor import SlideProcessor
+    from frugalpath.models.slide_config import SlideVLMConfig
+    from frugalpath.models.slide_vlm import SlideVLM
+    from frugalpath.models.tokenizer import train_tokenizer
 
     torch.manual_seed(0)
     made = shape(options)

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import ndimage
 from scipy.spatial import cKDTree
 
-from envs.specimen import Plan
+from frugalpath.envs.specimen import Plan
 
 APOPTOSES = 300.0  # per mm2 of lesion at most
 KNOT_UM = 150.0  # distance over which the direction of stromal fibres changes

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from envs.case import FRAME
-from slides.images import read_image
+from frugalpath.envs.case import FRAME
+from frugalpath.slides.images import read_image
 
 
 def to_frame(boxes: Iterable[Sequence[float]], width: int, height: int) -> list[list[int]]:

@@ -1,6 +1,6 @@
 """Rows become cases column by column, where nothing about them is out of the ordinary.
 
-The rule is `envs.convert._to_case`, which takes rows one by one and says what is wrong with each. Here all rows are
+The rule is `frugalpath.envs.convert._to_case`, which takes rows one by one and says what is wrong with each. Here all rows are
 turned at once into what it would make of them, or none: a column that is not plain, or a case with a problem, leaves
 all of them to it.
 """
@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, repeat
 from typing import Any
 
-from envs.case import FIELDS, Case, as_text, faulty_cases
-from envs.reading import Reading, cell, positive
-from envs.rows import SPLIT_NAMES
-from envs.table import ABSENT, Rows
-from slides.errors import InputError
+from frugalpath.envs.case import FIELDS, Case, as_text, faulty_cases
+from frugalpath.envs.reading import Reading, cell, positive
+from frugalpath.envs.rows import SPLIT_NAMES
+from frugalpath.envs.table import ABSENT, Rows
+from frugalpath.errors import InputError
 
 _NOTHING = {type(None), type(ABSENT)}
 _FILES = ("images", "slides")

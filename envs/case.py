@@ -1,4 +1,7 @@
-"""A case: one question over one or more fields of view or slides, with its gold answer."""
+"""A case: one question over one or more fields of view or slides, with its gold answer.
+
+Cases as the columns that reward functions get.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,8 @@ from dataclasses import dataclass, field, fields
 from operator import attrgetter
 from typing import Any
 
-from slides.errors import InputError
-from slides.parsing import parse_json
+from frugalpath.errors import InputError
+from frugalpath.parsing import parse_json
 
 TASKS = ("choice", "open", "detection", "synoptic")
 SPLITS = ("train", "val", "test")
@@ -238,3 +241,22 @@ def as_text(value: str | int | float) -> str:
 def _is_missing(value: Any) -> bool:
     """Table readers write an empty cell as None or NaN."""
     return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def case_columns(case: Case, extra: Sequence[str] = ()) -> dict[str, Any]:
+    """Columns of a case as reward functions get them; `extra` are the further columns of the whole set."""
+    return {
+        "id": case.id,
+        "patient": case.patient,
+        "task": case.task,
+        "question": case.question,
+        "answer": case.answer,
+        "options": list(case.options) if case.options else None,
+        "protocol": case.protocol,
+        **{k: case.extra.get(k) for k in extra},
+    }
+
+
+def extra_columns(cases: Sequence[Case]) -> list[str]:
+    """Names of all further columns that any of the cases has."""
+    return sorted({k for c in cases for k in c.extra})

@@ -6,10 +6,10 @@ import logging
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
-from envs.case import SPLITS, Case, faulty_cases
-from envs.files import FileFacts, inspect_files
-from slides.errors import InputError
-from slides.images import MAX_PIXELS
+from frugalpath.envs.case import SPLITS, Case, faulty_cases
+from frugalpath.envs.files import FileFacts, inspect_files
+from frugalpath.errors import InputError
+from frugalpath.slides.images import MAX_PIXELS
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +33,7 @@ def check_cases(
         where: for each case where it was written, as `file:line`; its id stands in when it is not given.
         need: splits that must hold cases.
         allow_shared_text: let an open or synoptic answer stand in two splits.
-        max_pixels: limit for images, see `envs.files.inspect_files`.
+        max_pixels: limit for images, see `frugalpath.envs.files.inspect_files`.
         facts: what `inspect_files` found, to look at the files only once; without it they are inspected here.
 
     Raises:

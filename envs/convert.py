@@ -13,17 +13,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from envs.boxes import boxes_from_mask, boxes_text, to_frame
-from envs.bulk import bulk_cases
-from envs.case import Case, as_text
-from envs.files import AbsentFile, FoundFiles, resolve_path
-from envs.reading import Reading, cell, positive
-from envs.rows import SPLIT_NAMES
-from envs.swift import swift_row
-from envs.table import Places, Row, Rows
-from slides.errors import InputError
-from slides.images import ImageError, open_image
-from slides.parsing import parse_json
+from frugalpath.envs.boxes import boxes_from_mask, boxes_text, to_frame
+from frugalpath.envs.bulk import bulk_cases
+from frugalpath.envs.case import Case, as_text
+from frugalpath.envs.files import AbsentFile, FoundFiles, resolve_path
+from frugalpath.envs.reading import Reading, cell, positive
+from frugalpath.envs.rows import SPLIT_NAMES
+from frugalpath.envs.swift import swift_row
+from frugalpath.envs.table import Places, Row, Rows
+from frugalpath.errors import InputError
+from frugalpath.parsing import parse_json
+from frugalpath.slides.images import ImageError, open_image
 
 __all__ = ["Converted", "Reading", "cell", "to_cases"]
 
@@ -48,7 +48,7 @@ class Converted:
 
 
 def to_cases(rows: Rows, reading: Reading, *, checked: bool = False) -> Converted:
-    """Cases of the rows, all at once where nothing is wrong with them (`envs.bulk`), else row by row.
+    """Cases of the rows, all at once where nothing is wrong with them (`frugalpath.envs.bulk`), else row by row.
 
     Args:
         rows: of the manifest.

@@ -15,7 +15,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from slides.content import (
+from frugalpath.slides.content import (
     Content,
     digest,
     file_key,
@@ -26,7 +26,7 @@ from slides.content import (
     without_collections,
     write_known,
 )
-from slides.images import (
+from frugalpath.slides.images import (
     FORMATS,
     MAX_PIXELS,
     OR_DROP,
@@ -37,7 +37,7 @@ from slides.images import (
     slide_format,
     too_large,
 )
-from slides.plain import plain_size
+from frugalpath.slides.plain import plain_size
 
 _SMALL = 2**20  # bytes of a file up to which it is held in memory, to be hashed and decoded after one reading
 _HEADS = {b"\x89PNG\r\n\x1a\n": ("PNG",), b"\xff\xd8\xff": ("JPEG",)}
@@ -146,7 +146,7 @@ class FoundFiles:
         return not odd
 
     def keys(self) -> dict[str, bytes]:
-        """Under what the cache knows each of the files (`slides.content.file_keys`), by path."""
+        """Under what the cache knows each of the files (`frugalpath.slides.content.file_keys`), by path."""
         known = {
             path: file_key(path, *numbers)
             for entry, numbers in zip(self._entries, self._numbers.tolist(), strict=True)
@@ -173,7 +173,7 @@ def inspect_files(
 ) -> tuple[dict[str, FileFacts], dict[str, str]]:
     """Decode every image once (a truncated file shows only then) and hash every file.
 
-    Results are remembered (`slides.content`), so that the next start only looks at new files. Slides are hashed, not
+    Results are remembered (`frugalpath.slides.content`), so that the next start only looks at new files. Slides are hashed, not
     opened: a broken slide must not stop a run over thousands of them.
 
     Args:

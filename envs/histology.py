@@ -2,7 +2,7 @@
 
 A picture is a pure function of the slide and of the pixel's place: blocks of any size fit together without a seam, so
 that a large slide is drawn in bounded memory. Amounts of haematoxylin and eosin are drawn first, colours come from
-`envs.stain`.
+`frugalpath.envs.stain`.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from envs.anatomy import GLANDS, Anatomy, Glands, draw_flow, grow
-from envs.specimen import Plan, Truth, make_plan
-from envs.stain import Stain, draw_stain, to_rgb
+from frugalpath.envs.anatomy import GLANDS, Anatomy, Glands, draw_flow, grow
+from frugalpath.envs.specimen import Plan, Truth, make_plan
+from frugalpath.envs.stain import Stain, draw_stain, to_rgb
 
 ANGLES = 16  # directions a stamp is stored in, over half a turn
 VARIANTS = 12  # shapes of a kind of cell

@@ -15,18 +15,18 @@ from typing import Any, Literal
 
 import numpy as np
 
-from envs.case import SPLITS, TASKS, Case, with_splits
-from envs.checks import check_cases, drop_copies, file_problems, warn_of_lost_slides
-from envs.convert import Converted, Reading, to_cases
-from envs.files import inspect_files
-from envs.outcome import Outcome, files_of, identify, recall, remember, split_codes, unchanged
-from envs.quick import kinds_of
-from envs.rows import read_rows
-from envs.splits import carve, limit_cases
-from envs.table import ABSENT, Rows
-from slides.content import without_collections
-from slides.errors import InputError
-from slides.images import MAX_PIXELS, allow_pixels
+from frugalpath.envs.case import SPLITS, TASKS, Case, with_splits
+from frugalpath.envs.checks import check_cases, drop_copies, file_problems, warn_of_lost_slides
+from frugalpath.envs.convert import Converted, Reading, to_cases
+from frugalpath.envs.files import inspect_files
+from frugalpath.envs.outcome import Outcome, files_of, identify, recall, remember, split_codes, unchanged
+from frugalpath.envs.quick import kinds_of
+from frugalpath.envs.rows import read_rows
+from frugalpath.envs.splits import carve, limit_cases
+from frugalpath.envs.table import ABSENT, Rows
+from frugalpath.errors import InputError
+from frugalpath.slides.content import without_collections
+from frugalpath.slides.images import MAX_PIXELS, allow_pixels
 
 logger = logging.getLogger(__name__)
 

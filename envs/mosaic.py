@@ -14,14 +14,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from envs.case import SPLITS, Case
-from envs.files import FileFacts, inspect_files
-from envs.manifest import read_manifest
-from envs.mosaic_cases import CASE_QUESTIONS, ask_cases, several_cases
-from envs.mosaic_files import ASKED, Mosaic, plan_mosaics, write_lines, write_mosaics
-from envs.mosaic_layout import can_hold
-from envs.mosaic_questions import QUESTIONS, answer_of, ask, options_of, prompt_of
-from slides.errors import InputError
+from frugalpath.envs.case import SPLITS, Case
+from frugalpath.envs.files import FileFacts, inspect_files
+from frugalpath.envs.manifest import read_manifest
+from frugalpath.envs.mosaic_cases import (
+    CASE_QUESTIONS,
+    QUESTIONS,
+    answer_of,
+    ask,
+    ask_cases,
+    options_of,
+    prompt_of,
+    several_cases,
+)
+from frugalpath.envs.mosaic_files import ASKED, Mosaic, plan_mosaics, write_lines, write_mosaics
+from frugalpath.envs.mosaic_layout import can_hold
+from frugalpath.errors import InputError
 
 VERSION = 1  # of the rules by which mosaics are made; another number makes older folders unusable
 _RECORD, _CASES, _TRUTH = "mosaic.json", "cases.jsonl", "truth.jsonl"

@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from envs.case import SPLITS
-from envs.mosaic_layout import Layout, case_kinds, draw_layouts
-from envs.pyramid import write_pyramid
-from slides.errors import InputError
-from slides.images import ImageError, read_image
-from slides.whole import whole, write_text
+from frugalpath.envs.case import SPLITS
+from frugalpath.envs.mosaic_layout import Layout, case_kinds, draw_layouts
+from frugalpath.envs.pyramid import write_pyramid
+from frugalpath.errors import InputError
+from frugalpath.files import whole, write_text
+from frugalpath.slides.images import ImageError, read_image
 
 LAYOUTS, TILES, ASKED, CASES = 1, 2, 3, 4
 """First number of each seed, so that no two things drawn share a stream."""

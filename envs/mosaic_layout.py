@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from envs.boxes import to_frame
+from frugalpath.envs.boxes import to_frame
 
 KINDS = {"none": 0.2, "focal-1": 0.3, "focal-2": 0.15, "focal-3": 0.15, "diffuse": 0.2}
 """Share of each kind of mosaic: as many of the kinds of one question's answers as balance needs, single regions twice

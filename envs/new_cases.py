@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from envs.case import Case
-from envs.checks import file_problems, warn_of_lost_slides
-from envs.convert import Reading, to_cases
-from envs.files import inspect_files
-from envs.rows import read_rows
-from slides.errors import InputError
-from slides.images import MAX_PIXELS, OR_DROP
+from frugalpath.envs.case import Case
+from frugalpath.envs.checks import file_problems, warn_of_lost_slides
+from frugalpath.envs.convert import Reading, to_cases
+from frugalpath.envs.files import inspect_files
+from frugalpath.envs.rows import read_rows
+from frugalpath.errors import InputError
+from frugalpath.slides.images import MAX_PIXELS, OR_DROP
 
 COLUMNS = {"image_column": "file", "slide_column": None, "answer_column": "label", "split_column": "split"}
-"""Columns of a manifest of labels, as `envs.manifest.build` has them."""
+"""Columns of a manifest of labels, as `frugalpath.envs.manifest.build` has them."""
 
 
 def new_case(
@@ -72,7 +72,7 @@ def read_new_cases(
     A slide that is not there is left out, with a warning, where its case has others.
 
     Args:
-        params: of `envs.manifest.build`, such as a recipe's own; of them those that say what a row holds are used.
+        params: of `frugalpath.envs.manifest.build`, such as a recipe's own; of them those that say what a row holds are used.
         root: the folder relative paths start from; the manifest's own by default.
         given: task, prompt, options or question of rows without one, in place of those in `params`.
 

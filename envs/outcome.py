@@ -2,7 +2,7 @@
 
 The rows are read and become cases each time; that the files can be decoded, that nothing leaks between splits, which
 split each case was put in and which are left out is found out once. What is kept holds no answer, path or patient but
-hashes, a number for the split of each case, and names of columns. It lies in the cache of `slides.content`.
+hashes, a number for the split of each case, and names of columns. It lies in the cache of `frugalpath.slides.content`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 
 import numpy as np
 
-from envs.case import SPLITS, Case
-from envs.table import Rows
-from slides.content import open_cache
+from frugalpath.envs.case import SPLITS, Case
+from frugalpath.envs.table import Rows
+from frugalpath.slides.content import open_cache
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ class Outcome:
         kept: whether each of them is among the result.
         broken: numbers of the files that cannot be used and that their cases can do without.
         copies: how many cases were left out as copies.
-        kinds: of the columns, for `envs.quick`.
+        kinds: of the columns, for `frugalpath.envs.quick`.
     """
 
     files: str
@@ -70,7 +70,7 @@ def identify(source: Path, params: Mapping[str, Any], listed: Rows | None = None
 
     Args:
         source: the manifest.
-        params: of `envs.manifest.build`, with the root.
+        params: of `frugalpath.envs.manifest.build`, with the root.
         listed: the rows of a folder, which is what it says.
     """
     try:

@@ -14,8 +14,8 @@ import imagecodecs
 import numpy as np
 import tifffile
 
-from slides.errors import InputError
-from slides.whole import whole
+from frugalpath.errors import InputError
+from frugalpath.files import whole
 
 TILE = 256
 

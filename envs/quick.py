@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow
 import pyarrow.compute
 
-from envs.table import ABSENT, BLOCK, Block, Places, Rows
+from frugalpath.envs.table import ABSENT, BLOCK, Block, Places, Rows
 
 FEW = 10_000
 """Different texts or lists of a column below which equal ones are not made again and again."""

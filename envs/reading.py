@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slides.errors import InputError
-from slides.parsing import parse_json
+from frugalpath.errors import InputError
+from frugalpath.parsing import parse_json
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How a row becomes a case; the parameters are explained at `envs.manifest.build`.
+    """How a row becomes a case; the parameters are explained at `frugalpath.envs.manifest.build`.
 
     Without `gold` answers may be missing, and so may what only training needs: id and patient.
     """

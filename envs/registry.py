@@ -8,15 +8,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from envs.case import Case
-from slides.errors import InputError
-from slides.user_code import load_user_module
+from frugalpath.envs.case import Case
+from frugalpath.errors import InputError
+from frugalpath.user_code import load_user_module
 
 # Imported when asked for, so that a recipe pays only for the environment it names.
 BUILT_IN = {
-    "manifest": "envs.manifest:build",
-    "mosaic": "envs.mosaic:build",
-    "simulator": "envs.simulator:build",
+    "manifest": "frugalpath.envs.manifest:build",
+    "mosaic": "frugalpath.envs.mosaic:build",
+    "simulator": "frugalpath.envs.simulator:build",
 }
 
 
@@ -52,7 +52,7 @@ def make_env(name: str, params: Mapping[str, Any] | None = None, base: str | Pat
         raise InputError(problems)
     cases = build(**params)
     if not isinstance(cases, list) or not all(isinstance(case, Case) for case in cases):
-        raise InputError(f"environment {name!r} must return a list of envs.case.Case, not {type(cases).__name__}")
+        raise InputError(f"environment {name!r} must return a list of frugalpath.envs.case.Case, not {type(cases).__name__}")
     return cases
 
 

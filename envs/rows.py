@@ -13,10 +13,10 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from envs.quick import quick_rows
-from envs.table import ABSENT, BLOCK, Block, Collector, Row, Rows, to_block, to_blocks
-from slides.errors import InputError
-from slides.parsing import parse_json
+from frugalpath.envs.quick import quick_rows
+from frugalpath.envs.table import ABSENT, BLOCK, Block, Collector, Row, Rows, to_block, to_blocks
+from frugalpath.errors import InputError
+from frugalpath.parsing import parse_json
 
 __all__ = ["Row", "Rows", "read_rows"]
 
@@ -41,7 +41,7 @@ def read_rows(path: Path, kinds: Mapping[str, str] | None = None) -> tuple[Rows,
 
     Args:
         path: the file or folder.
-        kinds: what `envs.quick.kinds_of` found in this very file, which is then read faster.
+        kinds: what `frugalpath.envs.quick.kinds_of` found in this very file, which is then read faster.
 
     Returns:
         the rows that could be read, and for each that could not its place and the reason.

@@ -2,7 +2,7 @@
 
 The embedded default where there is no data. Some questions are answered by one visual token (diagnosis, grade), some
 need a few (necrosis, quadrant) and some a fine grid (size, margin, mitoses), so that an allocator has something to
-learn. `python -m envs.simulator --folder slides --slides 20` writes a folder with a manifest.
+learn. `python -m frugalpath.envs.simulator --folder slides --slides 20` writes a folder with a manifest.
 """
 
 from __future__ import annotations
@@ -15,13 +15,21 @@ from pathlib import Path
 
 import numpy as np
 
-from envs.case import Case
-from envs.simulator_cases import CASE_QUESTIONS, ask_case, compose_cases, single_slides
-from envs.simulator_folder import SlideSpec, fill_folder
-from envs.simulator_questions import PROTOCOL, QUESTIONS, ask, synoptic
-from envs.splits import assign_splits
-from slides.errors import InputError, entry
-from slides.whole import write_text
+from frugalpath.envs.case import Case
+from frugalpath.envs.simulator_cases import (
+    CASE_QUESTIONS,
+    PROTOCOL,
+    QUESTIONS,
+    ask,
+    ask_case,
+    compose_cases,
+    single_slides,
+    synoptic,
+)
+from frugalpath.envs.simulator_folder import SlideSpec, fill_folder
+from frugalpath.envs.splits import assign_splits
+from frugalpath.errors import InputError, entry
+from frugalpath.files import write_text
 
 # Shares of diagnoses and grades among patients, in 60 parts.
 MIX: tuple[tuple[str, int | None], ...] = (
@@ -203,7 +211,7 @@ def _check(
 
 @dataclass
 class SimulatorArguments:
-    """Options of `python -m envs.simulator`; see `build`."""
+    """Options of `python -m frugalpath.envs.simulator`; see `build`."""
 
     folder: str = field(metadata={"help": "where slides and manifest.jsonl are written"})
     slides: int = field(default=20, metadata={"help": "how many slides"})

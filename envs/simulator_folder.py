@@ -20,10 +20,10 @@ from typing import Any
 from filelock import FileLock
 from tqdm import tqdm
 
-from envs.histology import draw_strip, make_specimen
-from envs.pyramid import write_pyramid
-from slides.errors import InputError
-from slides.whole import write_text
+from frugalpath.envs.histology import draw_strip, make_specimen
+from frugalpath.envs.pyramid import write_pyramid
+from frugalpath.errors import InputError
+from frugalpath.files import write_text
 
 FORMAT = 3  # of the drawing: raised with every change that alters pictures or truth
 
@@ -51,7 +51,7 @@ def fill_folder(
     Args:
         root: the folder, made when it is missing.
         specs: the slides wanted; others that are there stay.
-        seed, size_mm, mpp: what the pictures depend on, see `envs.simulator.build`.
+        seed, size_mm, mpp: what the pictures depend on, see `frugalpath.envs.simulator.build`.
         workers: processes that draw.
 
     Raises:

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import numpy as np
 from scipy import ndimage
 
-from envs.boxes import to_frame
+from frugalpath.envs.boxes import to_frame
 
 DIAGNOSES = ("normal", "adenoma", "carcinoma")
 SIZES = ("small", "medium", "large")

@@ -6,9 +6,9 @@ import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Mapping, Sequence
 
-from envs.case import Case, with_splits
-from envs.checks import file_keys, report_keys
-from envs.files import FileFacts
+from frugalpath.envs.case import Case, with_splits
+from frugalpath.envs.checks import file_keys, report_keys
+from frugalpath.envs.files import FileFacts
 
 
 def carve(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from slides.errors import InputError
+from frugalpath.errors import InputError
 
 _IMAGE = "<image>"
 

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from envs.score_table import ScoreTable
-from models.allocators.network import there
-from rewards.objectives import OBJECTIVES, worth
-from slides.errors import InputError, entry
+from frugalpath.allocator.network import there
+from frugalpath.allocator.score_table import ScoreTable
+from frugalpath.errors import InputError, entry
+from frugalpath.rewards.cost import OBJECTIVES, worth
 
 try:
     import gymnasium
@@ -68,7 +68,7 @@ class TokenBudget(gymnasium.Env[np.ndarray, np.int64]):
         score: (N, K) in 0..1. flops: (N, K) of an answer; the mean of the largest budget is cost 1.
         budgets: K budgets in tokens, ascending. observation: (N, D) of what may be seen before.
         price: lambda, or lowest and highest of a range from which each episode's is drawn log-uniformly.
-        objective: see `rewards.objectives`; `dual` is `linear` here, at the price that the learner sets by
+        objective: see `frugalpath.rewards.cost`; `dual` is `linear` here, at the price that the learner sets by
             `reset(options={"price": ...})`.
         escalating: see above. confidence: (N, K) in 0..1, seen in the escalating mode.
         ids: of the cases, for `info`; their numbers by default.

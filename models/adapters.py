@@ -14,8 +14,8 @@ from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
-from models.language_model import load_language_model, located
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.language_model import load_language_model, located
 
 ADAPTER = "adapter"
 """Folder of an adapter within that of the stage which trained it, or of a `SlideVLM` that is kept as one."""

@@ -12,19 +12,19 @@ from peft import LoraConfig
 from transformers import AutoConfig
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from envs.case import Case
-from models.adapters import config_source
-from models.gemma_vl import MARKS, GemmaPerformer, small_gemma
-from models.language_model import load_tokenizer
-from models.performer import Performer, QwenPerformer, SlidePerformer, question_text
-from models.processor import SlideProcessor, ViewProcessor
-from models.qwen_vl import SPECIAL, QwenProcessor, QwenSight, freeze_vision, small_qwen
-from models.sight import Sight, TextSight
-from models.slide_config import SlideVLMConfig
-from models.slide_vlm import SlideVLM
-from models.tokenizer import IMAGE_TOKEN, train_tokenizer
-from models.visual import COLUMNS, FeatureBank
-from slides.errors import InputError
+from frugalpath.envs.case import Case
+from frugalpath.errors import InputError
+from frugalpath.models.adapters import config_source
+from frugalpath.models.feature_bank import COLUMNS, FeatureBank
+from frugalpath.models.gemma_vl import MARKS, GemmaPerformer, small_gemma
+from frugalpath.models.language_model import load_tokenizer
+from frugalpath.models.performer import Performer, QwenPerformer, SlidePerformer, question_text
+from frugalpath.models.processor import SlideProcessor, ViewProcessor
+from frugalpath.models.qwen_vl import SPECIAL, QwenProcessor, QwenSight, freeze_vision, small_qwen
+from frugalpath.models.slide_config import SlideVLMConfig
+from frugalpath.models.slide_vlm import SlideVLM
+from frugalpath.models.tokenizer import IMAGE_TOKEN, train_tokenizer
+from frugalpath.models.vision_adapter import Sight, TextSight
 
 FAMILIES = ("slide_vlm", "qwen_vl", "gemma_vl")
 SEEING = (
@@ -150,7 +150,7 @@ def make_sight(model: Any, processor: Any) -> Sight:
     if kind == "qwen2_5_vl":
         return QwenSight(model.config.image_token_id, processor.image_processor)
     if kind == "gemma3":
-        raise InputError("model: gemma3 pools its image tokens; pass a `models.gemma_vl.GemmaProcessor` with it")
+        raise InputError("model: gemma3 pools its image tokens; pass a `frugalpath.models.gemma_vl.GemmaProcessor` with it")
     if hasattr(model.config, "vision_config"):
         raise InputError(
             f"model: the family {kind} is not known here; known are {', '.join(FAMILIES)} and text models"

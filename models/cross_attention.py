@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from slides.errors import InputError
+from frugalpath.errors import InputError
 
 MEMORY = "visual_memory"
 """Keyword argument that carries the memory through the language model to its layers."""

@@ -20,8 +20,8 @@ from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from slides.errors import InputError
-from slides.whole import whole
+from frugalpath.errors import InputError
+from frugalpath.files import whole
 
 logger = logging.getLogger(__name__)
 

@@ -19,16 +19,16 @@ from transformers import AutoTokenizer, Gemma3Config, Gemma3ForConditionalGenera
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-from models.adapters import read_merged
-from models.cost import SquareTowerShape
-from models.feature_cache import FeatureCache, cache_key, content_hash
-from models.image_view import ImageView
-from models.performer import ImagePerformer
-from models.processor import TowerProcessor
-from models.sight import View, flat
-from models.tower_sight import TowerSight, holder_of, is_frozen, takes_features
-from models.visual import FeatureBank
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.adapters import read_merged
+from frugalpath.models.cost import SquareTowerShape
+from frugalpath.models.feature_bank import FeatureBank
+from frugalpath.models.feature_cache import FeatureCache, cache_key, content_hash
+from frugalpath.models.image_view import ImageView
+from frugalpath.models.performer import ImagePerformer
+from frugalpath.models.processor import TowerProcessor
+from frugalpath.models.vision_adapter import View, flat
+from frugalpath.models.vision_tower import TowerSight, holder_of, is_frozen, takes_features
 
 START, SOFT, END = MARKS = ("<start_of_image>", "<image_soft_token>", "<end_of_image>")
 TOWER_IMAGES = 16

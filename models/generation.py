@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig
 
-from models.attention import as_mask, check_window, dense_attention
-from models.sight import Prompt, Sight, stack_positions
+from frugalpath.models.attention import as_mask, check_window, dense_attention
+from frugalpath.models.vision_adapter import Prompt, Sight, stack_positions
 
 
 def generate(

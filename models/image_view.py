@@ -8,9 +8,9 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from slides import images
-from slides.errors import InputError
-from slides.images import ImageError, read_image
+from frugalpath.errors import InputError
+from frugalpath.slides import images
+from frugalpath.slides.images import ImageError, read_image
 
 
 class ImageView:

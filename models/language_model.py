@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_gguf_available
 
-from slides.errors import InputError
+from frugalpath.errors import InputError
 
 PACKAGE = "package:"
 GGUF = ".gguf"

@@ -16,21 +16,21 @@ from typing import Any, TypeAlias
 import torch
 from transformers import AutoTokenizer, GenerationConfig
 
-from envs.case import Case
-from models.compressors.base import linear_flops
-from models.compressors.chain import Chain
-from models.cost import DecoderShape, TowerShape
-from models.generation import generate_sure
-from models.image_view import ImageView
-from models.modes import evaluating
-from models.processor import SlideProcessor, ViewProcessor
-from models.qwen_vl import QwenProcessor, freeze_vision, load_qwen
-from models.share_out import share_out
-from models.sight import Prompt, View, read_prompt
-from models.slide_config import SlideVLMConfig
-from models.slide_vlm import SlideVLM
-from models.visual import FeatureBank, VisualTokens
-from slides.errors import InputError
+from frugalpath.envs.case import Case
+from frugalpath.errors import InputError
+from frugalpath.models.apportion import share_out
+from frugalpath.models.compressors.base import linear_flops
+from frugalpath.models.compressors.chain import Chain
+from frugalpath.models.cost import DecoderShape, TowerShape
+from frugalpath.models.feature_bank import FeatureBank, VisualTokens
+from frugalpath.models.generation import generate_sure
+from frugalpath.models.image_view import ImageView
+from frugalpath.models.modes import evaluating
+from frugalpath.models.processor import SlideProcessor, ViewProcessor
+from frugalpath.models.qwen_vl import QwenProcessor, freeze_vision, load_qwen
+from frugalpath.models.slide_config import SlideVLMConfig
+from frugalpath.models.slide_vlm import SlideVLM
+from frugalpath.models.vision_adapter import Prompt, View, read_prompt
 
 Wording: TypeAlias = Callable[[Case, Sequence[View]], list[dict]]
 """A conversation about a case and what is shown of it."""
@@ -119,7 +119,7 @@ class Performer(ABC):
 
     @property
     def resumes(self) -> bool:
-        """Whether a prompt can be read on from the KV cache of one that begins alike, see `models.reuse`."""
+        """Whether a prompt can be read on from the KV cache of one that begins alike, see `frugalpath.models.reuse`."""
         return False
 
     @abstractmethod

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import BatchFeature, ProcessorMixin
 
-from models.sight import Sight, SlideSight, images_of
-from models.tokenizer import IMAGE_TOKEN
+from frugalpath.models.tokenizer import IMAGE_TOKEN
+from frugalpath.models.vision_adapter import Sight, SlideSight, images_of
 
 
 class ViewProcessor(ProcessorMixin):

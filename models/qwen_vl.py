@@ -17,13 +17,13 @@ from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForCondition
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
-from models.adapters import read_merged
-from models.feature_cache import FeatureCache, cache_key, content_hash
-from models.image_view import ImageView, fit, open_image
-from models.processor import TowerProcessor
-from models.sight import View, flat
-from models.tower_sight import TowerSight, holder_of, is_frozen, takes_features
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.adapters import read_merged
+from frugalpath.models.feature_cache import FeatureCache, cache_key, content_hash
+from frugalpath.models.image_view import ImageView, fit, open_image
+from frugalpath.models.processor import TowerProcessor
+from frugalpath.models.vision_adapter import View, flat
+from frugalpath.models.vision_tower import TowerSight, holder_of, is_frozen, takes_features
 
 VISION_MARKS = ("<|vision_start|>", "<|vision_end|>")
 VIDEO_TOKEN = "<|video_pad|>"

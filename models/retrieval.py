@@ -1,26 +1,30 @@
-"""An index of slides and their texts that can be saved and queried both ways."""
+"""An index of slides and their texts that can be saved and queried both ways.
+
+Classes by their descriptions: a slide belongs to the class whose prompts it resembles most.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
-from models.compressors.base import PLACE, Tokens
-from models.feature_cache import module_revision
-from models.slide_text import SlideTextModel, similarity, text_batch
-from models.visual import COLUMNS, patch_rows
-from slides.errors import InputError
-from slides.store import Features
-from slides.whole import whole, write_text
+from frugalpath.errors import InputError
+from frugalpath.files import whole, write_text
+from frugalpath.models.compressors.base import PLACE, Tokens
+from frugalpath.models.feature_bank import COLUMNS, patch_rows
+from frugalpath.models.feature_cache import module_revision
+from frugalpath.models.slide_text import SlideTextModel, similarity, text_batch
+from frugalpath.slides.store import Features
 
 INDEX, VECTORS = "index.json", "vectors.safetensors"
 
@@ -242,3 +246,24 @@ def _checked(k: int) -> int:
 def _best(scores: torch.Tensor, k: int) -> list[tuple[int, float, int]]:
     order = scores.argsort(descending=True, stable=True)[:k]
     return [(rank, float(scores[at]), int(at)) for rank, at in enumerate(order, 1)]
+
+
+def class_vectors(embedder: Embedder, prompts: Mapping[str, Sequence[str]]) -> torch.Tensor:
+    """Unit vectors (C, e): of each class the normalised mean of its prompts' (CLIP, Radford et al. 2021, 3.1.4).
+
+    Raises:
+        InputError: fewer than two classes, or a class without prompts or with an empty one.
+    """
+    problems = [] if len(prompts) > 1 else ["prompts: fewer than two classes; name what a slide may be"]
+    for name, texts in prompts.items():
+        if isinstance(texts, str) or not texts or not all(isinstance(t, str) and t.strip() for t in texts):
+            problems.append(f"prompts: class {name!r} needs a list of texts, none of them empty")
+    if problems:
+        raise InputError(problems)
+    return F.normalize(torch.stack([embedder.texts(list(texts)).mean(0) for texts in prompts.values()]), dim=-1)
+
+
+@torch.no_grad()
+def class_probabilities(embedder: Embedder, slides: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
+    """Softmax (N, C), at the learned temperature, of slides' vectors (N, K, e) over classes (C, e)."""
+    return (similarity(slides, classes) * embedder.model.scale.float().cpu()).softmax(1)

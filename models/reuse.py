@@ -1,7 +1,7 @@
 """A later look at a case takes over what an earlier one has read: the KV cache of what both prompts begin with.
 
 Prompts of one case at two budgets have in common the text before the visual tokens, and the visual tokens up to the
-first that differs: all of the smaller budget's where they are nested (`models.compressors.pool`), none where a learned
+first that differs: all of the smaller budget's where they are nested (`frugalpath.models.compressors.pool`), none where a learned
 compressor makes each token of all patches. One measure serves both: equal ids, and equal rows behind image tokens.
 
 Only models that have their visual tokens in the text, as embeddings of stored features, are read on (`resumes`). With
@@ -19,13 +19,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from envs.case import Case
-from models.attention import check_window, dense_attention
-from models.generation import to_device, write_on
-from models.modes import evaluating
-from models.performer import Answer, Performer, SlidePerformer
-from models.sight import Prompt, stack_positions
-from models.visual import VisualTokens
+from frugalpath.envs.case import Case
+from frugalpath.models.attention import check_window, dense_attention
+from frugalpath.models.feature_bank import VisualTokens
+from frugalpath.models.generation import to_device, write_on
+from frugalpath.models.modes import evaluating
+from frugalpath.models.performer import Answer, Performer, SlidePerformer
+from frugalpath.models.vision_adapter import Prompt, stack_positions
 
 
 def shared(performer: Performer, before: Prompt, after: Prompt) -> int:

@@ -1,4 +1,4 @@
-"""Configuration of the vision-language model over stored patch features, see `models.slide_vlm`."""
+"""Configuration of the vision-language model over stored patch features, see `frugalpath.models.slide_vlm`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any, ClassVar
 
 from transformers import AutoConfig, PreTrainedConfig
 
-from models.compressors.aligner import MARKERS
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.compressors.aligner import MARKERS
 
 FUSIONS = ("prefix", "cross_attention")
 
@@ -20,8 +20,8 @@ class SlideVLMConfig(PreTrainedConfig):
         text_config: configuration of the causal language model.
         feature_dim: width d of the patch features.
         image_token_id: token that a visual token replaces.
-        compressors: names, or mappings of `name` and options, see `models.compressors.chain`.
-        aligner: from compressed tokens to embeddings, see `models.compressors.aligner.make_aligner`.
+        compressors: names, or mappings of `name` and options, see `frugalpath.models.compressors.chain`.
+        aligner: from compressed tokens to embeddings, see `frugalpath.models.compressors.aligner.make_aligner`.
         aligner_width: hidden width of the aligner `place`.
         aligner_dropout: dropout within the aligner.
         markers: what marks the tokens of each slide: none, shared, or unique to its number in the case. A marker

@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.models.blip_2.modeling_blip_2 import Blip2TextEmbeddings
 from transformers.utils import ModelOutput
 
-from models.compressors.base import PatchEmbedding, Tokens
-from models.compressors.qformer import QFormer
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.compressors.base import PatchEmbedding, Tokens
+from frugalpath.models.compressors.qformer import QFormer
 
 LOSSES = ("itc", "itm", "itg")
 """Contrastive, matching and generation."""

@@ -24,14 +24,14 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from models.adapters import adapter_of, grown_base, merge_adapter
-from models.compressors.aligner import MARKER_STD, Markers, make_aligner
-from models.compressors.base import PatchEmbedding, Tokens
-from models.compressors.chain import Chain
-from models.cross_attention import MEMORY, Memory, Routes, attach, spread
-from models.language_model import load_language_model
-from models.slide_config import SlideVLMConfig
-from models.visual import COLUMNS
+from frugalpath.models.adapters import adapter_of, grown_base, merge_adapter
+from frugalpath.models.compressors.aligner import MARKER_STD, Markers, make_aligner
+from frugalpath.models.compressors.base import PatchEmbedding, Tokens
+from frugalpath.models.compressors.chain import Chain
+from frugalpath.models.cross_attention import MEMORY, Memory, Routes, attach, spread
+from frugalpath.models.feature_bank import COLUMNS
+from frugalpath.models.language_model import load_language_model
+from frugalpath.models.slide_config import SlideVLMConfig
 
 ADDED_STD = 0.3
 """Deviation of the initial values of markers that are added to tokens."""

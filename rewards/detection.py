@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from rewards.answer import Completion, extract_answer
-from rewards.registry import column, reward, warn_unscorable
+from frugalpath.rewards.answer import Completion, extract_answer
+from frugalpath.rewards.registry import column, reward, warn_unscorable
 
 FRAME = 1000.0
 MAX_BOXES = 100  # predictions beyond this many are not read, as with COCO's maxDets

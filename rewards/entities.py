@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewards.answer import Completion, extract_answer
-from rewards.label import normalise
-from rewards.registry import column, reward, warn_unscorable
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.rewards.answer import Completion, extract_answer
+from frugalpath.rewards.label import normalise
+from frugalpath.rewards.registry import column, reward, warn_unscorable
 
 # An answer longer than this is no report: characters, those outside ASCII (which Unicode may unfold), words and marks.
 MAX_CHARS, MAX_FOREIGN, MAX_TOKENS = 20_000, 2_000, 3_000
@@ -117,7 +117,7 @@ def read_vocabulary(path: str | None = None) -> Vocabulary:
         InputError: no such file, no term in it, or terms that stand for two concepts, each with its lines.
     """
     if path is None:
-        from rewards.synoptic.vocabulary import protocol_vocabulary  # reads files, which other rewards do not need
+        from frugalpath.rewards.synoptic.vocabulary import protocol_vocabulary
 
         found = protocol_vocabulary().items()
         return Vocabulary.of((term, normalise(concept)) for term, concept in found if normalise(term) not in _AFFIRMED)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rewards.answer import Completion, form_of
-from rewards.registry import reward
+from frugalpath.rewards.answer import Completion, form_of
+from frugalpath.rewards.registry import reward
 
 
 @reward("format")

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.answer import Completion, extract_answer
-from rewards.registry import column, reward, warn_unscorable
+from frugalpath.rewards.answer import Completion, extract_answer
+from frugalpath.rewards.registry import column, reward, warn_unscorable
 
 # Punctuation that may stand around an answer. What changes the meaning is not in it: HER2+ and HER2-, <5 mm and
 # >5 mm, .5 and 5 are different answers.

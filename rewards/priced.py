@@ -14,10 +14,10 @@ from typing import Any, NamedTuple, TypeGuard
 
 import numpy as np
 
-from rewards.answer import Completion, extract_answer, form_of
-from rewards.cost import birr, dual_price, linear, parse_budget, visionthink
-from rewards.registry import column, get_reward, reward, warn_unscorable
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.rewards.answer import Completion, extract_answer, form_of
+from frugalpath.rewards.cost import birr, dual_price, linear, parse_budget, visionthink
+from frugalpath.rewards.registry import column, get_reward, reward, warn_unscorable
 
 DUAL_COST = "dual_cost/cost"  # the metric in TRL's log from which the price follows
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import hypergeom
 
-from rewards.bootstrap import Bootstrap
+from frugalpath.bootstrap import Bootstrap
 
 RANKS = (1, 3, 5, 10)
 """Ranks that recall is given at."""

@@ -7,9 +7,9 @@ from typing import Any
 
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
-from rewards.answer import Completion, completion_text, extract_answer
-from rewards.registry import reward
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.rewards.answer import Completion, completion_text, extract_answer
+from frugalpath.rewards.registry import reward
 
 MAX_TOKENS, MAX_NGRAM = 32_768, 20  # what bounds the time; no completion of a policy is longer
 

@@ -16,9 +16,9 @@ from typing import Any
 
 from rapidfuzz.distance import LCSseq
 
-from rewards.answer import Completion, extract_answer
-from rewards.registry import column, reward, warn_unscorable
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.rewards.answer import Completion, extract_answer
+from frugalpath.rewards.registry import column, reward, warn_unscorable
 
 MAX_WORDS = 2_000
 MAX_CHARS = 20_000

@@ -1,8 +1,8 @@
 """Check rewards and reports before anything is trained.
 
-    python -m rewards.validate --config configs/recipes/<x>.yaml
-    python -m rewards.validate --manifest cases.jsonl --rewards choice synoptic
-    python -m rewards.validate --reports reports.jsonl --protocol biopsy
+    python -m frugalpath.rewards.validate --config configs/recipes/<x>.yaml
+    python -m frugalpath.rewards.validate --manifest cases.jsonl --rewards choice synoptic
+    python -m frugalpath.rewards.validate --reports reports.jsonl --protocol biopsy
 
 The first two score, with the rewards of a recipe or those named, every gold answer (each must be 1) and what a policy
 could answer without looking: the commonest gold answer, one option for all, "not applicable" everywhere, the longest
@@ -26,19 +26,18 @@ from typing import Any
 
 import numpy as np
 
-from envs.case import Case
-from envs.columns import case_columns, extra_columns
-from envs.registry import make_env
-from rewards.registry import RewardFunction, get_rewards, gold_completion
-from rewards.synoptic.biopsy import lost_words
-from rewards.synoptic.check import check_record
-from rewards.synoptic.conditions import UNDETERMINED
-from rewards.synoptic.parse import Report, parse_report
-from rewards.synoptic.protocol import Protocol, load_protocol
-from rewards.synoptic.render import layouts, render_report
-from slides.errors import InputError, entry
-from slides.parsing import parse_json, read_yaml
-from slides.whole import write_text
+from frugalpath.envs.case import Case, case_columns, extra_columns
+from frugalpath.envs.registry import make_env
+from frugalpath.errors import InputError, entry
+from frugalpath.files import write_text
+from frugalpath.parsing import parse_json, read_yaml
+from frugalpath.rewards.registry import RewardFunction, get_rewards, gold_completion
+from frugalpath.rewards.synoptic.biopsy import lost_words
+from frugalpath.rewards.synoptic.check import check_record
+from frugalpath.rewards.synoptic.conditions import UNDETERMINED
+from frugalpath.rewards.synoptic.parse import Report, parse_report
+from frugalpath.rewards.synoptic.protocol import Protocol, load_protocol
+from frugalpath.rewards.synoptic.render import layouts, render_report
 
 SHOWN = 20  # problems that are printed; the rest is counted
 HIGH = 0.9  # a constant answer that scores this much is marked

@@ -26,8 +26,7 @@ from typing import Any
 from loky.backend.context import get_context
 from pebble import ProcessExpired, ProcessPool
 
-from rewards.calling import RewardError, RewardTimeout, Rows, score
-from rewards.lookup import find, load
+from frugalpath.rewards.calling import RewardError, RewardTimeout, Rows, find, load, score
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import roc_auc_score
 
-from rewards.bootstrap import Bootstrap
-from slides.errors import InputError
+from frugalpath.bootstrap import Bootstrap
+from frugalpath.errors import InputError
 
 
 def classification(

@@ -11,21 +11,19 @@ from __future__ import annotations
 
 import numpy as np
 
-from models.allocators.network import LookNetwork
-from models.allocators.policy import PolicyAllocator
-from models.allocators.value import ValueAllocator
-from models.performer import Performer
-from rl.deciders.base import Decider
-from rl.deciders.escalate import fit_escalate
-from rl.deciders.loading import keep_decider
-from rl.deciders.policy import fit_policy
-from rl.deciders.text import text_decider
-from rl.deciders.value import fit_value
-from rl.deployed import SUMMARY, check_trained
-from rl.guards import collapsed
-from rl.recipe import parse_recipe
-from rl.stages import Stages
-from slides.errors import entry
+from frugalpath.allocator.base import Decider
+from frugalpath.allocator.cascade import fit_escalate
+from frugalpath.allocator.collapse import collapsed
+from frugalpath.allocator.forms import keep_decider
+from frugalpath.allocator.network import LookNetwork
+from frugalpath.allocator.policy import PolicyAllocator, fit_policy
+from frugalpath.allocator.text import text_decider
+from frugalpath.allocator.value import ValueAllocator, fit_value
+from frugalpath.deploy.run import SUMMARY, check_trained
+from frugalpath.errors import entry
+from frugalpath.models.performer import Performer
+from frugalpath.recipe.run import parse_recipe
+from frugalpath.rl.stages import Stages
 
 
 def make_decider(stages: Stages, performer: Performer, start: LookNetwork) -> Decider:

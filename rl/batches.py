@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import RepeatSampler
 
-from models.sight import Sight
-from rl.packing import groups_of
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.vision_adapter import Sight
+from frugalpath.rl.packing import groups_of
 
 
 class EpochSampler(RepeatSampler):

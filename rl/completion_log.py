@@ -16,10 +16,10 @@ from transformers.integrations import TensorBoardCallback
 from trl import GRPOTrainer
 from trl.trainer.utils import strip_images_from_messages
 
-from models.image_view import ImageView
-from models.sight import Prompt
-from models.visual import VisualTokens
-from rl.report.pictures import as_seen, read_whole
+from frugalpath.evaluation.report.pictures import as_seen, read_whole
+from frugalpath.models.feature_bank import VisualTokens
+from frugalpath.models.image_view import ImageView
+from frugalpath.models.vision_adapter import Prompt
 
 COLUMNS = ("budget", "tokens")
 """Columns of the rollouts that are logged beside completions."""

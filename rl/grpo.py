@@ -12,11 +12,11 @@ import shutil
 
 from accelerate import PartialState
 
-from rl.pareto import evaluate
-from rl.recipe import parse_recipe
-from rl.report.console import print_summary
-from rl.stages import Stages
-from slides.errors import entry
+from frugalpath.errors import entry
+from frugalpath.evaluation.report.console import print_summary
+from frugalpath.recipe.run import parse_recipe
+from frugalpath.rl.pareto import evaluate
+from frugalpath.rl.stages import Stages
 
 
 @entry

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from accelerate.utils import gather
 
-from envs.case import Case
-from models.performer import Performer
-from rewards.registry import RewardFunction
-from rl.allocation.online import AllocatorLearner
-from rl.trainer import GroupTrainer
-from sft.supervised import gold_ids
-from slides.errors import InputError
+from frugalpath.allocator.online import AllocatorLearner
+from frugalpath.envs.case import Case
+from frugalpath.errors import InputError
+from frugalpath.models.performer import Performer
+from frugalpath.rewards.registry import RewardFunction
+from frugalpath.rl.trainer import GroupTrainer
+from frugalpath.sft.supervised import gold_ids
 
 
 class FrugalTrainer(GroupTrainer):

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from models.attention import FLEX, SHARED_PREFIX, as_mask
-from models.sight import stack_positions
+from frugalpath.models.attention import FLEX, SHARED_PREFIX, as_mask
+from frugalpath.models.vision_adapter import stack_positions
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def packed_mask(
     """Arguments of a forward that keep the completions of packed rows apart, as the model's attention takes them.
 
     Args:
-        segment: (b, T), see `PackedBatch`. attention: what `models.attention.share_prefix` gave.
+        segment: (b, T), see `PackedBatch`. attention: what `frugalpath.models.attention.share_prefix` gave.
         dtype: of the queries. runs: see `block_mask`.
     """
     if attention == FLEX:

@@ -6,7 +6,7 @@
 Takes a run that rl/grpo.py has trained. Reads its score tables (and makes those that are missing) and writes
 `report/`: summary.json, cases.jsonl, pareto.png and report.html. All choices (best static budget, operating price) are
 made on validation cases; all figures are of test cases. With `--transfer` the run is applied as it is to the test
-cases of another recipe instead, see `rl.transfer`.
+cases of another recipe instead, see `frugalpath.evaluation.transfer`.
 """
 
 from __future__ import annotations
@@ -16,23 +16,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from models.allocators.network import LookNetwork
-from models.performer import Performer
-from rl.allocate import collapse, make_decider
-from rl.deciders.loading import keep_decider
-from rl.deployed import check_trained
-from rl.evaluation.attribution import attribute
-from rl.evaluation.cautions import cautions
-from rl.evaluation.trial import Trial
-from rl.fields import field_results
-from rl.probe import linear_probe
-from rl.recipe import parse_recipe
-from rl.report.card import write_card
-from rl.report.console import print_outcome, print_summary
-from rl.report.writing import write_report
-from rl.stages import Stages
-from rl.transfer import transfer
-from slides.errors import entry
+from frugalpath.allocator.forms import keep_decider
+from frugalpath.allocator.network import LookNetwork
+from frugalpath.deploy.run import check_trained
+from frugalpath.errors import entry
+from frugalpath.evaluation.controls import attribute, linear_probe
+from frugalpath.evaluation.metrics import field_results
+from frugalpath.evaluation.report.card import write_card
+from frugalpath.evaluation.report.console import print_outcome, print_summary
+from frugalpath.evaluation.report.writing import write_report
+from frugalpath.evaluation.run import Trial
+from frugalpath.evaluation.transfer import transfer
+from frugalpath.evaluation.warnings import cautions
+from frugalpath.models.performer import Performer
+from frugalpath.recipe.run import parse_recipe
+from frugalpath.rl.allocate import collapse, make_decider
+from frugalpath.rl.stages import Stages
 
 
 def evaluate(stages: Stages, performer: Performer, start: LookNetwork) -> dict[str, Any]:

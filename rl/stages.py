@@ -15,34 +15,31 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 
-from envs.columns import case_columns, extra_columns
-from envs.score_table import ScoreTable
-from models.allocators.look import CheapLook
-from models.allocators.network import AllocatorConfig, LookNetwork
-from models.allocators.policy import PolicyAllocator, PolicyConfig
-from models.allocators.text import SYSTEM, TURN
-from models.allocators.value import ValueAllocator
-from models.build import build_performer, load_performer, lora_config
-from models.performer import Performer
-from models.sharded import load_whole
-from models.visual import FeatureBank
-from rl.allocation.frozen import FrozenAnswers, Plan, learn_from_frozen
-from rl.allocation.objectives import Objective
-from rl.allocation.online import AllocatorLearner, PolicyLearner, ValueLearner
-from rl.checkpoints import Clock, MarkWhole, is_done, last_whole, mark_done
-from rl.guards import CollapseGuard
-from rl.joint import FrugalTrainer
-from rl.prepare import load_cases, load_features, load_rewards
-from rl.processes import renew
-from rl.recipe import Run
-from rl.scoring import Scorer
-from rl.table import score_table
-from rl.vllm_rollouts import require_vllm
-from sft.options import Stage
-from sft.resume import train_from
-from sft.running import Supervision, asked
-from sft.supervised import merged
-from slides.errors import InputError
+from frugalpath.allocator.collapse import CollapseGuard
+from frugalpath.allocator.frozen import FrozenAnswers, Plan, learn_from_frozen
+from frugalpath.allocator.network import AllocatorConfig, CheapLook, LookNetwork
+from frugalpath.allocator.objectives import Objective
+from frugalpath.allocator.online import AllocatorLearner, PolicyLearner, ValueLearner
+from frugalpath.allocator.policy import PolicyAllocator, PolicyConfig
+from frugalpath.allocator.score_table import ScoreTable, score_table
+from frugalpath.allocator.text import SYSTEM, TURN
+from frugalpath.allocator.value import ValueAllocator
+from frugalpath.distributed import renew
+from frugalpath.envs.case import case_columns, extra_columns
+from frugalpath.errors import InputError
+from frugalpath.models.build import build_performer, load_performer, lora_config
+from frugalpath.models.feature_bank import FeatureBank
+from frugalpath.models.performer import Performer
+from frugalpath.models.sharded import load_whole
+from frugalpath.recipe.checkpoints import Clock, MarkWhole, is_done, last_whole, mark_done, train_from
+from frugalpath.recipe.data import load_cases, load_features, load_rewards
+from frugalpath.recipe.run import Run
+from frugalpath.recipe.sft import Stage
+from frugalpath.rewards.scoring import Scorer
+from frugalpath.rl.joint import FrugalTrainer
+from frugalpath.rl.vllm_rollouts import require_vllm
+from frugalpath.sft.running import Supervision, asked
+from frugalpath.sft.supervised import merged
 
 logger = logging.getLogger(__name__)
 

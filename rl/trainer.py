@@ -17,20 +17,20 @@ from trl.models import unwrap_model_for_generation
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import split_tensor_dict
 
-from models.attention import check_window, share_prefix
-from models.build import make_sight
-from models.feature_cache import FeatureCache
-from models.generation import by_length, generate, to_device
-from models.modes import evaluating
-from models.processor import ViewProcessor, token_types
-from models.sharded import gathered, make_ready, shares_out
-from models.sight import Prompt, read_prompt
-from rl.batches import EpochSampler, LoadedOnce, ShownOnce, share, shuffle_groups, split_silent, take
-from rl.checkpoints import SaveBetweenRollouts
-from rl.completion_log import CompletionLog
-from rl.flops import FlopCount
-from rl.packing import groups_of, pack, packed_mask, runs_of
-from rl.vllm_rollouts import VLLMRollouts, require_servable, require_vllm
+from frugalpath.models.attention import check_window, share_prefix
+from frugalpath.models.build import make_sight
+from frugalpath.models.cost import FlopCount
+from frugalpath.models.feature_cache import FeatureCache
+from frugalpath.models.generation import by_length, generate, to_device
+from frugalpath.models.modes import evaluating
+from frugalpath.models.processor import ViewProcessor, token_types
+from frugalpath.models.sharded import gathered, make_ready, shares_out
+from frugalpath.models.vision_adapter import Prompt, read_prompt
+from frugalpath.recipe.checkpoints import SaveBetweenRollouts
+from frugalpath.rl.batches import EpochSampler, LoadedOnce, ShownOnce, share, shuffle_groups, split_silent, take
+from frugalpath.rl.completion_log import CompletionLog
+from frugalpath.rl.packing import groups_of, pack, packed_mask, runs_of
+from frugalpath.rl.vllm_rollouts import VLLMRollouts, require_servable, require_vllm
 
 
 class GroupTrainer(CompletionLog):

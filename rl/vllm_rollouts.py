@@ -12,8 +12,8 @@ from typing import Any
 
 from trl.import_utils import is_vllm_available
 
-from models.sight import Sight
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.vision_adapter import Sight
 
 BANNED = -100.0
 """Logit bias that keeps a token from being written; servers take none beyond it."""

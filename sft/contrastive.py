@@ -15,11 +15,11 @@ import torch
 from datasets import Dataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from models.compressors.base import PLACE, Tokens
-from models.slide_text import LOSSES, SlideTextConfig, SlideTextModel, text_batch
-from sft.options import training_arguments
-from sft.resume import train_from
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.compressors.base import PLACE, Tokens
+from frugalpath.models.slide_text import LOSSES, SlideTextConfig, SlideTextModel, text_batch
+from frugalpath.recipe.checkpoints import train_from
+from frugalpath.recipe.sft import training_arguments
 
 STANDARDISED = 256
 """Slides whose features give the mean and deviation that a new model standardises with."""

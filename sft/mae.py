@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from models.compressors.chain import Chain
-from models.compressors.reconstruction import MaskedReconstruction
-from models.compressors.resampler import Resampler
-from models.modes import evaluating
-from sft.options import training_arguments
-from sft.resume import train_from
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.compressors.chain import Chain
+from frugalpath.models.compressors.reconstruction import MaskedReconstruction
+from frugalpath.models.compressors.resampler import Resampler
+from frugalpath.models.modes import evaluating
+from frugalpath.recipe.checkpoints import train_from
+from frugalpath.recipe.sft import training_arguments
 
 
 def train_mae(

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from envs.rows import read_rows
-from models.retrieval import Item, RetrievalIndex, slide_rows
-from rl.prepare import load_cases, load_features
-from rl.recipe import parse_recipe
-from slides.errors import InputError
-from slides.field_store import StoredField, load_stored
+from frugalpath.envs.rows import read_rows
+from frugalpath.errors import InputError
+from frugalpath.models.retrieval import Item, RetrievalIndex, slide_rows
+from frugalpath.recipe.data import load_cases, load_features
+from frugalpath.recipe.run import parse_recipe
+from frugalpath.slides.field_store import StoredField, load_stored
 
 
 class FeatureFiles(Sequence):
@@ -49,7 +49,7 @@ class FeatureFiles(Sequence):
 def from_manifest(path: Path) -> tuple[list[Item], FeatureFiles]:
     """Slides and feature files of a manifest (CSV, TSV, JSON lines, JSON or parquet).
 
-    A row has `slide`, a feature file relative to the manifest (`python -m slides.extract` writes them); `text`, its
+    A row has `slide`, a feature file relative to the manifest (`python -m frugalpath.slides.extract` writes them); `text`, its
     report, which may be empty; `patient`, by default the row's id; `id`, by default the file's stem.
 
     Raises:
@@ -63,7 +63,7 @@ def from_manifest(path: Path) -> tuple[list[Item], FeatureFiles]:
         if not named:
             problems.append(f"{row.at}: no `slide`; name its feature file")
         elif file.suffix != ".h5":
-            problems.append(f"{row.at}: {named} is no feature file (.h5); write it with `python -m slides.extract`")
+            problems.append(f"{row.at}: {named} is no feature file (.h5); write it with `python -m frugalpath.slides.extract`")
         elif not file.is_file():
             problems.append(f"{row.at}: no such file {file}")
         name = str(row.values.get("id") or file.stem)

@@ -5,7 +5,7 @@
     python sft/retrieve.py query --index INDEX --slide slide.h5
     python sft/retrieve.py evaluate --index INDEX [--prompts prompts.yaml --labels labels.csv]
 
-For the manifest see `sft.pairs.from_manifest`; `--config recipe.yaml` takes the open and synoptic cases of a recipe
+For the manifest see `frugalpath.sft.pairs.from_manifest`; `--config recipe.yaml` takes the open and synoptic cases of a recipe
 instead. The prompts map each class to its descriptions; the labels are rows of `id` and `label`, or with `--config
 recipe.yaml --question diagnosis` the answers to a question about the same slides. Answers are JSON.
 """
@@ -19,14 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from envs.rows import read_rows
-from models.retrieval import Embedder, RetrievalIndex
-from models.zero_shot import class_probabilities, class_vectors
-from rewards.retrieval import retrieval
-from rewards.zero_shot import classification
-from sft.pairs import FeatureFiles, from_manifest, from_recipe, recipe_labels
-from slides.errors import InputError, entry
-from slides.parsing import read_yaml
+from frugalpath.envs.rows import read_rows
+from frugalpath.errors import InputError, entry
+from frugalpath.models.retrieval import Embedder, RetrievalIndex, class_probabilities, class_vectors
+from frugalpath.parsing import read_yaml
+from frugalpath.rewards.retrieval import retrieval
+from frugalpath.rewards.zero_shot import classification
+from frugalpath.sft.pairs import FeatureFiles, from_manifest, from_recipe, recipe_labels
 
 
 def build(options: argparse.Namespace) -> dict[str, Any]:

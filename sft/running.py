@@ -10,18 +10,18 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback
 
-from envs.case import Case
-from models.build import PerformerConfig, lora_config
-from models.compressors.qformer import QFormer
-from models.compressors.reconstruction import MaskedReconstruction
-from models.performer import Performer, SlidePerformer
-from models.sharded import whole
-from models.slide_text import copy_qformer
-from sft.contrastive import build_model, contrastive_config, train_contrastive
-from sft.mae import mae_config, measure_mae, train_mae
-from sft.options import Stage
-from sft.supervised import adapters_of, sft_config, stage_rates, train_sft
-from slides.errors import InputError
+from frugalpath.envs.case import Case
+from frugalpath.errors import InputError
+from frugalpath.models.build import PerformerConfig, lora_config
+from frugalpath.models.compressors.qformer import QFormer
+from frugalpath.models.compressors.reconstruction import MaskedReconstruction
+from frugalpath.models.performer import Performer, SlidePerformer
+from frugalpath.models.sharded import whole
+from frugalpath.models.slide_text import copy_qformer
+from frugalpath.recipe.sft import Stage
+from frugalpath.sft.contrastive import build_model, contrastive_config, train_contrastive
+from frugalpath.sft.mae import mae_config, measure_mae, train_mae
+from frugalpath.sft.supervised import adapters_of, sft_config, stage_rates, train_sft
 
 MEASURED = 64
 """Validation slides that a masked reconstruction is measured on."""

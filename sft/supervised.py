@@ -19,17 +19,17 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
-from envs.case import Case
-from models.adapters import ADAPTER
-from models.build import SEEING_PARTS
-from models.performer import Performer
-from models.sharded import make_ready, shares_out, whole
-from models.sight import stack_positions
-from rewards.registry import gold_completion
-from rl.flops import FlopCount
-from sft.options import training_arguments
-from sft.resume import train_from
-from slides.errors import InputError
+from frugalpath.envs.case import Case
+from frugalpath.errors import InputError
+from frugalpath.models.adapters import ADAPTER
+from frugalpath.models.build import SEEING_PARTS
+from frugalpath.models.cost import FlopCount
+from frugalpath.models.performer import Performer
+from frugalpath.models.sharded import make_ready, shares_out, whole
+from frugalpath.models.vision_adapter import stack_positions
+from frugalpath.recipe.checkpoints import train_from
+from frugalpath.recipe.sft import training_arguments
+from frugalpath.rewards.registry import gold_completion
 
 RATES: dict[str, dict[str, float]] = {
     "align": {"seeing": 1e-4},

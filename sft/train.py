@@ -9,9 +9,9 @@ whole checkpoint.
 
 from __future__ import annotations
 
-from rl.recipe import parse_recipe
-from rl.stages import Stages
-from slides.errors import InputError, entry
+from frugalpath.errors import InputError, entry
+from frugalpath.recipe.run import parse_recipe
+from frugalpath.rl.stages import Stages
 
 
 @entry

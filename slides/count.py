@@ -1,8 +1,8 @@
 """Count the tissue tiles of slides at several scales, without encoding any.
 
-    python -m slides.count --slides slides/ --setting 2.0:512 --setting 0.5:256
+    python -m frugalpath.slides.count --slides slides/ --setting 2.0:512 --setting 0.5:256
 
-A setting is `mpp:tile_px`. Tissue and tiles are those of `python -m slides.extract` with the same `--mpp`, `--tile-px`
+A setting is `mpp:tile_px`. Tissue and tiles are those of `python -m frugalpath.slides.extract` with the same `--mpp`, `--tile-px`
 and `--min-tissue`, before `--max-tiles`. A slide that was scanned coarser than a setting is counted by its geometry,
 which needs no pixels of that scale, and marked `upsampled`: extract refuses it. Slides of all stains are counted. The
 last line is JSON. How-to: docs/slides.md.
@@ -19,13 +19,13 @@ from typing import Any
 
 from tqdm import tqdm
 
-from slides.errors import InputError, entry
-from slides.extraction import find_grid
-from slides.jobs import SlideJob, find_jobs
-from slides.options import ExtractOptions
-from slides.reader import SlideReader
-from slides.scale import MAX_MPP, MIN_MPP, SlideError, find_scale, plausible
-from slides.tiling import select, tissue_fraction
+from frugalpath.errors import InputError, entry
+from frugalpath.slides.extraction import find_grid
+from frugalpath.slides.jobs import SlideJob, find_jobs
+from frugalpath.slides.options import ExtractOptions
+from frugalpath.slides.reader import SlideReader
+from frugalpath.slides.scale import MAX_MPP, MIN_MPP, SlideError, find_scale, plausible
+from frugalpath.slides.tiling import select, tissue_fraction
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _ratio(tiles: Mapping[str, float]) -> float | None:
 def parse(arguments: list[str] | None = None) -> tuple[list[SlideJob], list[Setting], ExtractOptions]:
     """Slides, settings and options from the command line."""
     default = ExtractOptions()
-    parser = argparse.ArgumentParser(prog="slides.count", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="frugalpath.slides.count", description=__doc__.partition("\n")[0])
     parser.add_argument("--slides", required=True, help="folder, manifest or one slide")
     parser.add_argument("--setting", action="append", required=True, help="mpp:tile_px, such as 2.0:512; repeat it")
     parser.add_argument("--min-tissue", type=float, default=default.min_tissue, help="fraction of a tile; as extract")

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from slides.errors import InputError
+from frugalpath.errors import InputError
 
 DEFAULT = "efficientnet-lite0"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -160,7 +160,7 @@ def load_encoder(
     where = {"device": device, "precision": precision}
     if name == DEFAULT:
         return _efficientnet_lite0(**where)
-    from slides.encoder_hub import load_timm, load_transformers
+    from frugalpath.slides.encoder_hub import load_timm, load_transformers
 
     if name.startswith("timm:"):
         return load_timm(name, revision=revision, **where)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from slides.encoder import IMAGENET_MEAN, IMAGENET_STD, PatchEncoder, weights_hash
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.slides.encoder import IMAGENET_MEAN, IMAGENET_STD, PatchEncoder, weights_hash
 
 logger = logging.getLogger(__name__)
 

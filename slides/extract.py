@@ -1,8 +1,8 @@
 """Extract the patch features of slides.
 
-    python -m slides.extract --slides slides/ --out features/
+    python -m frugalpath.slides.extract --slides slides/ --out features/
     accelerate launch --multi_gpu --num_processes 2 slides/extract.py --slides slides.csv --out features/
-    python -m slides.extract --config extract.yaml
+    python -m frugalpath.slides.extract --config extract.yaml
 
 `--slides` is a folder, a manifest (csv, tsv, jsonl, parquet: file, and optionally id, case, stain, mpp) or one slide.
 `--out` gets `features/`, `status/`, `qc/`, `geojson/` and `extract.jsonl`. The exit status is 0 when the run finished,
@@ -25,11 +25,11 @@ if not __package__:  # launched as a file: Python put slides/ first on the path,
 # encoder was eight times slower beside other work. It must be set before torch is loaded.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-from slides.errors import InputError, entry
-from slides.extraction import Outputs, extract_slides
-from slides.jobs import SlideJob, find_jobs
-from slides.options import ExtractOptions
-from slides.status import DONE, FAILED, SlideStatus, read_status, table, totals, write_summary
+from frugalpath.errors import InputError, entry
+from frugalpath.slides.extraction import Outputs, extract_slides
+from frugalpath.slides.jobs import SlideJob, find_jobs
+from frugalpath.slides.options import ExtractOptions
+from frugalpath.slides.status import DONE, FAILED, SlideStatus, read_status, table, totals, write_summary
 
 __all__ = ["ExtractOptions", "SlideJob", "SlideStatus", "extract_slides", "find_jobs"]
 

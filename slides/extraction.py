@@ -12,19 +12,19 @@ import numpy as np
 import openslide
 from tqdm import tqdm
 
-from slides.content import usable_cores
-from slides.encoder import PatchEncoder, load_encoder
-from slides.errors import InputError
-from slides.jobs import SlideJob, as_jobs, stain_key
-from slides.options import ExtractOptions
-from slides.qc import qc_picture, write_geojson, write_picture
-from slides.reader import BackendError, SlideReader
-from slides.scale import Scale, SlideError, find_scale
-from slides.status import DONE, FAILED, SKIPPED, SlideStatus, file_identity, read_status, write_status
-from slides.store import FeatureWriter
-from slides.stream import check_tile, encode_tiles, read_thumbnail, read_tiles
-from slides.tiling import Grid, cap, make_grid, select, tissue_fraction
-from slides.tissue import find_tissue
+from frugalpath.errors import InputError
+from frugalpath.slides.content import usable_cores
+from frugalpath.slides.encoder import PatchEncoder, load_encoder
+from frugalpath.slides.jobs import SlideJob, as_jobs, stain_key
+from frugalpath.slides.options import ExtractOptions
+from frugalpath.slides.qc import qc_picture, write_geojson, write_picture
+from frugalpath.slides.reader import BackendError, SlideReader
+from frugalpath.slides.scale import Scale, SlideError, find_scale
+from frugalpath.slides.status import DONE, FAILED, SKIPPED, SlideStatus, file_identity, read_status, write_status
+from frugalpath.slides.store import FeatureWriter
+from frugalpath.slides.stream import check_tile, encode_tiles, read_thumbnail, read_tiles
+from frugalpath.slides.tiling import Grid, cap, make_grid, select, tissue_fraction
+from frugalpath.slides.tissue import find_tissue
 
 # Longest side of the thumbnail that is searched for tissue, px, and its finest resolution in parts of a tile.
 MASK_SIDE, MASK_PARTS = 4096, 32
@@ -71,7 +71,7 @@ def extract_slides(
         out: output folder: `features/<id>.h5`, `status/<id>.json`, `qc/<id>.jpg`, `geojson/<id>.geojson`.
         options: see `ExtractOptions`.
         encoder: a loaded encoder, to spare loading it again; else `options.encoder` is loaded when it is needed.
-        device: where the encoder runs, see `slides.encoder.load_encoder`.
+        device: where the encoder runs, see `frugalpath.slides.encoder.load_encoder`.
         rank, world: this process takes one of `world` shares of the slides.
         progress: show progress bars.
 

@@ -26,9 +26,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from slides.errors import InputError
-from slides.store import Features, count_features, features_dim, read_features
-from slides.whole import whole
+from frugalpath.errors import InputError
+from frugalpath.files import whole
+from frugalpath.slides.store import Features, count_features, features_dim, read_features
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class StoredField:
 
 
 def load_stored(where: str | StoredField) -> Features:
-    """Features at a path (HDF5, see `slides.store.read_features`) or in a store of fields.
+    """Features at a path (HDF5, see `frugalpath.slides.store.read_features`) or in a store of fields.
 
     Raises:
         InputError: they are not there, or damaged.
@@ -149,7 +149,7 @@ class FieldStore:
         return int(shard.features.shape[1])
 
     def read(self, key: str) -> Features:
-        """Features of a field, float32, with the attributes of `slides.store.Features`.
+        """Features of a field, float32, with the attributes of `frugalpath.slides.store.Features`.
 
         Raises:
             InputError: it is not in the store, or its features are damaged.

@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from slides.content import file_digests, usable_cores
-from slides.encoder import PatchEncoder
-from slides.errors import InputError
-from slides.field_store import FieldStore, StoredField
-from slides.images import ImageError, read_image
-from slides.stream import read_ahead
+from frugalpath.errors import InputError
+from frugalpath.slides.content import file_digests, usable_cores
+from frugalpath.slides.encoder import PatchEncoder
+from frugalpath.slides.field_store import FieldStore, StoredField
+from frugalpath.slides.images import ImageError, read_image
+from frugalpath.slides.stream import read_ahead
 
 BUFFER_PIXELS = 64 * 2**20
 """Pixels of fields that wait for others of their size; then the most numerous are encoded as they are."""

@@ -9,7 +9,7 @@ from typing import BinaryIO
 import openslide
 from PIL import Image
 
-from slides.errors import InputError
+from frugalpath.errors import InputError
 
 MAX_PIXELS = 100_000_000
 """10,000 x 10,000: more than any field of view, less than what exhausts a machine."""

@@ -12,8 +12,8 @@ import numpy as np
 import openslide
 import pandas as pd
 
-from slides.errors import InputError
-from slides.scale import MAX_MPP, MIN_MPP, plausible
+from frugalpath.errors import InputError
+from frugalpath.slides.scale import MAX_MPP, MIN_MPP, plausible
 
 # What OpenSlide's formats are called; other files of a folder are no slides.
 SUFFIXES = frozenset(

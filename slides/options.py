@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slides.encoder import DEFAULT, PRECISIONS
-from slides.errors import InputError
-from slides.reader import BACKENDS
-from slides.scale import MAX_MPP, MIN_MPP, plausible
-from slides.status import file_identity
+from frugalpath.errors import InputError
+from frugalpath.slides.encoder import DEFAULT, PRECISIONS
+from frugalpath.slides.reader import BACKENDS
+from frugalpath.slides.scale import MAX_MPP, MIN_MPP, plausible
+from frugalpath.slides.status import file_identity
 
 
 @dataclass

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from skimage.measure import approximate_polygon, find_contours
 
-from slides.tiling import Grid
-from slides.whole import whole, write_text
+from frugalpath.files import whole, write_text
+from frugalpath.slides.tiling import Grid
 
 LONGEST_SIDE = 1600
 _OUTLINE, _TILE = (0, 150, 60), (30, 60, 220)

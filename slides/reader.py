@@ -16,8 +16,8 @@ import openslide
 import torch
 from torch.nn import functional
 
-from slides.errors import InputError
-from slides.scale import SlideError
+from frugalpath.errors import InputError
+from frugalpath.slides.scale import SlideError
 
 BACKENDS = ("auto", "openslide", "fastslide")
 # The most native pixels that one read holds (64 MB as RGBA). Larger boxes are put together from parts.

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from slides.whole import write_text
+from frugalpath.files import write_text
 
 DONE, FAILED, SKIPPED = "done", "failed", "skipped"
 

@@ -23,7 +23,7 @@ import h5py
 import numpy as np
 import psutil
 
-from slides.errors import InputError
+from frugalpath.errors import InputError
 
 # The names TRIDENT gives on `coords` to what the root attributes here call otherwise.
 _TRIDENT = {"patch_size_level0": "patch_size", "level0_width": "width", "level0_height": "height"}
@@ -139,7 +139,7 @@ def read_features(path: str | os.PathLike) -> Features:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such feature file; write it with `python -m slides.extract`")
+        raise InputError(f"{path}: no such feature file; write it with `python -m frugalpath.slides.extract`")
     with _datasets(path) as (file, stored, places):
         features = stored[()].reshape(stored.shape[-2:])
         coords = places[()].reshape(places.shape[-2:])

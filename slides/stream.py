@@ -12,11 +12,11 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from slides.encoder import PatchEncoder
-from slides.errors import InputError
-from slides.reader import MAX_READ, BackendError, SlideReader, resample
-from slides.scale import SlideError
-from slides.tiling import Block, Grid, blocks
+from frugalpath.errors import InputError
+from frugalpath.slides.encoder import PatchEncoder
+from frugalpath.slides.reader import MAX_READ, BackendError, SlideReader, resample
+from frugalpath.slides.scale import SlideError
+from frugalpath.slides.tiling import Block, Grid, blocks
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

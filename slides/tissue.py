@@ -14,7 +14,7 @@ from scipy import ndimage
 from skimage.filters import apply_hysteresis_threshold, threshold_otsu
 from skimage.morphology import isotropic_closing, isotropic_opening, remove_small_holes, remove_small_objects
 
-from slides.scale import SlideError
+from frugalpath.slides.scale import SlideError
 
 # Colour strength: max - min of R, G, B over 255, after glass is made neutral. On the slides seen, glass stays below
 # 0.02, pale stroma, fat and weakly stained immunohistochemistry lie above 0.03, H&E mostly above 0.08.

@@ -12,8 +12,8 @@ from concurrent.futures.process import BrokenProcessPool
 from loky.backend.context import get_context
 from pebble import ProcessExpired, ProcessPool
 
-from slides.errors import InputError
-from slides.store import read_features
+from frugalpath.errors import InputError
+from frugalpath.slides.store import read_features
 
 PATIENCE = 600.0
 """Seconds that one file may take, on a slow disk too."""

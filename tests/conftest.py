@@ -21,11 +21,11 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLModel
 
-from envs.case import Case
-from models.build import PerformerConfig, build_performer
-from models.performer import Performer, QwenPerformer
-from models.visual import FeatureBank
-from slides.store import Features, write_features
+from frugalpath.envs.case import Case
+from frugalpath.models.build import PerformerConfig, build_performer
+from frugalpath.models.feature_bank import FeatureBank
+from frugalpath.models.performer import Performer, QwenPerformer
+from frugalpath.slides.store import Features, write_features
 
 torch.set_num_threads(1)  # also where torch was loaded before
 

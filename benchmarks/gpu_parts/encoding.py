@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu_parts.task import Task
 from benchmarks.measure import timed
-from slides.encoder import DEFAULT, PatchEncoder, load_encoder
+from frugalpath.slides.encoder import DEFAULT, PatchEncoder, load_encoder
 
 IMPORTS = ("transformers.models.dinov2.modeling_dinov2",)
 SHAPES = {
@@ -72,7 +72,7 @@ def vit(task: Task, kind: str) -> Path:
     """Folder of a vision transformer with random weights."""
     from transformers import Dinov2Config, Dinov2Model
 
-    logging.getLogger("slides.encoder_hub").setLevel(logging.ERROR)  # it has no preprocessor_config.json
+    logging.getLogger("frugalpath.slides.encoder_hub").setLevel(logging.ERROR)  # it has no preprocessor_config.json
     folder = task.folder / f"vit-{kind}"
     torch.manual_seed(0)
     with torch.device(task.device):

@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.gpu_parts.task import Task
 from benchmarks.measure import machine, timed
-from models.tower_sight import takes_features
-from rl.doctor.machine import speed_of
+from frugalpath.doctor.machine import speed_of
+from frugalpath.models.vision_tower import takes_features
 
 IMPORTS = ("transformers", "trl", "peft")
 PACKAGES = (

@@ -1,4 +1,4 @@
-"""The memory that `rl.doctor` expects of the steps that were measured."""
+"""The memory that `frugalpath.doctor` expects of the steps that were measured."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 from benchmarks.fit import MODEL, jobs
 from benchmarks.gpu_parts.task import Task
-from models.build import PerformerConfig
-from rl.doctor.fit import Place, phase_of
-from rl.doctor.subject import Subject
+from frugalpath.doctor.fit import Place, phase_of
+from frugalpath.doctor.subject import Subject
+from frugalpath.models.build import PerformerConfig
 
-IMPORTS = ("rl.stages",)
+IMPORTS = ("frugalpath.rl.stages",)
 PUBLISHED = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct"}
 
 

@@ -11,7 +11,7 @@ import torch
 from benchmarks.gpu_parts.task import Task
 from benchmarks.shared_prefix import compare, parse, settle, work
 
-IMPORTS = ("trl", "peft", "rl.trainer", "models.qwen_vl")
+IMPORTS = ("trl", "peft", "frugalpath.rl.trainer", "frugalpath.models.qwen_vl")
 LIMITS = {"max_logp_diff": 1e-4, "max_grad_rel_diff": 1e-3}
 """What float32 may differ by; above it the results are not the same."""
 ROUNDING = 2.0

@@ -20,9 +20,9 @@ from PIL import Image
 from benchmarks.gpu_parts.plan import ROOT, SMALL
 from benchmarks.gpu_parts.task import Task, command
 from benchmarks.shared_prefix import build, parse, settle
-from envs.boxes import boxes_text
+from frugalpath.envs.boxes import boxes_text
 
-IMPORTS = ("models.qwen_vl", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+IMPORTS = ("frugalpath.models.qwen_vl", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
 RECIPE = "configs/recipes/qwen2_5_vl_3b.yaml"
 SHORTER: dict[str, Any] = {"max_steps": 3, "max_completion_length": 32, "logging_steps": 1, "disable_tqdm": True,
                            "gold_rollout": True}  # fmt: skip

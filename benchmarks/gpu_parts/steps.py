@@ -12,9 +12,9 @@ from typing import Any
 from benchmarks.gpu_parts.task import Task
 from benchmarks.shapes import flops
 from benchmarks.shared_prefix import compare, parse, settle, work
-from rl.doctor.machine import speed_of
+from frugalpath.doctor.machine import speed_of
 
-IMPORTS = ("trl", "peft", "rl.trainer", "models.qwen_vl", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+IMPORTS = ("trl", "peft", "frugalpath.rl.trainer", "frugalpath.models.qwen_vl", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
 PARTS = ("generate", "train_step", "step")
 
 

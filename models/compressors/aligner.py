@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.compressors.base import Compressor, PatchEmbedding, Tokens
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.compressors.base import Compressor, PatchEmbedding, Tokens
 
 logger = logging.getLogger(__name__)
 

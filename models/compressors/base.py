@@ -1,7 +1,7 @@
 """What all compressors share: tokens in, fewer tokens out.
 
 A compressor without parameters runs once a slide, outside the model; one with parameters runs within it and is
-trained with it. They stand one after another in a recipe (`models.compressors.chain`).
+trained with it. They stand one after another in a recipe (`frugalpath.models.compressors.chain`).
 """
 
 from __future__ import annotations

@@ -10,16 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.compressors.base import Compressor, Tokens
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.compressors.base import Compressor, Tokens
 
 COMPRESSORS = {
-    "pool": "models.compressors.pool:Pool",
-    "keep": "models.compressors.aligner:Keep",
-    "stm": "models.compressors.stm:SparseTokenMerger",
-    "resampler": "models.compressors.resampler:Resampler",
-    "importance": "models.compressors.importance:ImportanceScorer",
-    "qformer": "models.compressors.qformer:QFormer",
+    "pool": "frugalpath.models.compressors.pool:Pool",
+    "keep": "frugalpath.models.compressors.aligner:Keep",
+    "stm": "frugalpath.models.compressors.stm:SparseTokenMerger",
+    "resampler": "frugalpath.models.compressors.resampler:Resampler",
+    "importance": "frugalpath.models.compressors.importance:ImportanceScorer",
+    "qformer": "frugalpath.models.compressors.qformer:QFormer",
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from models.compressors.base import Compressor, Tokens, linear_flops
+from frugalpath.models.compressors.base import Compressor, Tokens, linear_flops
 
 
 class ImportanceScorer(Compressor):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from models.compressors.base import PLACE, Compressor, Tokens
+from frugalpath.models.compressors.base import PLACE, Compressor, Tokens
 
 
 def grid_shape(budget: int, aspect: float) -> tuple[int, int]:

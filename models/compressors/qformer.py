@@ -14,8 +14,8 @@ import torch
 from torch import nn
 from transformers import Blip2QFormerConfig, Blip2QFormerModel
 
-from models.compressors.base import Compressor, PatchEmbedding, Tokens, linear_flops
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.compressors.base import Compressor, PatchEmbedding, Tokens, linear_flops
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class QFormer(Compressor):
     """
 
     reads_text: ClassVar[bool] = False
-    """Whether the transformer has feed-forward layers for text too (`models.slide_text`)."""
+    """Whether the transformer has feed-forward layers for text too (`frugalpath.models.slide_text`)."""
 
     def __init__(
         self,

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from models.compressors.base import PLACE, Tokens
-from models.compressors.resampler import Resampler
+from frugalpath.models.compressors.base import PLACE, Tokens
+from frugalpath.models.compressors.resampler import Resampler
 
 FREQUENCIES = tuple(2.0**k for k in range(7))
 """Half periods across the slide of a query's sines and cosines; the finest spans 1/32 of it."""

@@ -11,8 +11,8 @@ from torch import nn
 from transformers.models.idefics2.configuration_idefics2 import Idefics2PerceiverConfig
 from transformers.models.idefics2.modeling_idefics2 import Idefics2PerceiverLayer, Idefics2RMSNorm
 
-from models.compressors.base import Compressor, PatchEmbedding, Tokens, linear_flops
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.compressors.base import Compressor, PatchEmbedding, Tokens, linear_flops
 
 LATENT_STD = 0.02
 """Deviation of the latents' initial values; layers normalise what they read."""

@@ -11,8 +11,8 @@ import torch
 from scipy.sparse import coo_array, csr_array
 from scipy.sparse.csgraph import connected_components
 
-from models.compressors.base import PLACE, Compressor, Tokens
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.compressors.base import PLACE, Compressor, Tokens
 
 FALL = 0.05
 """How far below the most alike pair the threshold falls in one step, where more has to merge."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rewards.label import normalise
-from rewards.synoptic.conditions import UNDETERMINED
-from rewards.synoptic.protocol import Field, Protocol
-from rewards.synoptic.values import Unreadable, read_value
+from frugalpath.rewards.label import normalise
+from frugalpath.rewards.synoptic.conditions import UNDETERMINED
+from frugalpath.rewards.synoptic.protocol import Field, Protocol
+from frugalpath.rewards.synoptic.values import Unreadable, read_value
 
 
 def check_record(record: Mapping[str, Any], protocol: Protocol, complete: bool = False) -> list[str]:

@@ -21,8 +21,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rewards.label import normalise
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.rewards.label import normalise
 
 UNDETERMINED = "cannot be determined"
 

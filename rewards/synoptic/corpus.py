@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import cohen_kappa_score
 
-from rewards.bootstrap import Bootstrap
-from rewards.synoptic.protocol import Field, Protocol
-from rewards.synoptic.score import CaseScore, deviation
+from frugalpath.bootstrap import Bootstrap
+from frugalpath.rewards.synoptic.protocol import Field, Protocol
+from frugalpath.rewards.synoptic.score import CaseScore, deviation
 
 
 def corpus_report(

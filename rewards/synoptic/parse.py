@@ -12,9 +12,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rewards.label import normalise
-from rewards.synoptic.protocol import UNITS, Field, Protocol
-from rewards.synoptic.values import MAX_ENTRIES, Unreadable, read_value
+from frugalpath.rewards.label import normalise
+from frugalpath.rewards.synoptic.protocol import UNITS, Field, Protocol
+from frugalpath.rewards.synoptic.values import MAX_ENTRIES, Unreadable, read_value
 
 MAX_CHARS = 12_000  # of a report; the longest real ones have some 6,000
 MAX_LINES = 500
@@ -70,7 +70,7 @@ def parse_report(text: str, protocol: Protocol) -> Report:
         return _json(text, protocol)
     lines = [line for line in text.splitlines() if line.strip()][:MAX_LINES]
     if protocol.layout == "biopsy" and not any(_named(line, protocol) for line in lines):
-        from rewards.synoptic.biopsy import parse_biopsy
+        from frugalpath.rewards.synoptic.biopsy import parse_biopsy
 
         return parse_biopsy(text, protocol)
     return _collect(_lines(lines, protocol), protocol)

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rewards.label import normalise
-from rewards.lookup import hint
-from rewards.synoptic.conditions import UNDETERMINED, Condition, Rule, read_condition, read_rule
-from slides.errors import InputError
-from slides.parsing import read_yaml
+from frugalpath.errors import InputError
+from frugalpath.parsing import read_yaml
+from frugalpath.rewards.calling import hint
+from frugalpath.rewards.label import normalise
+from frugalpath.rewards.synoptic.conditions import UNDETERMINED, Condition, Rule, read_condition, read_rule
 
 _PLAIN = re.compile(r"\w[\w.-]*")
 FOLDER = Path(__file__).resolve().parents[2] / "configs" / "protocols"

@@ -6,8 +6,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rewards.synoptic.protocol import Field, Protocol
-from rewards.synoptic.values import write_value
+from frugalpath.rewards.synoptic.protocol import Field, Protocol
+from frugalpath.rewards.synoptic.values import write_value
 
 LAYOUTS = ("lines", "json", "biopsy")
 
@@ -29,7 +29,7 @@ def render_report(record: Mapping[str, Any], protocol: Protocol, layout: str = "
     if layout == "json":
         return json.dumps(dict(record), ensure_ascii=False)
     if layout == "biopsy" and protocol.layout == "biopsy":
-        from rewards.synoptic.biopsy import render_biopsy
+        from frugalpath.rewards.synoptic.biopsy import render_biopsy
 
         return render_biopsy(record, protocol)
     if layout != "lines":

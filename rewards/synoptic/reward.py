@@ -6,12 +6,12 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rewards.answer import Completion, extract_answer
-from rewards.registry import column, reward, warn_unscorable
-from rewards.synoptic.parse import parse_report
-from rewards.synoptic.protocol import Protocol, load_protocol
-from rewards.synoptic.score import CaseScore, score_case
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.rewards.answer import Completion, extract_answer
+from frugalpath.rewards.registry import column, reward, warn_unscorable
+from frugalpath.rewards.synoptic.parse import parse_report
+from frugalpath.rewards.synoptic.protocol import Protocol, load_protocol
+from frugalpath.rewards.synoptic.score import CaseScore, score_case
 
 
 @reward("synoptic")
@@ -111,7 +111,7 @@ def gold_record(text: str, name: str | None) -> tuple[tuple[dict[str, Any], Prot
         return None, str(error)
     report = parse_report(text, protocol)
     if report.problems:
-        # Its text stays out of the log: `python -m rewards.validate` shows it.
+        # Its text stays out of the log: `python -m frugalpath.rewards.validate` shows it.
         bad = ", ".join([*report.unreadable, *report.repeated]) or "none"
         return None, f"gold report: fields not read: {bad}; lines of no field: {len(report.unknown)}"
     if all(value is None for value in report.record.values()):

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from scipy.optimize import linear_sum_assignment
 
-from rewards.label import normalise
-from rewards.synoptic.conditions import UNDETERMINED
-from rewards.synoptic.parse import Report
-from rewards.synoptic.protocol import Field, Protocol
-from rewards.synoptic.similarity import similarity
+from frugalpath.rewards.label import normalise
+from frugalpath.rewards.synoptic.conditions import UNDETERMINED
+from frugalpath.rewards.synoptic.parse import Report
+from frugalpath.rewards.synoptic.protocol import Field, Protocol
+from frugalpath.rewards.synoptic.similarity import similarity
 
 # A finding is denied by a word shortly before it in its clause, "negative for carcinoma", or right behind it.
 _DENIAL = re.compile(

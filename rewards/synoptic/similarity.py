@@ -7,7 +7,7 @@ import re
 
 from rapidfuzz import fuzz
 
-from rewards.label import normalise
+from frugalpath.rewards.label import normalise
 
 # Words that turn the meaning of a finding: one on one side alone makes the texts different, however alike they are.
 DECIDING = (

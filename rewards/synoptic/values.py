@@ -13,9 +13,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rewards.label import normalise
-from rewards.synoptic.conditions import UNDETERMINED
-from rewards.synoptic.protocol import LENGTHS, MASSES, NULL_WORDS, UNDETERMINED_WORDS, UNITS, Field
+from frugalpath.rewards.label import normalise
+from frugalpath.rewards.synoptic.conditions import UNDETERMINED
+from frugalpath.rewards.synoptic.protocol import LENGTHS, MASSES, NULL_WORDS, UNDETERMINED_WORDS, UNITS, Field
 
 MAX_CHARS = 2_000  # of one value; a longer one cannot be read
 MAX_ENTRIES = 50  # of one list

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from rewards.synoptic.conditions import UNDETERMINED
-from rewards.synoptic.protocol import Field, load_protocol, protocol_names
+from frugalpath.rewards.synoptic.conditions import UNDETERMINED
+from frugalpath.rewards.synoptic.protocol import Field, load_protocol, protocol_names
 
 POLAR = {"present", "positive", "negative", "not identified"}  # values that affirm or deny what the field names
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from benchmarks.kill import differing, kept, measure, temporary, unfinished, unreadable
-from rl.checkpoints import DONE, WHOLE
+from frugalpath.recipe.checkpoints import DONE, WHOLE
 from tests.cli.conftest import RECIPE, write_recipe
 
 

@@ -7,7 +7,7 @@ import hashlib
 import pytest
 
 from benchmarks.manifest import MANIFESTS, image_name, measure, parse, write
-from envs.manifest import build
+from frugalpath.envs.manifest import build
 
 
 @pytest.fixture(scope="module")

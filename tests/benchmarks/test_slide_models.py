@@ -15,9 +15,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.slide_models import compare, draw, parse, work
 from benchmarks.slide_paths import BUDGETS, PATHS, build, coarse, cut, made_up, write_slide
-from envs.case import Case
-from slides.errors import InputError
-from slides.store import write_features
+from frugalpath.envs.case import Case
+from frugalpath.errors import InputError
+from frugalpath.slides.store import write_features
 
 ROOT = Path(__file__).parents[2]
 TINY = ["--device", "cpu", "--dtype", "float32", "--cores", "1", "--hidden", "64", "--layers", "1", "--repeats", "1",

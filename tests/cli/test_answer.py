@@ -1,4 +1,4 @@
-"""rl/answer.py as a user calls it, on a finished run and on the few folders of it that are deployed."""
+"""deploy/answer.py as a user calls it, on a finished run and on the few folders of it that are deployed."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import rl.answer
-from rewards.answer import extract_answer
+import frugalpath.deploy.answer
+from frugalpath.rewards.answer import extract_answer
 from tests.cli.conftest import ROOT, call, command
 
 
@@ -24,7 +24,7 @@ def report(recipe: Path) -> dict:
 @pytest.fixture
 def answer(called):
     """Asks the run of a recipe in this process, see `called`."""
-    return lambda recipe, *extra: called(rl.answer.main, "--config", recipe, *extra)
+    return lambda recipe, *extra: called(frugalpath.deploy.answer.main, "--config", recipe, *extra)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def rows_of(text: str) -> list[dict]:
 
 
 def test_the_test_split_reproduces_the_report(finished):
-    done = call("rl/answer.py", finished[0], "--split", "test", "--json")
+    done = call("deploy/answer.py", finished[0], "--split", "test", "--json")
     assert done.returncode == 0, done.stderr[-2000:]
     *rows, last = rows_of(done.stdout)
     found, summary = last["totals"], report(finished[0])
@@ -181,9 +181,9 @@ def test_the_code_of_the_docs_runs(finished, deployed, sources, tmp_path, monkey
 
 @pytest.mark.parametrize("page", ["README.md", "docs/pareto.md"])
 def test_commands_of_the_docs_are_understood(page):
-    found = re.findall(r"^ *python rl/answer.py (.*?)(?:  #.*)?$", (ROOT / page).read_text(), re.M)
+    found = re.findall(r"^ *python deploy/answer.py (.*?)(?:  #.*)?$", (ROOT / page).read_text(), re.M)
     assert found
     for text in found:
-        args, rest = rl.answer.parse(shlex.split(text))
-        rl.answer.check(args, rest)
+        args, rest = frugalpath.deploy.answer.parse(shlex.split(text))
+        frugalpath.deploy.answer.check(args, rest)
         assert rest == ["--config", "RECIPE"]

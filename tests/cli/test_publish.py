@@ -1,4 +1,4 @@
-"""rl/publish.py as a user calls it: the folder answers like the run, alone, and holds nothing of the cases."""
+"""deploy/publish.py as a user calls it: the folder answers like the run, alone, and holds nothing of the cases."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-import rl.allocate
-import rl.answer
-import rl.grpo
-import rl.pareto
-import rl.publish
-from envs.score_table import ScoreTable
-from models.slide_vlm import SlideVLM
-from models.tokenizer import train_tokenizer
-from rl.deployed import MARK
-from rl.publishing import uploads
+import frugalpath.deploy.answer
+import frugalpath.deploy.publish
+import frugalpath.rl.allocate
+import frugalpath.rl.grpo
+import frugalpath.rl.pareto
+from frugalpath.allocator.score_table import ScoreTable
+from frugalpath.deploy.publishing import uploads
+from frugalpath.deploy.run import MARK
+from frugalpath.models.slide_vlm import SlideVLM
+from frugalpath.models.tokenizer import train_tokenizer
 from tests.cli.conftest import RECIPE, command, write_recipe
 
 TIMES = ("latency_ms_stage1", "latency_ms_stage2")
@@ -43,26 +43,26 @@ def test_a_published_run_answers_like_the_run(finished, slides, question, called
         source += ["--set", "allocator.form=policy", "allocator.fit_epochs=1", "evaluation.sft_continued=false"]
         shutil.copytree(finished[0].parent / "run" / "sft", tmp_path / "run" / "sft")
         shutil.copytree(finished[0].parent / "run" / "features", tmp_path / "run" / "features")
-        assert called(rl.grpo.main, *source)[0] == 0
+        assert called(frugalpath.rl.grpo.main, *source)[0] == 0
     else:
         shutil.copytree(finished[0].parent / "run", tmp_path / "run")
     if form == "escalate":
         source += ["--set", "allocator.form=escalate"]
-        assert called(rl.pareto.main, *source)[0] == 0
-    status, out, err = called(rl.publish.main, *source, "--to", tmp_path / "published")
+        assert called(frugalpath.rl.pareto.main, *source)[0] == 0
+    status, out, err = called(frugalpath.deploy.publish.main, *source, "--to", tmp_path / "published")
     assert status == 0 and "MB" in out, err
     kept = json.loads((tmp_path / "published" / "allocator" / "decider.json").read_text())
     assert kept["form"] == form
     asked = {}
     for budget in ([], ["--price", 0.03], ["--budget", 4]):
-        status, out, err = called(rl.answer.main, *source, *question, *budget)
+        status, out, err = called(frugalpath.deploy.answer.main, *source, *question, *budget)
         assert status == 0, err
         asked[tuple(budget)] = json.loads(out)
     moved = (tmp_path / "run").rename(tmp_path / "away")
     shutil.rmtree(moved)
     recipe.unlink()
     for budget, row in asked.items():
-        status, out, err = called(rl.answer.main, "--model", tmp_path / "published", *question, *budget)
+        status, out, err = called(frugalpath.deploy.answer.main, "--model", tmp_path / "published", *question, *budget)
         assert status == 0, err
         found = json.loads(out)
         # Features are encoded anew, in float16.
@@ -76,8 +76,8 @@ def published(finished, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("published") / "model"
     with pytest.MonkeyPatch.context() as patch:
         arguments = ["--to", str(folder), "--data", "Made-up slides", "--license", "apache-2.0"]
-        patch.setattr(sys, "argv", [*command("rl/publish.py", finished[0])[3:], *arguments])
-        rl.publish.main()
+        patch.setattr(sys, "argv", [*command("deploy/publish.py", finished[0])[3:], *arguments])
+        frugalpath.deploy.publish.main()
     return folder
 
 
@@ -127,11 +127,11 @@ def test_only_what_was_written_is_uploaded(published, called, monkeypatch):
     assert "answers.jsonl" not in files and {"README.md", "model.safetensors", MARK, "recipe.yaml"} <= set(files)
     (published / "answers.jsonl").unlink()
     assert sorted(files) == sorted(str(p.relative_to(published)) for p in published.rglob("*") if p.is_file())
-    monkeypatch.setattr(rl.publish, "get_token", lambda: None)
-    status, _, err = called(rl.publish.main, "--to", published, "--push", "someone/model")
+    monkeypatch.setattr(frugalpath.deploy.publish, "get_token", lambda: None)
+    status, _, err = called(frugalpath.deploy.publish.main, "--to", published, "--push", "someone/model")
     assert status == 2 and "no token" in err and "HF_TOKEN" in err
-    monkeypatch.setattr(rl.publish, "get_token", lambda: "hf_none")
-    status, _, err = called(rl.publish.main, "--to", published, "--push", "someone/model")
+    monkeypatch.setattr(frugalpath.deploy.publish, "get_token", lambda: "hf_none")
+    status, _, err = called(frugalpath.deploy.publish.main, "--to", published, "--push", "someone/model")
     assert status == 2 and "--push someone/model: " in err and "Traceback" not in err, "the Hub is out of reach"
 
 
@@ -143,11 +143,11 @@ def test_another_form_than_that_of_the_last_report_is_refused(finished, question
     kept = tmp_path / "run" / "allocator" / "decider.json"
     for reported, other, form in ((escalate, source, "escalate"), (source, escalate, "value")):
         if form == "value":
-            assert called(rl.allocate.main, *source)[0] == 0
+            assert called(frugalpath.rl.allocate.main, *source)[0] == 0
             assert json.loads(kept.read_text())["form"] == "escalate", "the report is still of that"
-        assert called(rl.pareto.main, *reported)[0] == 0
+        assert called(frugalpath.rl.pareto.main, *reported)[0] == 0
         assert json.loads(kept.read_text())["form"] == form
-        for main, given in ((rl.answer.main, question), (rl.publish.main, ["--to", tmp_path / "model"])):
+        for main, given in ((frugalpath.deploy.answer.main, question), (frugalpath.deploy.publish.main, ["--to", tmp_path / "model"])):
             status, _, err = called(main, *other, *given)
             assert status == 2 and f"--set allocator.form={form}" in err and "rl/pareto.py" in err, err
     assert not (tmp_path / "model").exists()
@@ -163,7 +163,7 @@ def test_another_form_than_that_of_the_last_report_is_refused(finished, question
 )
 def test_refusals_say_what_to_do(finished, published, called, tmp_path, arguments, message):
     places = {"PUBLISHED": published, "RECIPE": finished[0], "NEW": tmp_path / "new"}
-    status, _, err = called(rl.publish.main, *[places.get(a, a) for a in arguments])
+    status, _, err = called(frugalpath.deploy.publish.main, *[places.get(a, a) for a in arguments])
     assert status == 2 and message in err
     assert not (tmp_path / "new").exists()
 
@@ -172,10 +172,10 @@ def test_a_published_folder_is_asked_for_what_it_can_answer(published, called, q
     for arguments, message in (
         (["--model", published, "--split", "test"], "has no cases"),
         (["--model", published, "--config", "x.yaml", *question], "has its recipe with it"),
-        (["--model", published.parent, *question], "was not written by rl/publish.py"),
+        (["--model", published.parent, *question], "was not written by deploy/publish.py"),
         (["--model", published, *question, "--set", "encoder.mpp=1.0"], "encoder.mpp"),
     ):
-        status, _, err = called(rl.answer.main, *arguments)
+        status, _, err = called(frugalpath.deploy.answer.main, *arguments)
         assert status == 2 and message in err, err
 
 
@@ -196,18 +196,18 @@ def test_adapters_are_published_over_their_base(tmp_path, slides, called, questi
         max_steps=2,
         evaluation={"bootstrap": 20, "linear_probe": False, "sft_continued": False},
     )
-    assert called(rl.grpo.main, "--config", recipe)[0] == 0
-    status, _, err = called(rl.publish.main, "--config", recipe, "--to", tmp_path / "model")
+    assert called(frugalpath.rl.grpo.main, "--config", recipe)[0] == 0
+    status, _, err = called(frugalpath.deploy.publish.main, "--config", recipe, "--to", tmp_path / "model")
     assert status == 2 and "--base" in err and "--merge" in err
     source = ["--config", recipe, "--to"]
-    status, _, err = called(rl.publish.main, *source, tmp_path / "model", "--base", tmp_path / "base")
+    status, _, err = called(frugalpath.deploy.publish.main, *source, tmp_path / "model", "--base", tmp_path / "base")
     assert status == 0, err
     assert not (tmp_path / "model" / "model.safetensors").exists()
     assert (tmp_path / "model" / "adapter" / "added_tokens.safetensors").is_file()
-    assert called(rl.publish.main, *source, tmp_path / "whole", "--merge")[0] == 0
+    assert called(frugalpath.deploy.publish.main, *source, tmp_path / "whole", "--merge")[0] == 0
     rows = []
     for name in ("model", "whole"):
-        status, out, err = called(rl.answer.main, "--model", tmp_path / name, *question, "--budget", 4)
+        status, out, err = called(frugalpath.deploy.answer.main, "--model", tmp_path / name, *question, "--budget", 4)
         assert status == 0, err
         rows.append(json.loads(out))
     assert rows[0]["completion"] == rows[1]["completion"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-import rl.grpo
+import frugalpath.rl.grpo
 from tests.cli.conftest import RECIPE, command, write_recipe
 
 PERFORMER = {**RECIPE["performer"], "family": "qwen_vl"}
@@ -31,7 +31,7 @@ def run_of(tmp_path, fields, monkeypatch, family: str, lora, ladder: list[int]) 
         vision_cache=str(tmp_path / "vision"),
     )
     monkeypatch.setattr(sys, "argv", command("rl/grpo.py", recipe)[3:])
-    rl.grpo.main()
+    frugalpath.rl.grpo.main()
     return json.loads((tmp_path / "run" / "report" / "summary.json").read_text())
 
 
@@ -56,7 +56,7 @@ def test_slides_are_not_for_qwen(tmp_path, slides, monkeypatch, capsys):
     recipe = write_recipe(tmp_path, slides, performer=PERFORMER)
     monkeypatch.setattr(sys, "argv", command("rl/grpo.py", recipe)[3:])
     with pytest.raises(SystemExit) as stopped:
-        rl.grpo.main()
+        frugalpath.rl.grpo.main()
     assert stopped.value.code == 2 and "qwen_vl reads images" in capsys.readouterr().err
 
 

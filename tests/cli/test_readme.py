@@ -6,7 +6,7 @@ import re
 
 import yaml
 
-from rewards.registry import get_rewards
+from frugalpath.rewards.registry import get_rewards
 from tests.cli.conftest import ROOT
 
 

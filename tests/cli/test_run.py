@@ -17,11 +17,11 @@ import pytest
 import tifffile
 from PIL import Image
 
-import rl.allocate
-import rl.grpo
-import rl.pareto
-import sft.train
-from envs.score_table import ScoreTable
+import frugalpath.rl.allocate
+import frugalpath.rl.grpo
+import frugalpath.rl.pareto
+import frugalpath.sft.train
+from frugalpath.allocator.score_table import ScoreTable
 from tests.cli.conftest import ENVIRONMENT, RECIPE, ROOT, call, command, write_recipe
 
 POINT = {"accuracy", "ci95", "tokens", "flops", "flops_stage1", "latency_ms", "n"}
@@ -94,7 +94,7 @@ def test_report_tells_how_the_allocator_behaves(finished):
     assert [row["step"] for row in summary["training"]] == list(range(1, 9))
     assert {"reward", "entropy", "allocator/chosen_tokens", "rewards/choice/mean"} < set(summary["training"][0])
     commands = [row["command"] for row in summary["reproduce"]]
-    assert f"python rl/answer.py --config {recipe} --split test --budget 4" in commands
+    assert f"python deploy/answer.py --config {recipe} --split test --budget 4" in commands
     assert len(commands) == 3 + len(summary["allocator"]) + 1
     for word in ("area_over_static", "to decide", "rank correlation", "predicted scores", "bits of", "median ms"):
         assert word in done.stdout
@@ -136,12 +136,12 @@ def test_a_transfer_fits_nothing(finished, fields, tmp_path, called):
     other = write_recipe(tmp_path / "other", tmp_path, cases={**fields, "question": "diagnosis"})
     source = ["--config", finished[0], "--output_dir", run, "--set", "allocator.form=escalate"]
     (run / "allocator" / "decider.json").unlink()
-    status, _, err = called(rl.pareto.main, *source, "--transfer", other)
+    status, _, err = called(frugalpath.rl.pareto.main, *source, "--transfer", other)
     assert status == 2 and "never fitted" in err and "rl/pareto.py --config" in err
     assert not list(run.glob("transfer*")) and not list((run / "allocator").glob("esc*"))
-    assert called(rl.pareto.main, *source)[0] == 0
+    assert called(frugalpath.rl.pareto.main, *source)[0] == 0
     kept = {f: f.stat().st_mtime_ns for f in (run / "allocator").iterdir()}
-    status, _, err = called(rl.pareto.main, *source, "--transfer", other)
+    status, _, err = called(frugalpath.rl.pareto.main, *source, "--transfer", other)
     assert status == 0, err
     assert kept == {f: f.stat().st_mtime_ns for f in (run / "allocator").iterdir()}
     own, there = (json.loads((run / part / "summary.json").read_text()) for part in ("report", "transfer_recipe"))
@@ -162,7 +162,7 @@ def test_a_transfer_that_would_mislead_is_refused(finished, slides, tmp_path, mo
     other = write_recipe(tmp_path, slides, **changes)
     monkeypatch.setattr(sys, "argv", command("rl/pareto.py", recipe, "--transfer", str(other))[3:])
     with pytest.raises(SystemExit) as stopped:
-        rl.pareto.main()
+        frugalpath.rl.pareto.main()
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
@@ -182,7 +182,7 @@ def test_a_warm_start_without_training_is_refused(tmp_path, monkeypatch, capsys)
     recipe = write_recipe(tmp_path, tmp_path, performer={"checkpoint": str(tmp_path)}, sft={})
     monkeypatch.setattr(sys, "argv", command("sft/train.py", recipe)[3:])
     with pytest.raises(SystemExit) as stopped:
-        sft.train.main()
+        frugalpath.sft.train.main()
     assert stopped.value.code == 2 and "nothing is trained" in capsys.readouterr().err
 
 
@@ -210,7 +210,7 @@ def test_another_form_reports_on_the_same_training(finished, tmp_path):
     assert len(after["allocator"]) == len(json.loads((tmp_path / "run" / "allocator" / "escalate.json").read_text()))
 
 
-@pytest.mark.parametrize("script", [rl.pareto, rl.allocate])
+@pytest.mark.parametrize("script", [frugalpath.rl.pareto, frugalpath.rl.allocate])
 def test_a_run_that_was_never_trained_is_not_trained_by_its_report(tmp_path, slides, called, script):
     recipe = write_recipe(tmp_path, slides)
     status, out, err = called(script.main, "--config", recipe)
@@ -372,7 +372,7 @@ def test_bad_data_is_one_message_and_status_2(tmp_path, monkeypatch, capsys, spo
     recipe = write_recipe(tmp_path, tmp_path, cases={"name": "manifest", "path": str(manifest)}, encoder={})
     monkeypatch.setattr(sys, "argv", command("rl/grpo.py", recipe)[3:])
     with pytest.raises(SystemExit) as stopped:
-        rl.grpo.main()
+        frugalpath.rl.grpo.main()
     assert stopped.value.code == 2
     told = capsys.readouterr().err
     for message in messages:

@@ -12,7 +12,7 @@ import pytest
 from tests.cli.conftest import ENVIRONMENT, RECIPE, ROOT, command, write_recipe
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
-START = "from tests.rl.vllm_worker import exact; exact(); import rl.grpo; rl.grpo.main()"
+START = "from tests.rl.vllm_worker import exact; exact(); import frugalpath.rl.grpo; frugalpath.rl.grpo.main()"
 
 
 def test_vllm_runs_to_the_report(tmp_path, fields):

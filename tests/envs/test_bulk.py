@@ -11,14 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from envs import convert, files
-from envs.case import Case, faulty_cases, with_splits
-from envs.files import FoundFiles, inspect_files, resolve_path
-from envs.manifest import build
-from envs.quick import kinds_of, quick_rows
-from envs.rows import read_rows
-from slides.content import file_keys
-from slides.errors import InputError
+from frugalpath.envs import convert, files
+from frugalpath.envs.case import Case, faulty_cases, with_splits
+from frugalpath.envs.files import FoundFiles, inspect_files, resolve_path
+from frugalpath.envs.manifest import build
+from frugalpath.envs.quick import kinds_of, quick_rows
+from frugalpath.envs.rows import read_rows
+from frugalpath.errors import InputError
+from frugalpath.slides.content import file_keys
 
 
 @pytest.fixture(scope="module")
@@ -344,6 +344,6 @@ def test_processes_find_what_threads_find(home, monkeypatch, tmp_path):
     here = inspect_files(images, [str(home / "own.yaml")], use_cache=False)
     monkeypatch.setattr(files, "_MANY", 1)
     monkeypatch.setattr(files, "_BLOCK", 2)
-    monkeypatch.setattr("slides.content.cpu_count", lambda: 2)
+    monkeypatch.setattr("frugalpath.slides.content.cpu_count", lambda: 2)
     assert inspect_files(images, [str(home / "own.yaml")], use_cache=False) == here
     assert len(here[0]) == 7 and len(here[1]) == 2 and "truncated" in here[1][images[-2]]

@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from envs.case import FIELDS, SPLITS, Case, parse_boxes
-from envs.registry import BUILT_IN, find_env, make_env
-from slides.errors import InputError
+from frugalpath.envs.case import FIELDS, SPLITS, Case, parse_boxes
+from frugalpath.envs.registry import BUILT_IN, find_env, make_env
+from frugalpath.errors import InputError
 
 ROW = {"id": "a", "patient": "p", "task": "choice", "prompt": "Which?", "answer": "yes", "images": ["/x.png"]}
 TEXT = st.text(min_size=1).filter(str.strip)
@@ -132,7 +132,7 @@ def test_built_in_names_resolve():
 def test_a_function_of_the_users_own(tmp_path):
     file = tmp_path / "mine.py"
     file.write_text(
-        "from envs.case import Case\n"
+        "from frugalpath.envs.case import Case\n"
         "def two(*, n: int = 2):\n"
         "    return [Case(str(i), str(i), 'open', 'Why?', 'so', images=('x.png',)) for i in range(n)]\n"
         "def wrong():\n"
@@ -151,7 +151,7 @@ def test_a_file_of_the_users_own_may_define_dataclasses(tmp_path, monkeypatch):
     (tmp_path / "recipes" / "mine.py").write_text(
         "from __future__ import annotations\n"
         "from dataclasses import dataclass\n"
-        "from envs.case import Case\n"
+        "from frugalpath.envs.case import Case\n"
         "@dataclass\n"
         "class Slide:\n"
         "    name: str\n"

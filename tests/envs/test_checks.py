@@ -7,12 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from envs.case import Case
-from envs.checks import check_cases, drop_copies, select
-from envs.files import inspect_files
-from envs.manifest import build
-from envs.splits import assign_splits, carve, limit_cases, together
-from slides.errors import InputError
+from frugalpath.envs.case import Case
+from frugalpath.envs.checks import check_cases, drop_copies, select
+from frugalpath.envs.files import inspect_files
+from frugalpath.envs.manifest import build
+from frugalpath.envs.splits import assign_splits, carve, limit_cases, together
+from frugalpath.errors import InputError
 
 
 @pytest.fixture

@@ -15,13 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from envs import mosaic
-from envs.boxes import boxes_from_mask, to_frame
-from envs.checks import check_cases
-from envs.files import inspect_files
-from envs.manifest import build, read_manifest
-from envs.rows import read_rows
-from slides.errors import InputError
+from frugalpath.envs import mosaic
+from frugalpath.envs.boxes import boxes_from_mask, to_frame
+from frugalpath.envs.checks import check_cases
+from frugalpath.envs.files import inspect_files
+from frugalpath.envs.manifest import build, read_manifest
+from frugalpath.envs.rows import read_rows
+from frugalpath.errors import InputError
 
 DATA = Path("../shared/data")
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the real sets are not here")
@@ -468,7 +468,7 @@ def test_checked_files_are_remembered_until_they_change(home, monkeypatch):
     path = str(image(home / "0.png"))
     facts, problems = inspect_files([path])
     assert not problems and (facts[path].width, facts[path].height) == (16, 12)
-    monkeypatch.setattr("envs.files._look", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr("frugalpath.envs.files._look", lambda *_: pytest.fail("decoded again"))
     assert inspect_files([path])[0] == facts
     monkeypatch.undo()
     Path(path).write_bytes(Path(path).read_bytes()[:60])

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from envs.case import parse_boxes
-from envs.files import inspect_files
-from envs.manifest import read_manifest
-from envs.mosaic import build
-from envs.mosaic_layout import KINDS, Region, draw_layouts
-from envs.mosaic_questions import QUESTIONS
-from rewards.registry import get_reward
-from slides.errors import InputError
+from frugalpath.envs.case import parse_boxes
+from frugalpath.envs.files import inspect_files
+from frugalpath.envs.manifest import read_manifest
+from frugalpath.envs.mosaic import build
+from frugalpath.envs.mosaic_cases import QUESTIONS
+from frugalpath.envs.mosaic_layout import KINDS, Region, draw_layouts
+from frugalpath.errors import InputError
+from frugalpath.rewards.registry import get_reward
 
 DATA = Path("../shared/data/tiles/pcam/manifest.csv")
 SIDE = 16

@@ -9,12 +9,12 @@ import openslide
 import pytest
 from PIL import Image
 
-from envs.checks import check_cases
-from envs.manifest import read_manifest
-from envs.mosaic import build
-from envs.mosaic_cases import CASE_QUESTIONS, case_options
-from envs.mosaic_layout import case_kinds
-from slides.errors import InputError
+from frugalpath.envs.checks import check_cases
+from frugalpath.envs.manifest import read_manifest
+from frugalpath.envs.mosaic import build
+from frugalpath.envs.mosaic_cases import CASE_QUESTIONS, case_options
+from frugalpath.envs.mosaic_layout import case_kinds
+from frugalpath.errors import InputError
 
 SIDE = 16
 COLOURS = {"normal": (60, 60, 200), "tumour": (200, 40, 60)}

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from envs.new_cases import new_case, read_new_cases
-from slides.errors import InputError
+from frugalpath.envs.new_cases import new_case, read_new_cases
+from frugalpath.errors import InputError
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from envs import manifest, outcome
-from envs.manifest import build
-from slides.errors import InputError
+from frugalpath.envs import manifest, outcome
+from frugalpath.envs.manifest import build
+from frugalpath.errors import InputError
 
 CUT = {"val_fraction": 0.2, "test_fraction": 0.2}
 
@@ -327,7 +327,7 @@ def test_only_the_last_outcomes_are_kept(home, monkeypatch):
 
 
 def test_processes_may_read_at_once(home, checks):
-    script = f"from envs.manifest import build; print(len(build(path={str(home / 'cases.jsonl')!r})))"
+    script = f"from frugalpath.envs.manifest import build; print(len(build(path={str(home / 'cases.jsonl')!r})))"
     running = [
         subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         for _ in range(3)

@@ -8,8 +8,8 @@ import openslide
 import pytest
 import tifffile
 
-from envs.pyramid import halve, write_pyramid
-from slides.errors import InputError
+from frugalpath.envs.pyramid import halve, write_pyramid
+from frugalpath.errors import InputError
 
 
 def smooth_picture(height: int, width: int) -> np.ndarray:

@@ -13,22 +13,22 @@ from scipy import ndimage
 from skimage.color import separate_stains
 from skimage.measure import label, regionprops
 
-from envs import histology, simulator_folder
-from envs.case import Case
-from envs.checks import check_cases
-from envs.manifest import read_manifest
-from envs.registry import make_env
-from envs.simulator import build, cohort, main
-from envs.simulator_questions import PROTOCOL, QUESTIONS, ask, synoptic
-from envs.specimen import inked_edge, make_plan
-from envs.stain import draw_stain, to_rgb
-from rewards.detection import parse_boxes, valid
-from rewards.registry import gold_completion
-from rewards.synoptic.check import check_record
-from rewards.synoptic.parse import parse_report
-from rewards.synoptic.protocol import load_protocol
-from rewards.text import bleu4, meteor, rouge_l
-from slides.errors import InputError
+from frugalpath.envs import histology, simulator_folder
+from frugalpath.envs.case import Case
+from frugalpath.envs.checks import check_cases
+from frugalpath.envs.manifest import read_manifest
+from frugalpath.envs.registry import make_env
+from frugalpath.envs.simulator import build, cohort, main
+from frugalpath.envs.simulator_cases import PROTOCOL, QUESTIONS, ask, synoptic
+from frugalpath.envs.specimen import inked_edge, make_plan
+from frugalpath.envs.stain import draw_stain, to_rgb
+from frugalpath.errors import InputError
+from frugalpath.rewards.detection import parse_boxes, valid
+from frugalpath.rewards.registry import gold_completion
+from frugalpath.rewards.synoptic.check import check_record
+from frugalpath.rewards.synoptic.parse import parse_report
+from frugalpath.rewards.synoptic.protocol import load_protocol
+from frugalpath.rewards.text import bleu4, meteor, rouge_l
 
 SMALL = {"size_mm": 0.5, "mpp": 4.0, "workers": 1, "val_fraction": 0.0, "test_fraction": 0.0}
 

@@ -5,14 +5,13 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from envs.checks import check_cases
-from envs.simulator import build, cohort
-from envs.simulator_cases import CASE_QUESTIONS, ask_case, compose_cases
-from envs.simulator_questions import PROTOCOL
-from envs.splits import assign_splits
-from rewards.synoptic.parse import parse_report
-from rewards.synoptic.protocol import load_protocol
-from slides.errors import InputError
+from frugalpath.envs.checks import check_cases
+from frugalpath.envs.simulator import build, cohort
+from frugalpath.envs.simulator_cases import CASE_QUESTIONS, PROTOCOL, ask_case, compose_cases
+from frugalpath.envs.splits import assign_splits
+from frugalpath.errors import InputError
+from frugalpath.rewards.synoptic.parse import parse_report
+from frugalpath.rewards.synoptic.protocol import load_protocol
 
 SMALL = {"size_mm": 0.5, "mpp": 4.0, "workers": 2, "val_fraction": 0.0, "test_fraction": 0.4}
 

@@ -13,9 +13,9 @@ import pytest
 import torch
 from gymnasium.utils.env_checker import check_env
 
-from envs.score_table import ScoreTable
 from examples.token_budget import ID, TokenBudget, observations
-from slides.errors import InputError
+from frugalpath.allocator.score_table import ScoreTable
+from frugalpath.errors import InputError
 
 BUDGETS = [1, 4, 16]
 COUNT = 60

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from benchmarks.fuzz import Child, mutate
 from benchmarks.fuzz_targets import folder, targets
-from envs.manifest import build
-from rewards.synoptic.parse import parse_report
-from rewards.synoptic.protocol import load_protocol
-from slides.errors import InputError
-from slides.parsing import parse_yaml
-from slides.store import read_features
+from frugalpath.envs.manifest import build
+from frugalpath.errors import InputError
+from frugalpath.parsing import parse_yaml
+from frugalpath.rewards.synoptic.parse import parse_report
+from frugalpath.rewards.synoptic.protocol import load_protocol
+from frugalpath.slides.store import read_features
 
 NAMES = (
     "boxes", "choice", "entities", "extract_answer", "features_hdf5", "features_shard", "image", "manifest_csv",
@@ -207,7 +207,7 @@ def test_a_report_nested_deep():
     ["not applicable", "Prostate, biopsy;\nnot applicable", f"Breast, {'x' * 2001}\n, biopsy\n;\n1. a", "x" * 3000],
 )
 def test_a_biopsy_report_that_is_none(text):
-    from rewards.synoptic.biopsy import parse_biopsy
+    from frugalpath.rewards.synoptic.biopsy import parse_biopsy
 
     protocol = load_protocol("biopsy")
     assert parse_report(text, protocol).problems

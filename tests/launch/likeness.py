@@ -5,7 +5,7 @@ from __future__ import annotations
 from difflib import SequenceMatcher
 from typing import Any
 
-from rewards.registry import gold_completion
+from frugalpath.rewards.registry import gold_completion
 
 
 def likeness(completions: list[Any], answer: list[str], **columns: Any) -> list[float]:

@@ -21,7 +21,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from slides.store import write_features
+from frugalpath.slides.store import write_features
 from tests.conftest import grid_features, noise
 
 ROOT = Path(__file__).parents[2]

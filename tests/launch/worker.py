@@ -15,9 +15,9 @@ from accelerate import PartialState
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
-from rl.checkpoints import DONE
-from rl.recipe import parse_recipe
-from rl.stages import Stages
+from frugalpath.recipe.checkpoints import DONE
+from frugalpath.recipe.run import parse_recipe
+from frugalpath.rl.stages import Stages
 
 
 def share_out_on_cpu() -> None:

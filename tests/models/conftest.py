@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from models.image_view import ImageView
-from models.qwen_vl import QwenSight, backbone
+from frugalpath.models.image_view import ImageView
+from frugalpath.models.qwen_vl import QwenSight, backbone
 
 
 @pytest.fixture

@@ -8,10 +8,18 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from models.adapters import ADAPTER, CONFIG, WEIGHTS, adapter_of, config_source, join_adapters, merge_adapter
-from models.build import PerformerConfig, lora_config
-from models.qwen_vl import load_qwen
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.adapters import (
+    ADAPTER,
+    CONFIG,
+    WEIGHTS,
+    adapter_of,
+    config_source,
+    join_adapters,
+    merge_adapter,
+)
+from frugalpath.models.build import PerformerConfig, lora_config
+from frugalpath.models.qwen_vl import load_qwen
 
 
 def trained(model, folder, **lora):

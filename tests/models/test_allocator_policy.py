@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.allocators.policy import BUMPS, PolicyAllocator, PolicyConfig, explored
+from frugalpath.allocator.policy import BUMPS, PolicyAllocator, PolicyConfig, explored
 from tests.conftest import LADDER, WIDTH
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from envs.case import Case
-from models.allocators.text import TextAllocator, read_budget
-from slides.errors import InputError
+from frugalpath.allocator.text import TextAllocator, read_budget
+from frugalpath.envs.case import Case
+from frugalpath.errors import InputError
 
 PUBLISHED = (
     "Allocate the optimal token number for the image based on the pathology task. Generally, simple images and tasks "

@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 import torch
 
-from models.allocators.look import CheapLook
-from models.allocators.network import AllocatorConfig
-from models.allocators.value import ValueAllocator
-from models.visual import COLUMNS
+from frugalpath.allocator.network import AllocatorConfig, CheapLook
+from frugalpath.allocator.value import ValueAllocator
+from frugalpath.models.feature_bank import COLUMNS
 from tests.conftest import LADDER, WIDTH
 
 COST = torch.tensor([0.1, 0.3, 1.0])

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from models.attention import as_mask, decoder, dense_attention, implementation, shared_prefix_attention
-from models.build import PerformerConfig, lora_config
-from models.qwen_vl import backbone
+from frugalpath.models.attention import as_mask, decoder, dense_attention, implementation, shared_prefix_attention
+from frugalpath.models.build import PerformerConfig, lora_config
+from frugalpath.models.qwen_vl import backbone
 
 
 def tensors(count: int, heads: int, kv_heads: int, length: int) -> list[torch.Tensor]:

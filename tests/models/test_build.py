@@ -8,13 +8,13 @@ from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from models.build import PerformerConfig, build_performer, load_performer, lora_config, make_sight
-from models.performer import QwenPerformer, SlidePerformer
-from models.qwen_vl import VISION_MARKS, QwenSight
-from models.sight import SlideSight, TextSight
-from models.tokenizer import IMAGE_TOKEN, train_tokenizer
-from models.tower_sight import is_frozen
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.build import PerformerConfig, build_performer, load_performer, lora_config, make_sight
+from frugalpath.models.performer import QwenPerformer, SlidePerformer
+from frugalpath.models.qwen_vl import VISION_MARKS, QwenSight
+from frugalpath.models.tokenizer import IMAGE_TOKEN, train_tokenizer
+from frugalpath.models.vision_adapter import SlideSight, TextSight
+from frugalpath.models.vision_tower import is_frozen
 from tests.conftest import noise
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
-from models.cost import DecoderShape, TowerShape
+from frugalpath.models.cost import DecoderShape, TowerShape
 
 quick = settings(max_examples=25, deadline=None)
 shapes = st.builds(

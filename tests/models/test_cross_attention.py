@@ -10,10 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModel
 
-from models.build import PerformerConfig, lora_config
-from models.cross_attention import Routes, attach, decoder_layers, spread
-from models.generation import generate
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.build import PerformerConfig, lora_config
+from frugalpath.models.cross_attention import Routes, attach, decoder_layers, spread
+from frugalpath.models.generation import generate
 from tests.models.test_generation import greedy
 
 HIDDEN = 32

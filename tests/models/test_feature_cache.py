@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from models.feature_cache import FeatureCache, cache_key, content_hash, module_revision
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.feature_cache import FeatureCache, cache_key, content_hash, module_revision
 
 GB = 1e9
 

@@ -13,14 +13,14 @@ from PIL import Image
 from transformers import Gemma3ForConditionalGeneration
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 
-from models.attention import SHARED_PREFIX, decoder
-from models.build import PerformerConfig, load_performer, lora_config, make_sight
-from models.feature_cache import FeatureCache
-from models.gemma_vl import MARKS, GemmaPerformer, GemmaSight, gemma_backbone, vision_parts
-from models.generation import generate
-from rl.packing import block_mask, pack, packed_mask, runs_of
-from rl.trainer import GroupTrainer
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.attention import SHARED_PREFIX, decoder
+from frugalpath.models.build import PerformerConfig, load_performer, lora_config, make_sight
+from frugalpath.models.feature_cache import FeatureCache
+from frugalpath.models.gemma_vl import MARKS, GemmaPerformer, GemmaSight, gemma_backbone, vision_parts
+from frugalpath.models.generation import generate
+from frugalpath.rl.packing import block_mask, pack, packed_mask, runs_of
+from frugalpath.rl.trainer import GroupTrainer
 from tests.conftest import needs_features, noise
 
 BUDGETS = (64, 9, 0, 32, 4, 64)
@@ -250,7 +250,7 @@ def test_a_saved_performer_answers_alike(gemma, image_cases, tmp_path):
 BLOCKED = """
 import sys
 sys.modules["torchvision"] = None
-from models.build import PerformerConfig, load_performer
+from frugalpath.models.build import PerformerConfig, load_performer
 from tests.conftest import noise
 performer = load_performer(sys.argv[1], PerformerConfig(), None)
 views = [performer.processor.sight.view_at(noise(112, 84, 0), 16)]

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from peft import get_peft_model
 from transformers import GenerationConfig
 
-from models.attention import decoder, implementation
-from models.build import PerformerConfig, lora_config
-from models.generation import by_length, generate, generate_sure, to_device
-from models.sight import lay_out
+from frugalpath.models.attention import decoder, implementation
+from frugalpath.models.build import PerformerConfig, lora_config
+from frugalpath.models.generation import by_length, generate, generate_sure, to_device
+from frugalpath.models.vision_adapter import lay_out
 from tests.conftest import needs_features
 
 LENGTH = 8

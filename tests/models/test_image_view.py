@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from models.image_view import fit, open_image
-from models.qwen_vl import QwenSight
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.image_view import fit, open_image
+from frugalpath.models.qwen_vl import QwenSight
 from tests.conftest import noise
 from tests.models.conftest import views_of
 

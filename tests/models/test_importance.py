@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.compressors.base import Tokens
-from models.compressors.importance import ImportanceScorer
+from frugalpath.models.compressors.base import Tokens
+from frugalpath.models.compressors.importance import ImportanceScorer
 
 DIM, HIDDEN = 6, 10
 quick = settings(max_examples=40, deadline=None)

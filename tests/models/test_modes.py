@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.allocators.network import AllocatorConfig
-from models.allocators.policy import PolicyAllocator, PolicyConfig
-from models.allocators.value import ValueAllocator
-from models.modes import evaluating
-from models.reuse import Reader
+from frugalpath.allocator.network import AllocatorConfig
+from frugalpath.allocator.policy import PolicyAllocator, PolicyConfig
+from frugalpath.allocator.value import ValueAllocator
+from frugalpath.models.modes import evaluating
+from frugalpath.models.reuse import Reader
 from tests.conftest import LADDER, WIDTH
 
 SHAPE = {"ladder": LADDER, "look": (1, 4), "feature_dim": WIDTH, "width": 16, "buckets": 64}

@@ -7,12 +7,11 @@ import weakref
 import pytest
 import torch
 
-from models import performer as module
-from models.allocators.look import CheapLook
-from models.allocators.network import AllocatorConfig
-from models.cost import TowerShape
-from models.performer import question_text
-from slides.errors import InputError
+from frugalpath.allocator.network import AllocatorConfig, CheapLook
+from frugalpath.errors import InputError
+from frugalpath.models import performer as module
+from frugalpath.models.cost import TowerShape
+from frugalpath.models.performer import question_text
 from tests.conftest import WIDTH, noise
 
 

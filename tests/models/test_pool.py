@@ -8,9 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from envs.case import Case
-from models.compressors.base import Tokens
-from models.compressors.pool import Pool, grid_shape, pool
+from frugalpath.envs.case import Case
+from frugalpath.models.compressors.base import Tokens
+from frugalpath.models.compressors.pool import Pool, grid_shape, pool
 from tests.conftest import grid_features
 
 

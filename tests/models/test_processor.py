@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from models.processor import SlideProcessor
-from models.tokenizer import IMAGE_TOKEN
+from frugalpath.models.processor import SlideProcessor
+from frugalpath.models.tokenizer import IMAGE_TOKEN
 
 
 @pytest.fixture

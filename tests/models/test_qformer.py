@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.compressors.base import Tokens
-from models.compressors.chain import Chain
-from models.compressors.qformer import QFormer
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.compressors.base import Tokens
+from frugalpath.models.compressors.chain import Chain
+from frugalpath.models.compressors.qformer import QFormer
 
 SMALL = {"queries": 6, "width": 16, "layers": 3, "heads": 2}
 

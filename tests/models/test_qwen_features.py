@@ -10,10 +10,10 @@ import pytest
 import torch
 from cachetools import LRUCache
 
-from models import qwen_vl
-from models.feature_cache import FeatureCache
-from models.qwen_vl import QwenSight, freeze_vision
-from models.sight import read_prompt
+from frugalpath.models import qwen_vl
+from frugalpath.models.feature_cache import FeatureCache
+from frugalpath.models.qwen_vl import QwenSight, freeze_vision
+from frugalpath.models.vision_adapter import read_prompt
 from tests.conftest import needs_features, noise
 from tests.models.conftest import views_of, watch
 

@@ -14,14 +14,14 @@ from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from models import qwen_vl
-from models.build import PerformerConfig, lora_config
-from models.image_view import ImageView
-from models.performer import QwenPerformer
-from models.processor import token_types
-from models.qwen_vl import QwenProcessor, backbone, freeze_vision
-from models.tokenizer import IMAGE_TOKEN
-from models.tower_sight import is_frozen
+from frugalpath.models import qwen_vl
+from frugalpath.models.build import PerformerConfig, lora_config
+from frugalpath.models.image_view import ImageView
+from frugalpath.models.performer import QwenPerformer
+from frugalpath.models.processor import token_types
+from frugalpath.models.qwen_vl import QwenProcessor, backbone, freeze_vision
+from frugalpath.models.tokenizer import IMAGE_TOKEN
+from frugalpath.models.vision_tower import is_frozen
 from tests.conftest import noise
 from tests.models.conftest import views_of
 
@@ -158,7 +158,7 @@ def test_the_processor_types_image_tokens_for_the_stock_forward(qwen, image_case
 BLOCKED = """
 import sys
 sys.modules["torchvision"] = None
-from models.qwen_vl import QwenProcessor
+from frugalpath.models.qwen_vl import QwenProcessor
 from tests.conftest import noise
 processor = QwenProcessor.load(sys.argv[1])
 view = processor.sight.view(noise(112, 84, 0))

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.compressors.base import Tokens
-from models.compressors.resampler import Resampler
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.compressors.base import Tokens
+from frugalpath.models.compressors.resampler import Resampler
 
 DIM, LATENTS, WIDTH = 10, 8, 16
 quick = settings(max_examples=25, deadline=None)

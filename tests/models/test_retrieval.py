@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from models.retrieval import Embedder, Item, RetrievalIndex, slide_rows
-from models.slide_text import SlideTextConfig, SlideTextModel, similarity
-from models.tokenizer import train_tokenizer
-from models.zero_shot import class_probabilities, class_vectors
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.retrieval import Embedder, Item, RetrievalIndex, class_probabilities, class_vectors, slide_rows
+from frugalpath.models.slide_text import SlideTextConfig, SlideTextModel, similarity
+from frugalpath.models.tokenizer import train_tokenizer
 from tests.conftest import WIDTH, grid_features
 
 TEXTS = ["adenoma of the colon", "carcinoma, grade 2", "normal colon"]

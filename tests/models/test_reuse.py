@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from envs.case import Case
-from models.reuse import Reader, embed, look_flops, shared, spared
+from frugalpath.envs.case import Case
+from frugalpath.models.reuse import Reader, embed, look_flops, shared, spared
 from tests.conftest import grid_features
 
 NESTED = [{"name": "pool", "nested": True}]

@@ -7,7 +7,7 @@ import math
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models.share_out import share_out
+from frugalpath.models.apportion import share_out
 
 
 @given(st.integers(0, 500), st.integers(1, 9))

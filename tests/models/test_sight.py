@@ -4,11 +4,20 @@ import numpy as np
 import pytest
 import torch
 
-from models.qwen_vl import VISION_MARKS
-from models.sight import Prompt, Sight, SlideSight, TextSight, images_of, lay_out, read_prompt, stack_positions
-from models.tokenizer import IMAGE_TOKEN, train_tokenizer
-from models.visual import VisualTokens
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.feature_bank import VisualTokens
+from frugalpath.models.qwen_vl import VISION_MARKS
+from frugalpath.models.tokenizer import IMAGE_TOKEN, train_tokenizer
+from frugalpath.models.vision_adapter import (
+    Prompt,
+    Sight,
+    SlideSight,
+    TextSight,
+    images_of,
+    lay_out,
+    read_prompt,
+    stack_positions,
+)
 from tests.conftest import WIDTH, noise
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from models.generation import generate
-from models.performer import SlidePerformer
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.generation import generate
+from frugalpath.models.performer import SlidePerformer
 from tests.conftest import WIDTH, grid_features
 from tests.models.test_generation import greedy
 

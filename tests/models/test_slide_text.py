@@ -9,9 +9,10 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 from transformers import AutoModel, PreTrainedTokenizerFast
 
-from models.compressors.base import PatchEmbedding, Tokens
-from models.compressors.qformer import QFormer
-from models.slide_text import (
+from frugalpath.errors import InputError
+from frugalpath.models.compressors.base import PatchEmbedding, Tokens
+from frugalpath.models.compressors.qformer import QFormer
+from frugalpath.models.slide_text import (
     SlideTextConfig,
     SlideTextModel,
     copy_qformer,
@@ -20,8 +21,7 @@ from models.slide_text import (
     similarity,
     text_batch,
 )
-from models.tokenizer import train_tokenizer
-from slides.errors import InputError
+from frugalpath.models.tokenizer import train_tokenizer
 
 TEXTS = ["adenoma of the colon", "carcinoma, grade 2", "normal colon", "carcinoma, grade 3, with necrosis"]
 SHAPE = {"feature_dim": 8, "queries": 3, "width": 16, "layers": 2, "heads": 2, "text_length": 12, "shared_width": 8}

@@ -5,12 +5,12 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2ForCausalLM
 
-from models.build import PerformerConfig, build_performer
-from models.performer import SlidePerformer
-from models.slide_config import SlideVLMConfig
-from models.slide_vlm import SlideVLM
-from models.tokenizer import IMAGE_TOKEN, train_tokenizer
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.build import PerformerConfig, build_performer
+from frugalpath.models.performer import SlidePerformer
+from frugalpath.models.slide_config import SlideVLMConfig
+from frugalpath.models.slide_vlm import SlideVLM
+from frugalpath.models.tokenizer import IMAGE_TOKEN, train_tokenizer
 from tests.conftest import WIDTH, grid_features
 
 

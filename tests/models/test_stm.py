@@ -8,10 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.compressors.base import Tokens
-from models.compressors.chain import make_compressor
-from models.compressors.stm import SparseTokenMerger
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.compressors.base import Tokens
+from frugalpath.models.compressors.chain import make_compressor
+from frugalpath.models.compressors.stm import SparseTokenMerger
 
 WIDTH = 6
 SIDE = 64.0

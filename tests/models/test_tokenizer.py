@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.tokenizer import IMAGE_TOKEN, TAGS, train_tokenizer
-from rewards.registry import gold_completion
+from frugalpath.models.tokenizer import IMAGE_TOKEN, TAGS, train_tokenizer
+from frugalpath.rewards.registry import gold_completion
 
 
 @functools.cache

@@ -5,8 +5,8 @@ import copy
 import numpy as np
 import torch
 
-from models.visual import COLUMNS, FeatureBank, VisualTokens, cells, extent
-from slides.store import Features, read_features
+from frugalpath.models.feature_bank import COLUMNS, FeatureBank, VisualTokens, cells, extent
+from frugalpath.slides.store import Features, read_features
 from tests.conftest import SIDE, WIDTH, grid_features
 
 

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.answer import completion_text, extract_answer, form_of
-from rewards.format import format_reward
+from frugalpath.rewards.answer import completion_text, extract_answer, form_of
+from frugalpath.rewards.format import format_reward
 
 # The published check (BiRR4CPath): starts with <think>, closes it, white space, <answer>..</answer>, nothing follows.
 PUBLISHED = re.compile(r"<think>.*?</think>\s*<answer>.*?</answer>", re.DOTALL)

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.bootstrap import Bootstrap
+from frugalpath.bootstrap import Bootstrap
 
 
 def test_the_interval_of_a_constant_is_a_point():

@@ -6,8 +6,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.cost import birr, dual_price, linear, parse_budget, visionthink
-from rewards.cost import threshold as threshold_reward
+from frugalpath.rewards.cost import birr, dual_price, linear, parse_budget, visionthink
+from frugalpath.rewards.cost import threshold as threshold_reward
 
 NAN = math.nan
 unit = st.floats(0, 1)

@@ -8,8 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.detection import MAX_BOXES, ap50, ap50_95, ap75, average_precision, iou_matrix, parse_boxes, valid
-from rewards.registry import warn_unscorable
+from frugalpath.rewards.detection import (
+    MAX_BOXES,
+    ap50,
+    ap50_95,
+    ap75,
+    average_precision,
+    iou_matrix,
+    parse_boxes,
+    valid,
+)
+from frugalpath.rewards.registry import warn_unscorable
 
 A, B, C = [0, 0, 100, 100], [200, 200, 300, 300], [400, 0, 500, 80]
 MISS = [900, 900, 1000, 1000]

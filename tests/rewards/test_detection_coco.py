@@ -6,7 +6,7 @@ import pytest
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from rewards.detection import average_precision, iou_matrix
+from frugalpath.rewards.detection import average_precision, iou_matrix
 
 
 def boxes(rng, n):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rewards.registry import get_rewards
+from frugalpath.rewards.registry import get_rewards
 
 TEXT = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
 

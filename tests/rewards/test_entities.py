@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.entities import (
+from frugalpath.errors import InputError
+from frugalpath.rewards.entities import (
     MAX_CHARS,
     MAX_TOKENS,
     Vocabulary,
@@ -15,8 +16,7 @@ from rewards.entities import (
     find_entities,
     read_vocabulary,
 )
-from rewards.registry import get_reward, gold_completion, warn_unscorable
-from slides.errors import InputError
+from frugalpath.rewards.registry import get_reward, gold_completion, warn_unscorable
 
 TERMS = """
 # one concept a line

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.answer import END_ANSWER, END_THINK, completion_text, extract_answer
-from rewards.registry import get_reward, gold_completion
+from frugalpath.rewards.answer import END_ANSWER, END_THINK, completion_text, extract_answer
+from frugalpath.rewards.registry import get_reward, gold_completion
 
 CHOICE = {"id": "1", "task": "choice", "answer": "Tubular adenoma", "options": ["Tubular adenoma", "Serrated lesion"]}
 DETECTION = {"id": "2", "task": "detection", "answer": "[[10, 20, 300, 400], [500, 500, 800.5, 900]]"}

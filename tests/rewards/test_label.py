@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.label import choice, normalise
-from rewards.registry import warn_unscorable
+from frugalpath.rewards.label import choice, normalise
+from frugalpath.rewards.registry import warn_unscorable
 
 OPTIONS = ["benign", "malignant", "non-small cell"]
 LETTERED = ["(A) benign", "(B) malignant"]

@@ -8,9 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.cost import parse_budget
-from rewards.objectives import OBJECTIVES, worth
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.rewards.cost import OBJECTIVES, parse_budget, worth
 
 TOKENS = np.array([1, 16, 256])
 COST = np.array([0.1, 0.25, 1.0])

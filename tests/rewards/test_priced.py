@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.priced import birr_cost, dual_cost, linear_cost, visionthink_cost
-from rewards.registry import RewardError, get_reward, warn_unscorable
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.rewards.priced import birr_cost, dual_cost, linear_cost, visionthink_cost
+from frugalpath.rewards.registry import RewardError, get_reward, warn_unscorable
 
 NAN = math.nan
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from rewards.registry import RewardError, RewardTimeout, get_reward, get_rewards, reward, reward_names
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.rewards.registry import RewardError, RewardTimeout, get_reward, get_rewards, reward, reward_names
 
 ROOT = Path(__file__).parents[2]
 CHOICE = {"answer": ["a", "a"], "options": [["a", "b"]] * 2, "task": ["choice", "open"]}
@@ -27,13 +27,13 @@ def test_built_in_rewards_are_known_without_being_imported_by_the_caller():
     assert {"choice", "ap50", "ap75", "ap50_95", "format", "linear_cost", "visionthink_cost", "dual_cost"} <= set(
         names
     )
-    code = "from rewards.registry import get_reward; print(get_reward('ap50').name)"
+    code = "from frugalpath.rewards.registry import get_reward; print(get_reward('ap50').name)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "ap50\n"
 
 
 def test_rewards_do_not_import_torch():
-    code = "import sys; from rewards.registry import reward_names; reward_names(); print('torch' in sys.modules)"
+    code = "import sys; from frugalpath.rewards.registry import reward_names; reward_names(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "False\n"
 
@@ -77,8 +77,8 @@ def test_a_bare_name_and_a_spec():
         ("nowhere.py:f", r"no file .*nowhere\.py"),
         ("no_such_module:f", "no module 'no_such_module'"),
         ("rewards.nothing:f", "no module 'rewards.nothing'"),
-        ("rewards.label:choise", "no 'choise' in rewards.label; did you mean 'choice'"),
-        ("rewards.cost:BIRR_CAP", "is not a function"),
+        ("frugalpath.rewards.label:choise", "no 'choise' in frugalpath.rewards.label; did you mean 'choice'"),
+        ("frugalpath.rewards.cost:BIRR_CAP", "is not a function"),
         ("math:sqrt", r"'math:sqrt' does not take `completions`; write def sqrt\(completions"),
     ],
 )
@@ -126,7 +126,7 @@ def test_path_is_relative_to_the_recipe_then_to_the_current_folder(user_file, tm
 
 
 def test_module_function():
-    assert get_reward("rewards.label:choice")(["<answer>a</answer>"] * 2, **CHOICE) == [1.0, None]
+    assert get_reward("frugalpath.rewards.label:choice")(["<answer>a</answer>"] * 2, **CHOICE) == [1.0, None]
 
 
 def test_a_file_is_run_once_and_its_own_errors_are_shown(user_file, tmp_path):
@@ -254,7 +254,7 @@ def test_a_slow_reward_times_out(body, user_file):
 
 def test_the_limit_of_a_reward_that_calls_another_still_holds(user_file):
     source = """
-        from rewards.registry import get_reward
+        from frugalpath.rewards.registry import get_reward
         def f(completions):
             get_reward("format")(completions)
             while True:
@@ -373,9 +373,9 @@ def stock_rewards(funcs, inputs, completions):
 
 
 def test_runs_in_stock_trl_with_and_without_the_wrapper():
-    from rewards.detection import ap50
-    from rewards.format import format_reward
-    from rewards.label import choice
+    from frugalpath.rewards.detection import ap50
+    from frugalpath.rewards.format import format_reward
+    from frugalpath.rewards.label import choice
 
     rows = [
         {

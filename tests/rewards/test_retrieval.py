@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from rewards.retrieval import RANKS, first_ranks, retrieval
+from frugalpath.rewards.retrieval import RANKS, first_ranks, retrieval
 
 WAYS = ("slide_to_text", "slide_to_distinct_text", "text_to_slide", "distinct_text_to_slide")
 

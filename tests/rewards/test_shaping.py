@@ -5,9 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trl.rewards import get_repetition_penalty_reward, get_soft_overlong_punishment
 
-from rewards.registry import RewardError, get_reward
-from rewards.shaping import length, overlong, repetition
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.rewards.registry import RewardError, get_reward
+from frugalpath.rewards.shaping import length, overlong, repetition
 
 token_ids = st.lists(st.lists(st.integers(0, 4), max_size=40), min_size=1, max_size=4)
 

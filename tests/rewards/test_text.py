@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 from nltk.translate.meteor_score import single_meteor_score
 
-from rewards import text as module
-from rewards.registry import get_reward, warn_unscorable
-from rewards.text import MAX_CHARS, MAX_WITH_SYNONYMS, MAX_WORDS, bleu4_score, meteor_score, rouge_l_score
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.rewards import text as module
+from frugalpath.rewards.registry import get_reward, warn_unscorable
+from frugalpath.rewards.text import MAX_CHARS, MAX_WITH_SYNONYMS, MAX_WORDS, bleu4_score, meteor_score, rouge_l_score
 
 SCORES = {"bleu4": bleu4_score, "rouge_l": rouge_l_score, "meteor": meteor_score}
 every = pytest.mark.parametrize("name", SCORES)

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from envs.case import Case
-from rewards.registry import get_rewards
-from rewards.synoptic.protocol import load_protocol
-from rewards.validate import HIGH, check_reports, check_rewards, constant_answers, read_texts
-from slides.errors import InputError
+from frugalpath.envs.case import Case
+from frugalpath.errors import InputError
+from frugalpath.rewards.registry import get_rewards
+from frugalpath.rewards.synoptic.protocol import load_protocol
+from frugalpath.rewards.validate import HIGH, check_reports, check_rewards, constant_answers, read_texts
 
 ROOT = Path(__file__).parents[2]
 CARCINOMA = "Diagnosis: carcinoma\nGrade: 2\nNecrosis: absent\nQuadrant: upper left\nMargin: clear"
@@ -54,7 +54,7 @@ def test_gold_scores_one_and_constants_are_shown():
 
 
 def test_a_hackable_reward_is_marked(tmp_path, capsys):
-    from rewards.validate import _print_rewards
+    from frugalpath.rewards.validate import _print_rewards
 
     (tmp_path / "own.py").write_text(
         "def talk(completions):\n    return [float(len(str(c)) > 60) for c in completions]\n"
@@ -121,7 +121,7 @@ def test_texts_that_cannot_be_read_are_named(tmp_path):
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "rewards.validate", *arguments]
+    command = [sys.executable, "-m", "frugalpath.rewards.validate", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 

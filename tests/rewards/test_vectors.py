@@ -2,8 +2,8 @@
 
 import pytest
 
-from rewards.cost import birr
-from rewards.registry import get_reward
+from frugalpath.rewards.cost import birr
+from frugalpath.rewards.registry import get_reward
 
 VECTORS = [
     (2142, "128", 1.0, 1.0),

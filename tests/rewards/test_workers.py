@@ -15,10 +15,10 @@ import psutil
 import pytest
 from PIL import Image
 
-from rewards import workers
-from rewards.calling import Rows
-from rewards.registry import RewardError, RewardTimeout, WorkerError, get_reward, get_rewards
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.rewards import workers
+from frugalpath.rewards.calling import Rows
+from frugalpath.rewards.registry import RewardError, RewardTimeout, WorkerError, get_reward, get_rewards
 
 ROOT = Path(__file__).parents[2]
 SOURCE = """
@@ -270,7 +270,7 @@ SCRIPT = """
 import sys, threading, time
 import numpy
 from rewards import workers
-from rewards.registry import get_reward
+from frugalpath.rewards.registry import get_reward
 workers.GRACE = 0.5
 print("script starts", flush=True)  # has no `if __name__ == "__main__"`: workers must not run it again
 reward = get_reward({"name": sys.argv[1] + ":pid", "workers": 2})

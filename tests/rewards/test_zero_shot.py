@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 
-from rewards.bootstrap import Bootstrap
-from rewards.zero_shot import classification
-from slides.errors import InputError
+from frugalpath.bootstrap import Bootstrap
+from frugalpath.errors import InputError
+from frugalpath.rewards.zero_shot import classification
 
 CLASSES = ("normal", "adenoma", "carcinoma")
 

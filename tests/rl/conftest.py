@@ -10,18 +10,17 @@ import pytest
 import torch
 from datasets import Dataset
 
-from envs.columns import case_columns
-from models.allocators.look import CheapLook
-from models.allocators.network import AllocatorConfig
-from models.allocators.policy import PolicyAllocator, PolicyConfig
-from models.allocators.value import ValueAllocator
-from models.performer import Performer
-from rewards.registry import get_rewards
-from rl.allocation.objectives import Objective
-from rl.allocation.online import AllocatorLearner, PolicyLearner, ValueLearner
-from rl.config import FrugalConfig
-from rl.joint import FrugalTrainer
-from sft.resume import train_from
+from frugalpath.allocator.network import AllocatorConfig, CheapLook
+from frugalpath.allocator.objectives import Objective
+from frugalpath.allocator.online import AllocatorLearner, PolicyLearner, ValueLearner
+from frugalpath.allocator.policy import PolicyAllocator, PolicyConfig
+from frugalpath.allocator.value import ValueAllocator
+from frugalpath.envs.case import case_columns
+from frugalpath.models.performer import Performer
+from frugalpath.recipe.checkpoints import train_from
+from frugalpath.recipe.grpo import FrugalConfig
+from frugalpath.rewards.registry import get_rewards
+from frugalpath.rl.joint import FrugalTrainer
 from tests.conftest import LADDER, WIDTH
 from tests.rl.qwen import SHORT_RUN
 

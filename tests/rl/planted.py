@@ -9,14 +9,13 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from envs.case import Case
-from envs.score_table import ScoreTable
-from models.allocators.network import AllocatorConfig
-from models.allocators.value import ValueAllocator
-from models.performer import Performer
-from rl.allocation.objectives import Objective
-from rl.recipe import AllocatorOptions
-from rl.table import score_table
+from frugalpath.allocator.network import AllocatorConfig
+from frugalpath.allocator.objectives import Objective
+from frugalpath.allocator.score_table import ScoreTable, score_table
+from frugalpath.allocator.value import ValueAllocator
+from frugalpath.envs.case import Case
+from frugalpath.models.performer import Performer
+from frugalpath.recipe.run import AllocatorOptions
 from tests.conftest import WIDTH
 
 BUDGETS = [1, 5, 21]

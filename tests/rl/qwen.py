@@ -24,11 +24,19 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from trl import GRPOTrainer
 
-from models.build import LORA_TARGETS
-from models.qwen_vl import VIDEO_TOKEN, VISION_MARKS, QwenProcessor, backbone, freeze_vision, load_qwen, small_qwen
-from models.tokenizer import train_tokenizer
-from rl.config import GroupConfig
-from rl.trainer import GroupTrainer
+from frugalpath.models.build import LORA_TARGETS
+from frugalpath.models.qwen_vl import (
+    VIDEO_TOKEN,
+    VISION_MARKS,
+    QwenProcessor,
+    backbone,
+    freeze_vision,
+    load_qwen,
+    small_qwen,
+)
+from frugalpath.models.tokenizer import train_tokenizer
+from frugalpath.recipe.grpo import GroupConfig
+from frugalpath.rl.trainer import GroupTrainer
 from tests.conftest import noise
 
 TEXT = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}

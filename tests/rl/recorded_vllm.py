@@ -158,7 +158,7 @@ def record_vllm(monkeypatch: pytest.MonkeyPatch) -> Record:
 
     monkeypatch.setattr("trl.trainer.grpo_trainer.VLLMGeneration", Recorded)
     monkeypatch.setattr(vllm_generation, "SamplingParams", dict, raising=False)
-    monkeypatch.setattr("rl.vllm_rollouts.is_vllm_available", lambda: True)
+    monkeypatch.setattr("frugalpath.rl.vllm_rollouts.is_vllm_available", lambda: True)
     return record
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.allocators.network import AllocatorConfig
-from models.allocators.value import ValueAllocator
-from rl.allocation.fitting import fit_by_patient, fit_table
+from frugalpath.allocator.fitting import fit_by_patient, fit_table
+from frugalpath.allocator.network import AllocatorConfig
+from frugalpath.allocator.value import ValueAllocator
 from tests.conftest import LADDER, WIDTH
 
 

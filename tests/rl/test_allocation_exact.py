@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from models.allocators.policy import PolicyAllocator, PolicyConfig
-from rl.allocation.exact import ExpectedReward, expected_reward
-from rl.allocation.fitting import fit_by_patient, fit_table
-from rl.allocation.objectives import Objective, settle_price
-from rl.allocation.sampling import advantages, sampled_loss
+from frugalpath.allocator.fitting import fit_by_patient, fit_table
+from frugalpath.allocator.objectives import Objective, settle_price
+from frugalpath.allocator.online import advantages, sampled_loss
+from frugalpath.allocator.policy import ExpectedReward, PolicyAllocator, PolicyConfig, expected_reward
 from tests.conftest import LADDER, WIDTH
 
 COST = (0.1, 0.3, 1.0)

@@ -3,12 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from models.allocators.look import CheapLook
-from models.allocators.network import AllocatorConfig
-from models.allocators.policy import PolicyAllocator, PolicyConfig, explored
-from models.allocators.value import ValueAllocator
-from rl.allocation.objectives import Objective
-from rl.allocation.online import AllocatorLearner, PolicyLearner, ValueLearner
+from frugalpath.allocator.network import AllocatorConfig, CheapLook
+from frugalpath.allocator.objectives import Objective
+from frugalpath.allocator.online import AllocatorLearner, PolicyLearner, ValueLearner
+from frugalpath.allocator.policy import PolicyAllocator, PolicyConfig, explored
+from frugalpath.allocator.value import ValueAllocator
 from tests.conftest import LADDER, WIDTH
 from tests.rl.conftest import assert_same_weights, whole_and_resumed
 

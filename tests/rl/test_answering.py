@@ -9,13 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from models.allocators.network import AllocatorConfig
-from models.allocators.value import ValueAllocator
-from rewards.registry import get_rewards
-from rl.allocation.objectives import Objective
-from rl.answering import answer_all, closing, head, line, totals
-from rl.deciders.value import ValueDecider
-from rl.scoring import Scorer
+from frugalpath.allocator.network import AllocatorConfig
+from frugalpath.allocator.objectives import Objective
+from frugalpath.allocator.value import ValueAllocator, ValueDecider
+from frugalpath.deploy.run import answer_all, closing, head, line, totals
+from frugalpath.rewards.registry import get_rewards
+from frugalpath.rewards.scoring import Scorer
 from tests.conftest import LADDER, WIDTH
 
 COST = [0.1, 0.3, 1.0]

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from envs.case import Case
-from rl.answering import not_an_option
-from rl.report.asked import asked_of, example, foreign
+from frugalpath.deploy.run import not_an_option
+from frugalpath.envs.case import Case
+from frugalpath.evaluation.report.examples import asked_of, example, foreign
 
 CASES = [
     Case(f"c{i}", f"p{i}", "choice", "Is it metastasis?", "normal", images=(f"{i}.png",), options=("met", "normal"))

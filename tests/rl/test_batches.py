@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rl.batches import LoadedOnce, shuffle_groups, split_silent
+from frugalpath.rl.batches import LoadedOnce, shuffle_groups, split_silent
 
 
 def test_shuffling_keeps_groups_together():

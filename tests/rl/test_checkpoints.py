@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from rl.checkpoints import Clock, MarkWhole, checkpoints, fingerprint, is_done, last_whole, mark_done
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.recipe.checkpoints import Clock, MarkWhole, checkpoints, fingerprint, is_done, last_whole, mark_done
 
 
 def test_only_whole_checkpoints_are_resumed_from(tmp_path):

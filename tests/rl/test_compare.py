@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-import rl.compare
-from rl.compare import compare, read_run
-from slides.errors import InputError
+import frugalpath.evaluation.compare
+from frugalpath.errors import InputError
+from frugalpath.evaluation.compare import compare, read_run
 
 
 def write_run(folder, scores, accuracy=0.5):
@@ -64,7 +64,7 @@ def test_runs_on_other_cases_are_refused(tmp_path):
 def test_the_entry_writes_one_picture(tmp_path, monkeypatch, capsys):
     runs = [str(write_run(tmp_path / name, [1.0, 0.0])) for name in ("one", "two")]
     monkeypatch.setattr(sys, "argv", ["compare.py", "--runs", *runs, "--out", str(tmp_path / "out")])
-    rl.compare.main()
+    frugalpath.evaluation.compare.main()
     told = capsys.readouterr().out
     assert "one" in told and "two" in told and "2 test questions of 2 patients" in told
     assert (tmp_path / "out" / "compare.png").stat().st_size > 5000
@@ -74,5 +74,5 @@ def test_the_entry_writes_one_picture(tmp_path, monkeypatch, capsys):
 def test_an_unfinished_run_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare.py", "--runs", str(tmp_path / "none"), "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
-        rl.compare.main()
+        frugalpath.evaluation.compare.main()
     assert stopped.value.code == 2 and "finish the run with rl/grpo.py" in capsys.readouterr().err

@@ -8,8 +8,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rewards.bootstrap import Bootstrap
-from rl.frontier.comparison import (
+from frugalpath.bootstrap import Bootstrap
+from frugalpath.evaluation.frontier import (
     Frontier,
     Paid,
     area_of_chosen,

@@ -10,10 +10,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from models.sight import Prompt
-from rl.completion_log import pictures
-from rl.config import GroupConfig
-from rl.trainer import GroupTrainer
+from frugalpath.models.vision_adapter import Prompt
+from frugalpath.recipe.grpo import GroupConfig
+from frugalpath.rl.completion_log import pictures
+from frugalpath.rl.trainer import GroupTrainer
 from tests.conftest import LADDER, SIDE
 from tests.rl.qwen import IMAGES, QUESTIONS, SHORT_RUN, even_tokens, make_model, make_processor, make_rows
 

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 
-from envs.score_table import COLUMNS, ScoreTable
-from models.allocators.network import AllocatorConfig
-from models.allocators.policy import PolicyAllocator, PolicyConfig
-from models.allocators.value import ValueAllocator
-from rl.allocate import collapse, make_decider
-from rl.allocation.objectives import Objective
-from rl.recipe import AllocatorOptions
-from slides.errors import InputError
+from frugalpath.allocator.network import AllocatorConfig
+from frugalpath.allocator.objectives import Objective
+from frugalpath.allocator.policy import PolicyAllocator, PolicyConfig
+from frugalpath.allocator.score_table import COLUMNS, ScoreTable
+from frugalpath.allocator.value import ValueAllocator
+from frugalpath.errors import InputError
+from frugalpath.recipe.run import AllocatorOptions
+from frugalpath.rl.allocate import collapse, make_decider
 from tests.conftest import LADDER, WIDTH
 
 COST = (0.1, 0.3, 1.0)

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from models.build import PerformerConfig
-from models.compressors.aligner import ALIGNERS, MARKERS
-from models.compressors.chain import COMPRESSORS, make_compressor
-from rl.values import checked
-from sft.options import STAGES, read_stages
-from sft.supervised import PARTS, stage_rates
+from frugalpath.models.build import PerformerConfig
+from frugalpath.models.compressors.aligner import ALIGNERS, MARKERS
+from frugalpath.models.compressors.chain import COMPRESSORS, make_compressor
+from frugalpath.recipe.sft import STAGES, read_stages
+from frugalpath.sft.supervised import PARTS, stage_rates
+from frugalpath.values import checked
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "slide_models.md").read_text()

@@ -7,21 +7,21 @@ from dataclasses import replace
 import pytest
 import torch
 
-from models.build import PerformerConfig
-from models.cost import DecoderShape
-from models.tower_sight import HELD
-from models.visual import CACHE_MB, COLUMNS
-from rl.doctor.fit import Place, features_held, fit, peak, phase_of, weigh
-from rl.doctor.jobs import Job, Sizes, jobs_of
-from rl.doctor.knobs import changes, turned
-from rl.doctor.ledger import Ledger
-from rl.doctor.machine import measure_cpu, speed_of
-from rl.doctor.speed import _update as flops_of
-from rl.doctor.speed import cost_of
-from rl.doctor.subject import Subject, known_configs, read_config
-from rl.doctor.tracing import DEPTH, Seen, Update, Writing, _mask, _see, _update, _writing, prepared, trace
-from rl.recipe import parse_recipe
-from slides.errors import InputError
+from frugalpath.doctor.fit import Place, features_held, fit, peak, phase_of, weigh
+from frugalpath.doctor.jobs import Job, Sizes, jobs_of
+from frugalpath.doctor.knobs import changes, turned
+from frugalpath.doctor.ledger import Ledger
+from frugalpath.doctor.machine import measure_cpu, speed_of
+from frugalpath.doctor.speed import _update as flops_of
+from frugalpath.doctor.speed import cost_of
+from frugalpath.doctor.subject import Subject, known_configs, read_config
+from frugalpath.doctor.tracing import DEPTH, Seen, Update, Writing, _mask, _see, _update, _writing, prepared, trace
+from frugalpath.errors import InputError
+from frugalpath.models.build import PerformerConfig
+from frugalpath.models.cost import DecoderShape
+from frugalpath.models.feature_bank import CACHE_MB, COLUMNS
+from frugalpath.models.vision_tower import HELD
+from frugalpath.recipe.run import parse_recipe
 from tests.cli.conftest import write_recipe
 
 TINY = {"layers": 2, "hidden": 32, "heads": 4, "kv_heads": 2, "ffn": 64, "vocab_size": 300}

@@ -9,10 +9,10 @@ import sys
 import pandas
 import pytest
 
-from rl.doctor import __main__ as doctor
-from rl.doctor.machine import hub, look
-from rl.doctor.needs import images, needs
-from rl.recipe import parse_recipe
+from frugalpath.doctor import __main__ as doctor
+from frugalpath.doctor.machine import hub, look
+from frugalpath.doctor.needs import images, needs
+from frugalpath.recipe.run import parse_recipe
 from tests.cli.conftest import RECIPE, ROOT, write_recipe
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from trl import GRPOTrainer
 
-from rewards.registry import get_reward
+from frugalpath.rewards.registry import get_reward
 from tests.rl.qwen import Forced, make_rows, make_trainer
 
 

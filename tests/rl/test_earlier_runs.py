@@ -13,13 +13,13 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from models.allocators.network import AllocatorConfig
-from models.allocators.value import ValueAllocator
-from rl.checkpoints import DONE, fingerprint, is_done
-from rl.deciders.loading import load_decider
-from rl.recipe import Run, parse_recipe
-from rl.stages import Stages
-from slides.errors import InputError
+from frugalpath.allocator.forms import load_decider
+from frugalpath.allocator.network import AllocatorConfig
+from frugalpath.allocator.value import ValueAllocator
+from frugalpath.errors import InputError
+from frugalpath.recipe.checkpoints import DONE, fingerprint, is_done
+from frugalpath.recipe.run import Run, parse_recipe
+from frugalpath.rl.stages import Stages
 
 RECIPE: dict[str, Any] = {
     "cases": {"name": "simulator", "folder": "f"},

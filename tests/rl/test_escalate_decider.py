@@ -7,14 +7,14 @@ import json
 import numpy as np
 import pytest
 
-from rl.deciders.escalate import EscalateDecider, fit_escalate, load_escalate
+from frugalpath.allocator.cascade import EscalateDecider, fit_escalate, load_escalate
 from tests.rl.planted import BUDGETS, PRICES, planted
 
 
 @pytest.fixture(params=["all kinds alike", "by kind"])
 def decider(request, make_performer, cases, tmp_path, monkeypatch) -> EscalateDecider:
     if request.param == "by kind":
-        monkeypatch.setattr("rl.allocation.escalation.ENOUGH", 1)
+        monkeypatch.setattr("frugalpath.allocator.cascade_plan.ENOUGH", 1)
     stages, performer, _ = planted(make_performer, cases, tmp_path)
     return fit_escalate(stages, performer, stages.table("grpo", performer, "val"))
 

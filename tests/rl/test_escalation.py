@@ -3,9 +3,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rl.allocation.escalation import ENOUGH, Experience, Plan, best_plan, best_threshold, stop_when_sure, walk
-from rl.allocation.forecast import Forecast, fit_forecast, fit_forecast_by_patient
-from rl.allocation.seen import Seen, common_answers
+from frugalpath.allocator.cascade_plan import ENOUGH, Experience, Plan, best_plan, best_threshold, stop_when_sure, walk
+from frugalpath.allocator.forecast import Forecast, Seen, common_answers, fit_forecast, fit_forecast_by_patient
 
 FRESH = np.array([1.0, 3.0, 10.0])
 """FLOPs of an answer at each rung; a look before it saves half a unit."""

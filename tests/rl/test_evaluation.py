@@ -11,14 +11,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from envs.score_table import ScoreTable
-from rewards.bootstrap import Bootstrap
-from rl.deciders.base import Decider, Decisions
-from rl.evaluation.calibration import base_rates, calibration, rank_correlation, reliability, spend
-from rl.evaluation.information import budget_information, entropy, image_kinds, mutual_information
-from rl.evaluation.latency import TIMED, measure, measured_once
-from rl.evaluation.operating import operating_price
-from rl.recipe import AllocatorOptions, EvaluationOptions
+from frugalpath.allocator.base import Decider, Decisions
+from frugalpath.allocator.score_table import ScoreTable
+from frugalpath.bootstrap import Bootstrap
+from frugalpath.evaluation.latency import TIMED, measure, measured_once
+from frugalpath.evaluation.metrics import (
+    base_rates,
+    budget_information,
+    calibration,
+    entropy,
+    image_kinds,
+    mutual_information,
+    rank_correlation,
+    reliability,
+    spend,
+)
+from frugalpath.evaluation.run import operating_price
+from frugalpath.recipe.run import AllocatorOptions, EvaluationOptions
 
 quick = settings(max_examples=30, deadline=None)
 N = 4000

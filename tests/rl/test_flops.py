@@ -6,8 +6,8 @@ import pytest
 from datasets import Dataset
 from peft import get_peft_model
 
-from models.build import PerformerConfig, lora_config
-from sft.supervised import BudgetCollator, StageTrainer, sft_config, train_sft
+from frugalpath.models.build import PerformerConfig, lora_config
+from frugalpath.sft.supervised import BudgetCollator, StageTrainer, sft_config, train_sft
 from tests.conftest import LADDER
 
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from rl.guards import CollapseGuard, collapsed, image_information
+from frugalpath.allocator.collapse import CollapseGuard, collapsed, image_information
 
 HEALTHY = {"reward": 0.6, "entropy": 0.4, "allocator/largest_share": 0.5, "frac_reward_zero_std": 0.3}
 
@@ -44,7 +44,7 @@ def test_each_collapse_is_told_once_with_its_remedy(bad, remedy, caplog):
         warnings = watch([HEALTHY] * 5 + [{**HEALTHY, **bad}] * 12)
     (warning,) = warnings
     assert remedy in warning and warning.startswith("step ")
-    assert [r.getMessage() for r in caplog.records if r.name == "rl.guards"] == warnings
+    assert [r.getMessage() for r in caplog.records if r.name == "frugalpath.allocator.collapse"] == warnings
 
 
 def test_a_single_bad_log_is_forgiven():

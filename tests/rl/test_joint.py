@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 
-from models.performer import SlidePerformer
-from rewards.registry import gold_completion
-from rl.config import FrugalConfig
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.performer import SlidePerformer
+from frugalpath.recipe.grpo import FrugalConfig
+from frugalpath.rewards.registry import gold_completion
 from tests.conftest import LADDER
 from tests.rl.conftest import assert_same_weights, even_tokens, whole_and_resumed
 
@@ -63,7 +63,7 @@ def test_rollouts_that_fail_leave_the_model_in_training(make_performer, make_tra
 
     trainer = make_trainer(make_performer())
     trainer.model.train()
-    monkeypatch.setattr("rl.trainer.generate", broken)
+    monkeypatch.setattr("frugalpath.rl.trainer.generate", broken)
     with pytest.raises(ConnectionError):
         trainer._generate_and_score_completions([trainer.train_dataset[0]] * 8)
     assert trainer.model.training

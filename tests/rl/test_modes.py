@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from rewards.registry import get_rewards
-from rl.allocation.frozen import FrozenAnswers, Plan, learn_from_frozen
-from rl.checkpoints import Clock, last_whole
-from rl.config import FrugalConfig
-from rl.scoring import Scorer
+from frugalpath.allocator.frozen import FrozenAnswers, Plan, learn_from_frozen
+from frugalpath.recipe.checkpoints import Clock, last_whole
+from frugalpath.recipe.grpo import FrugalConfig
+from frugalpath.rewards.registry import get_rewards
+from frugalpath.rewards.scoring import Scorer
 from tests.conftest import LADDER
 from tests.rl.conftest import assert_same_weights, whole_and_resumed
 

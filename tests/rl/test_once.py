@@ -16,7 +16,7 @@ import torch
 from datasets import Dataset
 from trl import GRPOTrainer
 
-from rl.trainer import GroupTrainer
+from frugalpath.rl.trainer import GroupTrainer
 from tests.cli.conftest import ENVIRONMENT, ROOT
 from tests.conftest import needs_features
 from tests.rl.qwen import Ours, Stock, Watch, assert_same, make_rows, make_trainer, steps, train

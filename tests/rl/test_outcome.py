@@ -8,12 +8,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from envs.case import Case
-from envs.score_table import ScoreTable
-from rewards.bootstrap import Bootstrap
-from rl.deciders.base import Decisions
-from rl.evaluation.latency import Latency
-from rl.evaluation.outcome import Outcome, Preferred
+from frugalpath.allocator.base import Decisions
+from frugalpath.allocator.score_table import ScoreTable
+from frugalpath.bootstrap import Bootstrap
+from frugalpath.envs.case import Case
+from frugalpath.evaluation.latency import Latency
+from frugalpath.evaluation.run import Outcome, Preferred
 
 LADDER = [1, 4, 16]
 N = 120

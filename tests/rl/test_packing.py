@@ -9,13 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
-from models.attention import SHARED_PREFIX, check_window, decoder, implementation, share_prefix
-from models.processor import token_types
-from models.sight import lay_out
-from models.slide_config import SlideVLMConfig
-from models.slide_vlm import SlideVLM
-from models.visual import COLUMNS
-from rl.packing import PackedBatch, block_mask, flex_mask, groups_of, pack, packed_mask, prefix_length
+from frugalpath.models.attention import SHARED_PREFIX, check_window, decoder, implementation, share_prefix
+from frugalpath.models.feature_bank import COLUMNS
+from frugalpath.models.processor import token_types
+from frugalpath.models.slide_config import SlideVLMConfig
+from frugalpath.models.slide_vlm import SlideVLM
+from frugalpath.models.vision_adapter import lay_out
+from frugalpath.rl.packing import PackedBatch, block_mask, flex_mask, groups_of, pack, packed_mask, prefix_length
 from tests.conftest import noise
 from tests.rl.qwen import make_model, make_processor
 

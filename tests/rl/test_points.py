@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from rewards.bootstrap import Bootstrap
-from rl.frontier.points import chosen, mixed, oracle_rungs, pick_price, point
+from frugalpath.bootstrap import Bootstrap
+from frugalpath.evaluation.frontier import chosen, mixed, oracle_rungs, pick_price, point
 
 quick = settings(max_examples=50, deadline=None)
 

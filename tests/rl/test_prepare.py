@@ -11,13 +11,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from envs.case import Case
-from rl.prepare import check_questions, load_features, load_rewards
-from rl.recipe import EncoderConfig
-from rl.report.writing import missing_slides
-from sft.options import Stage
-from slides.errors import InputError
-from slides.store import Features, read_features, write_features
+from frugalpath.envs.case import Case
+from frugalpath.errors import InputError
+from frugalpath.evaluation.report.writing import missing_slides
+from frugalpath.recipe.data import check_questions, load_features, load_rewards
+from frugalpath.recipe.run import EncoderConfig
+from frugalpath.recipe.sft import Stage
+from frugalpath.slides.store import Features, read_features, write_features
 from tests.conftest import grid_features, noise
 from tests.slides.conftest import tissue_image, write_slide
 
@@ -66,7 +66,7 @@ REASONS = {
 
 def test_feature_files_that_cannot_be_used_are_left_out_with_one_warning(stored, tmp_path, caplog):
     cases = [case(name, stored["a"], stored[name]) for name in REASONS] + [case("sound", stored["b"], stored["a"])]
-    with caplog.at_level(logging.WARNING, "rl.prepare"):
+    with caplog.at_level(logging.WARNING, "frugalpath.recipe.data"):
         bank = load(cases, tmp_path)
     assert set(bank.files) == {str(stored["a"]), str(stored["b"])}
     assert set(bank.missing) == {str(stored[name]) for name in REASONS}
@@ -119,7 +119,7 @@ def test_slides_that_cannot_be_extracted_are_left_out(tmp_path, caplog):
         case("b", tmp_path / "gone.tif", broken, images=(picture,)),
         case("c", blank, sound, wide),
     ]
-    with caplog.at_level(logging.WARNING, "rl.prepare"):
+    with caplog.at_level(logging.WARNING, "frugalpath.recipe.data"):
         bank = load(cases, tmp_path)
     assert set(bank.files) == {str(sound), str(picture)}
     width = read_features(bank.files[str(sound)]).features.shape[1]

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from rl.report.writing import command, revision
+from frugalpath.evaluation.report.writing import command, revision
 
 LAUNCHERS = ("ACCELERATE_DYNAMO_USE_FULLGRAPH", "ACCELERATE_CONFIG_DS_FIELDS", "TORCHELASTIC_RUN_ID")
 

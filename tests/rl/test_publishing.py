@@ -9,12 +9,12 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 
-from models.adapters import ADAPTER
-from models.build import PerformerConfig, load_performer, lora_config
-from rl.deployed import MARK
-from rl.publish import push
-from rl.publishing import _write_performer
-from slides.errors import InputError
+from frugalpath.deploy.publish import push
+from frugalpath.deploy.publishing import _write_performer
+from frugalpath.deploy.run import MARK
+from frugalpath.errors import InputError
+from frugalpath.models.adapters import ADAPTER
+from frugalpath.models.build import PerformerConfig, load_performer, lora_config
 
 
 @pytest.mark.parametrize("family", ["qwen_vl", "gemma_vl"])

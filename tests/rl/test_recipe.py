@@ -9,10 +9,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from rl.recipe import AllocatorOptions, parse_recipe
-from rl.stages import Stages
-from sft.options import Stage
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.recipe.run import AllocatorOptions, parse_recipe
+from frugalpath.recipe.sft import Stage
+from frugalpath.rl.stages import Stages
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yaml"))
 

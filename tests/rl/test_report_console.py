@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report_page import made_up, summary_of
-from rl.report.console import print_outcome
-from rl.report.page import tiles
-from rl.report.tables import measures
+from frugalpath.evaluation.report.console import print_outcome
+from frugalpath.evaluation.report.page import tiles
+from frugalpath.evaluation.report.tables import measures
 
 
 def test_the_random_allocator_is_told_with_what_it_costs(capsys):

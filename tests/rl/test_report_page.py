@@ -15,12 +15,12 @@ from PIL import Image
 
 from benchmarks.browser import Browser, find_chromium
 from benchmarks.report_page import LADDER, made_up, pictures, summary_of
-from envs.case import Case
-from models.visual import VisualTokens
-from rl.report.examples import OPEN, gains, helps, mistakes, spread
-from rl.report.page import command_prefix, headline, render, write_page
-from rl.report.pictures import EMPTY, MOST_BYTES, SIDE, Pictures, jpeg, mean_cells, read_whole
-from rl.report.writing import write_outcome
+from frugalpath.envs.case import Case
+from frugalpath.evaluation.report.examples import OPEN, gains, helps, mistakes, spread
+from frugalpath.evaluation.report.page import command_prefix, headline, render, write_page
+from frugalpath.evaluation.report.pictures import EMPTY, MOST_BYTES, SIDE, Pictures, jpeg, mean_cells, read_whole
+from frugalpath.evaluation.report.writing import write_outcome
+from frugalpath.models.feature_bank import VisualTokens
 from tests.slides.conftest import write_slide
 
 LEAST = ("n", "n_patients", "static", "allocator", "random", "operating_point", "operating_random", "headline")

@@ -4,8 +4,8 @@ import textwrap
 
 import pytest
 
-from rewards import workers
-from rewards.registry import get_reward
+from frugalpath.rewards import workers
+from frugalpath.rewards.registry import get_reward
 
 SOURCE = """
     import os

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from models.build import PerformerConfig, lora_config
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.build import PerformerConfig, lora_config
 from tests.models.test_slide_paths import PATHS
 
 LEARNED = ("locpath", "pathalign", "pathosynvlm")

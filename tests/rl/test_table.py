@@ -6,12 +6,11 @@ import json
 import numpy as np
 import pytest
 
-from envs.columns import case_columns, extra_columns
-from envs.score_table import COLUMNS, ScoreTable
-from rewards.registry import get_rewards
-from rl.scoring import Scorer
-from rl.table import score_table
-from slides.errors import InputError
+from frugalpath.allocator.score_table import COLUMNS, ScoreTable, score_table
+from frugalpath.envs.case import case_columns, extra_columns
+from frugalpath.errors import InputError
+from frugalpath.rewards.registry import get_rewards
+from frugalpath.rewards.scoring import Scorer
 
 
 @pytest.fixture

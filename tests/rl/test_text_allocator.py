@@ -12,21 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from envs.case import Case
-from models.allocators.text import SYSTEM, TURN, TextAllocator
-from models.build import PerformerConfig, build_performer
-from models.performer import SlidePerformer
-from rewards.registry import get_rewards
-from rl.allocation.text import TokenReward, text_config, train_text
-from rl.allocation.text_options import TextOptions
-from rl.checkpoints import stage_seconds
-from rl.config import FrugalConfig
-from rl.deciders.text import text_decider
-from rl.recipe import AllocatorOptions
-from rl.scoring import Scorer
-from rl.values import checked
-from sft.supervised import sft_config, train_sft
-from slides.errors import InputError
+from frugalpath.allocator.text import SYSTEM, TURN, TextAllocator, text_decider
+from frugalpath.envs.case import Case
+from frugalpath.errors import InputError
+from frugalpath.models.build import PerformerConfig, build_performer
+from frugalpath.models.performer import SlidePerformer
+from frugalpath.recipe.checkpoints import stage_seconds
+from frugalpath.recipe.grpo import FrugalConfig
+from frugalpath.recipe.run import AllocatorOptions, TextOptions
+from frugalpath.rewards.registry import get_rewards
+from frugalpath.rewards.scoring import Scorer
+from frugalpath.rl.text_allocator import TokenReward, text_config, train_text
+from frugalpath.sft.supervised import sft_config, train_sft
+from frugalpath.values import checked
 from tests.conftest import LADDER
 from tests.rewards.test_vectors import VECTORS
 from tests.rl.qwen import SHORT_RUN

@@ -7,9 +7,9 @@ import pytest
 import torch
 from trl import GRPOTrainer
 
-from rl.allocation.text import TextTrainer
-from rl.joint import FrugalTrainer
-from rl.trainer import GroupTrainer
+from frugalpath.rl.joint import FrugalTrainer
+from frugalpath.rl.text_allocator import TextTrainer
+from frugalpath.rl.trainer import GroupTrainer
 from tests.rl.qwen import make_trainer
 
 # Parameters of TRL 1.16's methods that GroupTrainer and FrugalTrainer override, `self` left out.

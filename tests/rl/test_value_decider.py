@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from rl.deciders.value import ValueDecider, fit_value
+from frugalpath.allocator.value import ValueDecider, fit_value
 from tests.rl.planted import PRICES, planted
 
 

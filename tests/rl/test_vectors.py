@@ -8,7 +8,7 @@ import pytest
 import torch
 from trl import RLOOConfig, RLOOTrainer
 
-from rl.trainer import GroupTrainer
+from frugalpath.rl.trainer import GroupTrainer
 from tests.rl.qwen import SHORT_RUN, Forced, make_model, make_processor, make_rows, make_trainer
 
 REWARDS = [1.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 0.0]

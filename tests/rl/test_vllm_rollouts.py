@@ -14,14 +14,14 @@ from packaging.requirements import Requirement
 from trl.generation.vllm_client import VLLMClient
 from trl.generation.vllm_generation import VLLMGeneration
 
-from models.image_view import fit
-from models.performer import QwenPerformer
-from models.qwen_vl import backbone
-from models.visual import FeatureBank
-from rl.config import FrugalConfig
-from rl.trainer import GroupTrainer
-from rl.vllm_rollouts import BANNED, one_token_an_image
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.feature_bank import FeatureBank
+from frugalpath.models.image_view import fit
+from frugalpath.models.performer import QwenPerformer
+from frugalpath.models.qwen_vl import backbone
+from frugalpath.recipe.grpo import FrugalConfig
+from frugalpath.rl.trainer import GroupTrainer
+from frugalpath.rl.vllm_rollouts import BANNED, one_token_an_image
 from tests.conftest import LADDER, grid_features, noise
 from tests.rl.qwen import make_trainer as make_group_trainer
 from tests.rl.qwen import steps

@@ -11,10 +11,10 @@ from datasets import Dataset
 from PIL import Image
 from trl import GRPOTrainer
 
-import rl.trainer
-from models.qwen_vl import backbone
-from rl.trainer import GroupTrainer
-from slides.errors import InputError
+import frugalpath.rl.trainer
+from frugalpath.errors import InputError
+from frugalpath.models.qwen_vl import backbone
+from frugalpath.rl.trainer import GroupTrainer
 from tests.conftest import needs_features, noise
 from tests.rl.qwen import IMAGES, PIXELS, Ours, Stock, Watch, make_rows, make_trainer, steps
 
@@ -133,8 +133,8 @@ def test_a_frozen_tower_may_see_with_every_update(tmp_path):
 @pytest.mark.parametrize("changes", [{}, OFF_POLICY, {"num_iterations": 2}], ids=str)
 def test_a_prompt_is_tokenized_once_for_its_completions(tmp_path, monkeypatch, changes):
     calls = []
-    stock = rl.trainer.read_prompt
-    monkeypatch.setattr("rl.trainer.read_prompt", lambda *a, **o: calls.append(1) or stock(*a, **o))
+    stock = frugalpath.rl.trainer.read_prompt
+    monkeypatch.setattr("frugalpath.rl.trainer.read_prompt", lambda *a, **o: calls.append(1) or stock(*a, **o))
     _, _, batches = watched(tmp_path, max_steps=4, **changes)
     assert len(calls) == 4 * len(batches)
 
@@ -301,5 +301,5 @@ def test_a_vision_language_model_of_another_family_is_refused(tmp_path):
     with pytest.raises(
         InputError, match=r"the family other_vl is not known here; known are .*qwen_vl, gemma_vl and text models"
     ):
-        rl.trainer.make_sight(trainer.model, trainer.processing_class.tokenizer)
+        frugalpath.rl.trainer.make_sight(trainer.model, trainer.processing_class.tokenizer)
     assert backbone(trainer.model).visual is not None

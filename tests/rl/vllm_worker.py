@@ -24,8 +24,8 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GB
 import torch
 from trl.generation.vllm_client import VLLMClient
 
-from rl.trainer import GroupTrainer
-from rl.vllm_rollouts import VLLMRollouts
+from frugalpath.rl.trainer import GroupTrainer
+from frugalpath.rl.vllm_rollouts import VLLMRollouts
 from tests.rl.qwen import TEXT, make_model, make_processor, make_trainer, steps
 
 PORT = 8437

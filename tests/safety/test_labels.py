@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import nn
 
-from envs.files import inspect_files
-from rl.report.pictures import read_whole
-from slides.encoder import PatchEncoder
-from slides.extraction import extract_slides
-from slides.images import slide_format
-from slides.options import ExtractOptions
+from frugalpath.envs.files import inspect_files
+from frugalpath.evaluation.report.pictures import read_whole
+from frugalpath.slides.encoder import PatchEncoder
+from frugalpath.slides.extraction import extract_slides
+from frugalpath.slides.images import slide_format
+from frugalpath.slides.options import ExtractOptions
 
 APERIO = "Aperio Image Library v11.2.1\n"
 RED, BLUE = (255, 0, 0), (0, 0, 255)

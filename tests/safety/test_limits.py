@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from PIL import EpsImagePlugin, Image, PngImagePlugin
 
-from envs.boxes import boxes_from_mask
-from envs.manifest import build
-from envs.new_cases import read_new_cases
-from slides import images
-from slides.errors import InputError
-from slides.images import ImageError, allow_pixels, open_image, read_image
-from slides.jobs import find_jobs
-from slides.parsing import MAX_YAML, read_yaml
-from slides.store import count_features, read_features
-from slides.trial import ProcessPool, _look, try_features
+from frugalpath.envs.boxes import boxes_from_mask
+from frugalpath.envs.manifest import build
+from frugalpath.envs.new_cases import read_new_cases
+from frugalpath.errors import InputError
+from frugalpath.parsing import MAX_YAML, read_yaml
+from frugalpath.slides import images
+from frugalpath.slides.images import ImageError, allow_pixels, open_image, read_image
+from frugalpath.slides.jobs import find_jobs
+from frugalpath.slides.store import count_features, read_features
+from frugalpath.slides.trial import ProcessPool, _look, try_features
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +196,7 @@ def test_a_large_yaml_file_is_not_read(tmp_path):
 
 
 def test_a_long_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("envs.rows.MAX_LINE", 1000)
+    monkeypatch.setattr("frugalpath.envs.rows.MAX_LINE", 1000)
     (tmp_path / "x.jsonl").write_text("{}\n" + '{"a": "' + "b" * 2000)
     with pytest.raises(InputError, match=r"x\.jsonl:2: a line of more than 1,000 bytes"):
         build(path=str(tmp_path / "x.jsonl"))
@@ -206,7 +206,7 @@ def test_a_long_line(tmp_path, monkeypatch):
 def test_files_that_are_too_large(tmp_path, monkeypatch, limit, name):
     import pandas
 
-    monkeypatch.setattr(f"envs.rows.{limit}", 1)
+    monkeypatch.setattr(f"frugalpath.envs.rows.{limit}", 1)
     table = pandas.DataFrame({"file": ["0.png"] * 5})
     buffer = io.BytesIO()
     {"x.csv": table.to_csv, "x.json": table.to_json, "x.parquet": table.to_parquet}[name](buffer)

@@ -80,13 +80,13 @@ def test_what_is_looked_for_is_found(line, kind):
 
 
 def test_no_code_of_a_hub_runs_unless_it_is_asked_for():
-    from rl.recipe import EncoderConfig
-    from slides.options import ExtractOptions
+    from frugalpath.recipe.run import EncoderConfig
+    from frugalpath.slides.options import ExtractOptions
 
     assert not EncoderConfig().trust_remote_code and not ExtractOptions().trust_remote_code
 
 
 def test_completions_are_not_logged_by_default():
-    from rl.config import FrugalConfig
+    from frugalpath.recipe.grpo import FrugalConfig
 
     assert FrugalConfig.__dataclass_fields__["log_completions"].default is False

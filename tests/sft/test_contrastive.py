@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from models.compressors.base import Tokens
-from models.slide_text import similarity, text_batch
-from models.tokenizer import train_tokenizer
-from sft.contrastive import PairCollator, build_model, contrastive_config, train_contrastive
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.compressors.base import Tokens
+from frugalpath.models.slide_text import similarity, text_batch
+from frugalpath.models.tokenizer import train_tokenizer
+from frugalpath.sft.contrastive import PairCollator, build_model, contrastive_config, train_contrastive
 
 KINDS = ("normal", "adenoma", "carcinoma")
 SIDES = ("left", "right")

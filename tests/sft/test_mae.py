@@ -7,12 +7,12 @@ import pytest
 import torch
 from PIL import Image
 
-from models.compressors.base import Tokens
-from models.compressors.chain import Chain
-from models.compressors.reconstruction import MaskedReconstruction
-from sft.mae import mae_config, measure_mae, train_mae
-from slides.encoder import load_encoder
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.compressors.base import Tokens
+from frugalpath.models.compressors.chain import Chain
+from frugalpath.models.compressors.reconstruction import MaskedReconstruction
+from frugalpath.sft.mae import mae_config, measure_mae, train_mae
+from frugalpath.slides.encoder import load_encoder
 
 TILES = Path(__file__).resolve().parents[3] / "shared/data/tiles/pcam"
 DIM = 12

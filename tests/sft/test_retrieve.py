@@ -8,12 +8,12 @@ import pytest
 import torch
 import yaml
 
-from models.slide_text import SlideTextConfig, SlideTextModel
-from models.tokenizer import train_tokenizer
-from sft import retrieve
-from sft.pairs import FeatureFiles, from_manifest, from_recipe, recipe_labels
-from slides.errors import InputError
-from slides.store import write_features
+from frugalpath.errors import InputError
+from frugalpath.models.slide_text import SlideTextConfig, SlideTextModel
+from frugalpath.models.tokenizer import train_tokenizer
+from frugalpath.sft import retrieve
+from frugalpath.sft.pairs import FeatureFiles, from_manifest, from_recipe, recipe_labels
+from frugalpath.slides.store import write_features
 from tests.conftest import WIDTH, grid_features
 
 TEXTS = ["adenoma of the colon", "carcinoma, grade 2", "normal colon"]

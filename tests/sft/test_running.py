@@ -6,10 +6,10 @@ import json
 import pytest
 import torch
 
-from models.build import PerformerConfig
-from sft.options import Stage
-from sft.running import Prepared, Supervision, shown
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.build import PerformerConfig
+from frugalpath.recipe.sft import Stage
+from frugalpath.sft.running import Prepared, Supervision, shown
 from tests.conftest import LADDER
 from tests.models.test_slide_paths import PATHS
 

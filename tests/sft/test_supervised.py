@@ -9,12 +9,12 @@ import torch
 from transformers import Qwen2_5_VLForConditionalGeneration, TrainerCallback
 from trl import SFTTrainer
 
-from models.build import PerformerConfig, lora_config
-from models.performer import QwenPerformer
-from models.processor import token_types
-from rewards.registry import gold_completion
-from sft.supervised import BudgetCollator, StageTrainer, part_of, sft_config, stage_rates, train_sft
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.models.build import PerformerConfig, lora_config
+from frugalpath.models.performer import QwenPerformer
+from frugalpath.models.processor import token_types
+from frugalpath.rewards.registry import gold_completion
+from frugalpath.sft.supervised import BudgetCollator, StageTrainer, part_of, sft_config, stage_rates, train_sft
 from tests.conftest import LADDER, needs_features
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from slides import content
-from slides.content import Content, file_digests, file_keys, read_known, write_known
+from frugalpath.slides import content
+from frugalpath.slides.content import Content, file_digests, file_keys, read_known, write_known
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +136,7 @@ def test_a_damaged_cache_is_ignored_with_a_warning(files, cache, damage, caplog,
 def test_processes_may_write_at_once(files, cache):
     """Four processes that begin with no cache each add their own files; nothing is lost."""
     script = (
-        "import sys; from slides.content import Content, write_known\n"
+        "import sys; from frugalpath.slides.content import Content, write_known\n"
         "for i in range(5): write_known({bytes([int(sys.argv[1]), i] * 8): Content('ab' * 32)})"
     )
     running = [subprocess.Popen([sys.executable, "-c", script, str(n)], stderr=subprocess.PIPE) for n in range(4)]

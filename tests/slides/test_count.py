@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from slides.count import Setting, count_tiles, main, parse_setting
-from slides.errors import InputError
-from slides.extraction import extract_slides
-from slides.jobs import SlideJob
-from slides.options import ExtractOptions
+from frugalpath.errors import InputError
+from frugalpath.slides.count import Setting, count_tiles, main, parse_setting
+from frugalpath.slides.extraction import extract_slides
+from frugalpath.slides.jobs import SlideJob
+from frugalpath.slides.options import ExtractOptions
 
 
 def run(monkeypatch, capsys, *words):

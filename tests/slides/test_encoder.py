@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from slides.encoder import IMAGENET_MEAN, IMAGENET_STD, load_encoder, usable_device
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.slides.encoder import IMAGENET_MEAN, IMAGENET_STD, load_encoder, usable_device
 
 
 @pytest.fixture(scope="module")

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import slides.encoder
-import slides.extraction
-from slides.errors import InputError
-from slides.extract import main, parse
-from slides.extraction import extract_slides
-from slides.jobs import SlideJob
-from slides.options import ExtractOptions
-from slides.reader import BackendError
-from slides.store import read_features
+import frugalpath.slides.encoder
+import frugalpath.slides.extraction
+from frugalpath.errors import InputError
+from frugalpath.slides.extract import main, parse
+from frugalpath.slides.extraction import extract_slides
+from frugalpath.slides.jobs import SlideJob
+from frugalpath.slides.options import ExtractOptions
+from frugalpath.slides.reader import BackendError
+from frugalpath.slides.store import read_features
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -162,7 +162,7 @@ def test_a_second_run_does_nothing(extract, make_slide, tmp_path, monkeypatch):
     jobs = [make_slide("a.tif"), make_slide("b.tif", mpp=None)]
     extract(*jobs)
     before = {file: file.stat().st_mtime_ns for file in tmp_path.glob("out/**/*") if file.is_file()}
-    monkeypatch.setattr(slides.extraction, "SlideReader", None)  # nothing may be opened
+    monkeypatch.setattr(frugalpath.slides.extraction, "SlideReader", None)  # nothing may be opened
     statuses = extract_slides(jobs, tmp_path / "out", options(), progress=False)  # nor the encoder loaded
     assert all(status.again for status in statuses)
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.glob("out/**/*") if file.is_file()}
@@ -217,7 +217,7 @@ def test_fastslide_that_fails_is_replaced(extract, make_slide, monkeypatch):
     def fail(self, *_):
         raise BackendError("fastslide did not answer for 1 s: the file may be damaged")
 
-    monkeypatch.setattr(slides.reader.SlideReader, "_native_fast", fail)
+    monkeypatch.setattr(frugalpath.slides.reader.SlideReader, "_native_fast", fail)
     (status,) = extract(path, backend="auto")
     assert (status.status, status.backend) == ("done", "openslide")
     assert "read with OpenSlide, because fastslide did not answer" in status.notes[0]
@@ -234,7 +234,7 @@ def test_a_damaged_slide_does_not_hang_fastslide(make_slide, corrupt_tile, tmp_p
     folder = corrupt_tile(make_slide("damaged.tif"), 4, page=1).parent
     make_slide("good.tif")
     options = ["--backend", "auto", "--read_timeout", "1", "--tile_px", "64", "--min_tissue", "0"]
-    command = [sys.executable, "-m", "slides.extract", "--slides", str(folder), "--out", str(tmp_path / "o"), *options]
+    command = [sys.executable, "-m", "frugalpath.slides.extract", "--slides", str(folder), "--out", str(tmp_path / "o"), *options]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     statuses = {n: json.loads((tmp_path / f"o/status/{n}.json").read_text()) for n in ("damaged", "good")}
     assert statuses["damaged"]["status"] == "failed" and "damaged at level 1" in statuses["damaged"]["reason"]
@@ -275,7 +275,7 @@ def run_main(monkeypatch, *arguments: str) -> int:
 
 @pytest.fixture
 def small_encoder(monkeypatch, encoder):
-    monkeypatch.setattr(slides.extraction, "load_encoder", lambda *_, **__: encoder)
+    monkeypatch.setattr(frugalpath.slides.extraction, "load_encoder", lambda *_, **__: encoder)
 
 
 @pytest.mark.usefixtures("small_encoder")
@@ -341,7 +341,7 @@ def test_a_killed_run_resumes(make_slide, tmp_path):
     jobs = [make_slide(f"{i}.tif", height=800, width=800) for i in range(6)]
     arguments = ["--slides", str(tmp_path / "slides"), "--out", str(tmp_path / "out"), "--device", "cpu"]
     process = subprocess.Popen(
-        **command(sys.executable, "-m", "slides.extract", *arguments, "--tile_px", "64"),
+        **command(sys.executable, "-m", "frugalpath.slides.extract", *arguments, "--tile_px", "64"),
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

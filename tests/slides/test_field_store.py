@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from slides.errors import InputError
-from slides.field_store import FieldStore, StoredField, count_stored, load_stored
-from slides.store import write_features
+from frugalpath.errors import InputError
+from frugalpath.slides.field_store import FieldStore, StoredField, count_stored, load_stored
+from frugalpath.slides.store import write_features
 
 DIM = 5
 ROOT = Path(__file__).resolve().parents[2]
@@ -87,7 +87,7 @@ def test_a_place_is_the_same_in_another_process(tmp_path):
 
 
 def test_many_fields_are_few_files(tmp_path, monkeypatch):
-    monkeypatch.setattr("slides.field_store.SHARD_BYTES", 400)
+    monkeypatch.setattr("frugalpath.slides.field_store.SHARD_BYTES", 400)
     store = fill(tmp_path, range(100))
     assert 5 < len(shards(tmp_path)) < 30
     assert all(holds(store, n) for n in range(100))
@@ -96,7 +96,7 @@ def test_many_fields_are_few_files(tmp_path, monkeypatch):
 
 def test_what_was_added_is_written_after_a_while(tmp_path, monkeypatch):
     """So that a slow encoder loses little when it is killed."""
-    monkeypatch.setattr("slides.field_store.PAUSES", (0.0, 0.0))
+    monkeypatch.setattr("frugalpath.slides.field_store.PAUSES", (0.0, 0.0))
     with open_store(tmp_path) as store:
         for number in range(3):
             store.add(key_of(number), cells_of(number))
@@ -189,7 +189,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path):
 WRITER = """
 import sys
 sys.path.insert(0, sys.argv[2])
-import slides.field_store as module
+import frugalpath.slides.field_store as module
 from tests.slides.test_field_store import cells_of, key_of, open_store
 module.SHARD_BYTES = 300
 with open_store(sys.argv[1]) as store:

@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torch import nn
 
-from slides.encoder import PatchEncoder
-from slides.errors import InputError
-from slides.field_store import load_stored
-from slides.fields import encode_fields
-from slides.store import write_features
+from frugalpath.errors import InputError
+from frugalpath.slides.encoder import PatchEncoder
+from frugalpath.slides.field_store import load_stored
+from frugalpath.slides.fields import encode_fields
+from frugalpath.slides.store import write_features
 
 STRIDE = 16
 
@@ -165,7 +165,7 @@ def test_fields_of_a_size_share_a_forward_whatever_stands_between_them(picture, 
 
 def test_no_more_pixels_wait_than_fit(picture, encoder, backbone, tmp_path, monkeypatch):
     """Fields that all differ in size would otherwise be held until the last one is read."""
-    monkeypatch.setattr("slides.fields.BUFFER_PIXELS", 32 * 48)
+    monkeypatch.setattr("frugalpath.slides.fields.BUFFER_PIXELS", 32 * 48)
     paths = [picture(f"{i}.png", 32, 48 + 16 * i) for i in range(6)]
     encode_fields(paths, tmp_path / "store", encoder, workers=1, progress=False)
     assert sorted(backbone.sizes) == [(32, 48 + 16 * i) for i in range(6)]

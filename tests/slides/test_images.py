@@ -7,7 +7,7 @@ import openslide
 import pytest
 from PIL import Image
 
-from slides.images import FORMATS, plain_picture, slide_format
+from frugalpath.slides.images import FORMATS, plain_picture, slide_format
 
 PICTURE = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
 NAMES = ["a.png", "a.JPG", "a.jpeg", "a.bmp", "a.webp", "a.gif", "a.tif", "a.mrxs", "a.svs", "a.vms", "a.dcm", "a"]

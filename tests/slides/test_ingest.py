@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slides.reader import SlideReader
+from frugalpath.slides.reader import SlideReader
 
 PATH = Path(__file__).resolve().parents[2] / "benchmarks/ingest.py"
 

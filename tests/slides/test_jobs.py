@@ -8,8 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from slides.errors import InputError
-from slides.jobs import SlideJob, as_jobs, find_jobs, stain_key
+from frugalpath.errors import InputError
+from frugalpath.slides.jobs import SlideJob, as_jobs, find_jobs, stain_key
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from slides.images import open_image
-from slides.plain import plain_size
+from frugalpath.slides.images import open_image
+from frugalpath.slides.plain import plain_size
 
 
 def saved(mode, format, **options):

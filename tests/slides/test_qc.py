@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 
-from slides.qc import qc_picture, write_geojson, write_picture
-from slides.tiling import Grid
+from frugalpath.slides.qc import qc_picture, write_geojson, write_picture
+from frugalpath.slides.tiling import Grid
 
 
 def ring_area(ring: list[list[float]]) -> float:

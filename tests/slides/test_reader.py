@@ -9,10 +9,10 @@ import pytest
 import tifffile
 from PIL import Image
 
-import slides.reader
-from slides.errors import InputError
-from slides.reader import SlideReader, resample, within
-from slides.scale import SlideError
+import frugalpath.slides.reader
+from frugalpath.errors import InputError
+from frugalpath.slides.reader import SlideReader, resample, within
+from frugalpath.slides.scale import SlideError
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_large_boxes_are_read_in_parts(gradient, monkeypatch):
     path = gradient[1]
     with SlideReader(path, "openslide") as reader:
         whole = reader.read(0, (0, 0, 900, 600), (90, 60))
-        monkeypatch.setattr(slides.reader, "MAX_READ", 20_000)
+        monkeypatch.setattr(frugalpath.slides.reader, "MAX_READ", 20_000)
         sizes = []
         native = reader.native
         monkeypatch.setattr(reader, "native", lambda *args: sizes.append(args[3] * args[4]) or native(*args))
@@ -92,7 +92,7 @@ def test_an_untiled_tiff_names_the_remedy(tmp_path):
 
 def test_huge_native_tiles_are_refused(make_slide, monkeypatch):
     path = make_slide(height=512, width=512, tile=512, downs=(1,))
-    monkeypatch.setattr(slides.reader, "MAX_NATIVE_TILE", 300**2)
+    monkeypatch.setattr(frugalpath.slides.reader, "MAX_NATIVE_TILE", 300**2)
     with pytest.raises(SlideError, match="tiles of 512 x 512 px"):
         SlideReader(path)
 
@@ -137,7 +137,7 @@ class TestFastslide:
 
 def test_without_fastslide(make_slide, monkeypatch):
     path = make_slide()
-    monkeypatch.setattr(slides.reader, "_fastslide", lambda: None)
+    monkeypatch.setattr(frugalpath.slides.reader, "_fastslide", lambda: None)
     with SlideReader(path) as reader:
         assert reader.backend == "openslide"
     with pytest.raises(InputError, match=r"frugalpath\[fast\]"):

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from slides.extraction import extract_slides
-from slides.jobs import find_jobs
-from slides.options import ExtractOptions
-from slides.reader import SlideReader
-from slides.store import read_features
+from frugalpath.slides.extraction import extract_slides
+from frugalpath.slides.jobs import find_jobs
+from frugalpath.slides.options import ExtractOptions
+from frugalpath.slides.reader import SlideReader
+from frugalpath.slides.store import read_features
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared/data/slides"
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="no real slides here")

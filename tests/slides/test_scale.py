@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slides.scale import MAX_MPP, MIN_MPP, SlideError, find_scale
+from frugalpath.slides.scale import MAX_MPP, MIN_MPP, SlideError, find_scale
 
 
 def properties(mpp=None, power=None, **others) -> dict[str, str]:

@@ -11,8 +11,8 @@ import h5py
 import numpy as np
 import pytest
 
-from slides.errors import InputError
-from slides.store import Features, read_features, write_features
+from frugalpath.errors import InputError
+from frugalpath.slides.store import Features, read_features, write_features
 
 
 @pytest.fixture

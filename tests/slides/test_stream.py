@@ -8,13 +8,13 @@ import time
 import numpy as np
 import pytest
 
-import slides.stream
-from slides.encoder import load_encoder
-from slides.errors import InputError
-from slides.reader import BackendError, SlideReader
-from slides.scale import SlideError
-from slides.stream import check_tile, encode_tiles, read_ahead, read_thumbnail, read_tiles
-from slides.tiling import make_grid
+import frugalpath.slides.stream
+from frugalpath.errors import InputError
+from frugalpath.slides.encoder import load_encoder
+from frugalpath.slides.reader import BackendError, SlideReader
+from frugalpath.slides.scale import SlideError
+from frugalpath.slides.stream import check_tile, encode_tiles, read_ahead, read_thumbnail, read_tiles
+from frugalpath.slides.tiling import make_grid
 
 
 def test_order_is_kept():
@@ -84,7 +84,7 @@ def test_thumbnail(make_slide, monkeypatch):
     with SlideReader(path, "openslide") as reader:
         whole = read_thumbnail(reader, 10, workers=2, timeout=60)
         assert whole.shape == (100, 130, 3)
-        monkeypatch.setattr(slides.stream, "MAX_READ", 60_000)
+        monkeypatch.setattr(frugalpath.slides.stream, "MAX_READ", 60_000)
         parts = read_thumbnail(reader, 10, workers=2, timeout=60)
         # Parts are resampled for themselves, so that only pixels at their edges may differ.
         assert np.median(np.abs(parts.astype(int) - whole)) == 0
@@ -92,7 +92,7 @@ def test_thumbnail(make_slide, monkeypatch):
 
 
 def test_a_level_too_large_to_search(make_slide, monkeypatch):
-    monkeypatch.setattr(slides.stream, "MAX_SEARCH", 500_000)
+    monkeypatch.setattr(frugalpath.slides.stream, "MAX_SEARCH", 500_000)
     with SlideReader(make_slide(downs=(1,)), "openslide") as reader, pytest.raises(SlideError, match="pyramid"):
         read_thumbnail(reader, 10, workers=1, timeout=60)
 

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slides.tiling import blocks, cap, make_grid, select, tissue_fraction
+from frugalpath.slides.tiling import blocks, cap, make_grid, select, tissue_fraction
 
 grids = st.builds(
     make_grid,

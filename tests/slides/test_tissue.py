@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from slides.scale import SlideError
-from slides.tissue import find_tissue, is_dark
+from frugalpath.slides.scale import SlideError
+from frugalpath.slides.tissue import find_tissue, is_dark
 
 MPP = 14.0
 

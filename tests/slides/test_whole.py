@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from slides.whole import whole, write_text
+from frugalpath.files import whole, write_text
 
 
 def test_a_file_appears_when_its_block_ends_well(tmp_path):

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from rewards.synoptic.biopsy import lost_words
-from rewards.synoptic.parse import parse_report
-from rewards.synoptic.protocol import load_protocol
-from rewards.synoptic.render import render_report
+from frugalpath.rewards.synoptic.biopsy import lost_words
+from frugalpath.rewards.synoptic.parse import parse_report
+from frugalpath.rewards.synoptic.protocol import load_protocol
+from frugalpath.rewards.synoptic.render import render_report
 
 DATA = Path(__file__).parents[4] / "shared/data/reports/biopsy_reports.jsonl"
 BIOPSY = load_protocol("biopsy")

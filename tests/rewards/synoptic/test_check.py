@@ -1,7 +1,7 @@
 """Contradictions within records and entries of lists, and what follows from other fields."""
 
-from rewards.synoptic.check import check_record, derive
-from rewards.synoptic.protocol import load_protocol
+from frugalpath.rewards.synoptic.check import check_record, derive
+from frugalpath.rewards.synoptic.protocol import load_protocol
 
 BIOPSY, SIMULATOR = load_protocol("biopsy"), load_protocol("simulator")
 

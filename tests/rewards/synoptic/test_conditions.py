@@ -1,7 +1,7 @@
 import pytest
 
-from rewards.synoptic.conditions import read_condition, read_rule
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.rewards.synoptic.conditions import read_condition, read_rule
 
 
 def holds(condition, **record):

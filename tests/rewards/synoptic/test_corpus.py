@@ -5,10 +5,10 @@ import math
 import pytest
 from sklearn.metrics import cohen_kappa_score
 
-from rewards.synoptic.corpus import corpus_report, table_text
-from rewards.synoptic.parse import Report, parse_report
-from rewards.synoptic.protocol import load_protocol
-from rewards.synoptic.score import score_case
+from frugalpath.rewards.synoptic.corpus import corpus_report, table_text
+from frugalpath.rewards.synoptic.parse import Report, parse_report
+from frugalpath.rewards.synoptic.protocol import load_protocol
+from frugalpath.rewards.synoptic.score import score_case
 
 SIMULATOR, BIOPSY = load_protocol("simulator"), load_protocol("biopsy")
 

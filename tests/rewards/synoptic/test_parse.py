@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from rewards.synoptic.parse import MAX_CHARS, parse_report, read_record, split_outside
-from rewards.synoptic.protocol import load_protocol
-from rewards.synoptic.reward import synoptic
+from frugalpath.rewards.synoptic.parse import MAX_CHARS, parse_report, read_record, split_outside
+from frugalpath.rewards.synoptic.protocol import load_protocol
+from frugalpath.rewards.synoptic.reward import synoptic
 
 SIMULATOR, BIOPSY = load_protocol("simulator"), load_protocol("biopsy")
 RECORD = {"diagnosis": "carcinoma", "grade": "2", "quadrant": "upper left", "tumour_size_mm": 12}

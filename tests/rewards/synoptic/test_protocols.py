@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.label import normalise
-from rewards.synoptic.check import check_record, derive
-from rewards.synoptic.conditions import UNDETERMINED
-from rewards.synoptic.parse import parse_report
-from rewards.synoptic.protocol import load_protocol, protocol_names
-from rewards.synoptic.render import render_report
-from rewards.synoptic.score import score_case
-from rewards.synoptic.values import Unreadable, read_value
-from rewards.synoptic.vocabulary import protocol_vocabulary
-from slides.errors import InputError
+from frugalpath.errors import InputError
+from frugalpath.rewards.label import normalise
+from frugalpath.rewards.synoptic.check import check_record, derive
+from frugalpath.rewards.synoptic.conditions import UNDETERMINED
+from frugalpath.rewards.synoptic.parse import parse_report
+from frugalpath.rewards.synoptic.protocol import load_protocol, protocol_names
+from frugalpath.rewards.synoptic.render import render_report
+from frugalpath.rewards.synoptic.score import score_case
+from frugalpath.rewards.synoptic.values import Unreadable, read_value
+from frugalpath.rewards.synoptic.vocabulary import protocol_vocabulary
 
 RESECTIONS = (
     "breast_resection",

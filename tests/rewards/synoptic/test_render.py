@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.synoptic.parse import parse_report
-from rewards.synoptic.protocol import load_protocol
-from rewards.synoptic.render import render_report
+from frugalpath.rewards.synoptic.parse import parse_report
+from frugalpath.rewards.synoptic.protocol import load_protocol
+from frugalpath.rewards.synoptic.render import render_report
 
 BIOPSY = load_protocol("biopsy")
 texts = st.text(st.sampled_from('ab ;:"()[]-,\\{}*'), min_size=1, max_size=20).map(lambda t: f"x{t}y")

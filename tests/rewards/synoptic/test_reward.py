@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards.synoptic.reward import synoptic
+from frugalpath.rewards.synoptic.reward import synoptic
 
 GOLD = [
     "Diagnosis: carcinoma",

@@ -7,11 +7,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
-from rewards.synoptic.corpus import corpus_report
-from rewards.synoptic.parse import Report, parse_report
-from rewards.synoptic.protocol import load_protocol
-from rewards.synoptic.score import credit_of, score_case
-from rewards.synoptic.similarity import similarity
+from frugalpath.rewards.synoptic.corpus import corpus_report
+from frugalpath.rewards.synoptic.parse import Report, parse_report
+from frugalpath.rewards.synoptic.protocol import load_protocol
+from frugalpath.rewards.synoptic.score import credit_of, score_case
+from frugalpath.rewards.synoptic.similarity import similarity
 
 SIMULATOR, BIOPSY = load_protocol("simulator"), load_protocol("biopsy")
 BREAST = load_protocol("breast_resection")

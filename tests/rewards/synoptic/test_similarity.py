@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.synoptic.similarity import similarity
+from frugalpath.rewards.synoptic.similarity import similarity
 
 GOLD = "dense chronic inflammation with focal ulcer of gastric mucosa"
 words = st.lists(st.sampled_from([*GOLD.split(), "no", "left", "right", "3", "4", "benign"]), max_size=8).map(" ".join)

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rewards.synoptic.protocol import load_protocol
-from rewards.synoptic.values import Unreadable, read_value, write_value
+from frugalpath.rewards.synoptic.protocol import load_protocol
+from frugalpath.rewards.synoptic.values import Unreadable, read_value, write_value
 
 SIMULATOR, BIOPSY, BREAST = map(load_protocol, ("simulator", "biopsy", "breast_resection"))
 SIZE, NOTES, INSITU = SIMULATOR.by_id["tumour_size_mm"], BIOPSY.by_id["notes"], BIOPSY.by_id["in_situ_component"]

@@ -1,0 +1,267 @@
+"""The allocator that writes a budget: a second adapter of the performer's own model (BiRR4CPath, methods 1.5-1.8).
+
+One base model is in memory. With the adapter off, which is how it is left, it is the performer, bit for bit.
+
+The form `text`: an adapter of the performer writes a budget, and the performer answers at that very one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from frugalpath.allocator.base import Answered, Decider, Decisions
+from frugalpath.allocator.frozen import FrozenAnswers
+from frugalpath.distributed import shared_out
+from frugalpath.envs.case import Case
+from frugalpath.errors import InputError
+from frugalpath.files import write_text
+from frugalpath.models.build import LORA_TARGETS
+from frugalpath.models.performer import Performer, question_text
+from frugalpath.models.vision_adapter import Prompt, View
+from frugalpath.rewards.answer import extract_answer
+from frugalpath.rewards.cost import parse_budget
+from frugalpath.rl.stages import Stages
+from frugalpath.rl.text_allocator import read_text, train_text
+
+SYSTEM = (
+    "A conversation between User and Assistant. The assistant first thinks about the reasoning process and then gives "
+    "the answer: <think> reasoning process here </think><answer> answer here </answer>."
+)
+TURN = (
+    "Allocate the optimal token number for the image based on the pathology task. Generally, simple images and tasks "
+    "receive fewer tokens and complex ones receive more tokens. The current input token number is {current_token} and "
+    "a maximum limit is {max_token}. The pathology task is: {pathology_prompt}. The answer should be a positive "
+    "integer of the image token number."
+)
+"""The published turn of the user (methods 1.6)."""
+LEAST, MOST = 2, 8192
+"""Limits of a budget, as published (methods 1.7)."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the allocator asked for.
+
+    Args:
+        text: its completion.
+        number: the integer in it, None where it wrote none.
+        budget: tokens that the performer is given for it.
+        flops: of seeing, reading and writing, those of the adapter with them.
+    """
+
+    text: str
+    number: int | None
+    budget: int
+    flops: float
+
+
+class TextAllocator:
+    """Writes the budget of a case after a look at it.
+
+    Args:
+        performer: its model gets the adapter.
+        adapter: keys of peft's `LoraConfig`, for a new adapter; or the folder of one that was saved.
+        look: tokens of the look. default: budget where no integer is written.
+
+    Raises:
+        InputError: an unknown key of the adapter.
+    """
+
+    def __init__(self, performer: Performer, adapter: dict[str, Any] | str | Path, look: int, default: int):
+        self.performer, self.look, self.default = performer, look, default
+        self.asking = performer.reworded(self.messages)
+        self._trainable = [p for p in performer.model.parameters() if p.requires_grad]
+        if isinstance(adapter, dict):
+            # The published rank and scale.
+            shape = {"r": 16, "lora_alpha": 64, "target_modules": LORA_TARGETS, **adapter}
+            try:
+                config = LoraConfig(task_type="CAUSAL_LM", **shape)
+            except TypeError as error:
+                raise InputError(f"allocator.text.lora: {error}; its keys are those of peft's LoraConfig") from error
+            self.model = get_peft_model(performer.model, config)
+        else:
+            self.model = PeftModel.from_pretrained(performer.model, str(adapter), is_trainable=True)
+        self._adapted = sum(p.numel() for n, p in self.model.named_parameters() if "lora_" in n)
+        self._speak(False)
+
+    @contextmanager
+    def speaking(self) -> Iterator[None]:
+        """With the adapter on and all else frozen."""
+        self._speak(True)
+        try:
+            yield
+        finally:
+            self._speak(False)
+
+    def _speak(self, on: bool) -> None:
+        # torch multiplies by weights that take no gradient in another order, which moves the last digits.
+        for parameter in self._trainable:
+            parameter.requires_grad_(not on)
+        if on:
+            self.model.base_model.enable_adapter_layers()
+        else:
+            self.model.base_model.disable_adapter_layers()
+
+    def native(self, case: Case) -> int:
+        """Tokens of a case's images and slides as they are, without any cap."""
+        return sum(self.performer.native(source) for source in self.performer.sources(case))
+
+    def messages(self, case: Case, visual: Sequence[View] = ()) -> list[dict]:
+        """The published conversation about a case of which so much is shown."""
+        turn = TURN.format(
+            current_token=sum(view.tokens for view in visual),
+            max_token=self.native(case),
+            pathology_prompt=question_text(case, self.performer.show_options),
+        )
+        parts: list[dict] = [{"type": "image", "image": view} for view in visual]
+        return [
+            {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
+            {"role": "user", "content": [*parts, {"type": "text", "text": turn}]},
+        ]
+
+    def prompt(self, case: Case) -> Prompt:
+        """The conversation as the model reads it, with the look."""
+        return self.asking.prompt(case, self.look)
+
+    def held(self, case: Case, number: int | None) -> int:
+        """The budget of a case for an integer that was written: within `LEAST` and `MOST` and what its images give."""
+        budget = self.default if number is None else min(max(number, LEAST), MOST)
+        room = sum(self.performer.room(source) for source in self.performer.sources(case))
+        return int(min(budget, self.native(case), room))
+
+    def ask(self, cases: Sequence[Case], max_new_tokens: int, batch_size: int = 64) -> list[Asked]:
+        """What the allocator asks for, written greedily."""
+        with self.speaking():
+            answers = self.asking.answer(cases, [self.look] * len(cases), max_new_tokens, batch_size)
+        asked = []
+        for case, answer in zip(cases, answers, strict=True):
+            number = read_budget(answer.text)
+            passed = answer.visual + answer.prompt + answer.generated - 1
+            flops = answer.flops + 2.0 * self._adapted * passed
+            asked.append(Asked(answer.text, number, self.held(case, number), flops))
+        return asked
+
+    def save(self, folder: str | Path) -> None:
+        """Write the adapter (safetensors) to a folder."""
+        self.model.save_pretrained(str(folder), selected_adapters=["default"])
+
+
+def read_budget(completion: Any) -> int | None:
+    """The integer in the answer of a completion; None where there is none (methods 1.5)."""
+    return parse_budget(extract_answer(completion))
+
+
+UNREADABLE = 0.1
+"""Share of completions without a budget that is warned of."""
+
+
+class TextDecider(Decider):
+    """A trained adapter. It knows no price, so that it has one operating point.
+
+    Args:
+        stages: the run. performer: its trained performer. allocator: trained on the training cases.
+    """
+
+    form = "text"
+    folder = "text"
+
+    def __init__(self, stages: Stages, performer: Performer, allocator: TextAllocator):
+        self.stages, self.performer, self.allocator = stages, performer, allocator
+        self.ladder = stages.run.ladder
+        own = stages.run.allocator.text.grpo
+        self.tokens: Any = own.get("max_completion_length", stages.max_new_tokens)
+        self._found: dict[str, list[dict[str, Any]]] = {}
+
+    def prices(self, asked: Sequence[float]) -> list[float]:
+        return list(asked[:1])
+
+    def choose(self, cases: Sequence[Case], price: float) -> tuple[np.ndarray, np.ndarray]:
+        asked = self._ask(cases)
+        return self._nearest([a.budget for a in asked]), np.array([a.flops for a in asked])
+
+    def decide(self, split: str, price: float) -> Decisions:
+        rows = self._rows(split)
+        score, visual, flops, look = (
+            np.array([float(row[k]) for row in rows]) for k in ("score", "visual", "flops", "look")
+        )
+        details = [
+            {
+                "asked": row["asked"],
+                "budget": row["budget"],
+                "completion": row["text"],
+                "prompt_tokens": row["prompt"],
+                "generated_tokens": row["generated"],
+            }
+            for row in rows
+        ]
+        rungs = self._nearest([r["budget"] for r in rows])
+        return Decisions(price, rungs, score, visual, flops, look, self._look_tokens(split), details)
+
+    def _look_tokens(self, split: str) -> np.ndarray:
+        return np.array([float(self.allocator.prompt(c).visual) for c in self.stages.splits[split]])
+
+    def answer(self, case: Case, price: float) -> Answered:
+        start = time.perf_counter()
+        (asked,) = self._ask([case])
+        return self._answered(case, asked.budget, asked.flops, start)
+
+    def warnings(self) -> list[str]:
+        rows = self._rows("val")
+        lost = sum(row["number"] is None for row in rows) / len(rows)
+        if lost <= UNREADABLE:
+            return []
+        return [
+            f"the allocator writes no budget for {lost:.0%} of the validation cases, which then get "
+            f"{self.allocator.default} tokens; teach it first: allocator.text.warm_start"
+        ]
+
+    def _ask(self, cases: Sequence[Case]) -> list[Asked]:
+        return self.allocator.ask(cases, self.tokens, self.stages.run.evaluation.batch_size)
+
+    def _nearest(self, budgets: Sequence[int]) -> np.ndarray:
+        """Rungs (N,) of the ladder nearest to the budgets, by doublings."""
+        asked, ladder = np.log2(np.maximum(budgets, 1)), np.log2(self.ladder)
+        return abs(asked[:, None] - ladder).argmin(1)
+
+    def _rows(self, split: str) -> list[dict[str, Any]]:
+        """What was asked for, answered and paid for every case of a split; kept beside the adapter."""
+        if split in self._found:
+            return self._found[split]
+        path = self.stages.run.folder / "text" / f"{split}.jsonl"
+        if path.is_file():
+            rows = [json.loads(line) for line in path.read_text().splitlines()]
+        else:
+            cases, run = self.stages.splits[split], self.stages.run
+            answers = FrozenAnswers(
+                self.performer, self.stages.scorer, self.stages.max_new_tokens, run.evaluation.batch_size
+            )
+            asked = shared_out(cases, self._ask)
+            scored = answers(cases, [a.budget for a in asked], together=True)
+            rows = [
+                {"id": c.id, "asked": a.text, "number": a.number, "budget": a.budget, "look": a.flops}
+                | {"score": s.score, **asdict(s.answer)}
+                for c, a, s in zip(cases, asked, scored, strict=True)
+            ]
+            if self.stages.is_main:
+                write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+        self._found[split] = rows
+        return rows
+
+
+def text_decider(stages: Stages, performer: Performer) -> TextDecider:
+    """Train the adapter, or read it from the run's folder."""
+    return TextDecider(stages, performer, train_text(stages, performer))
+
+
+def load_text(stages: Stages, performer: Performer) -> TextDecider:
+    """Read the trained adapter from the run's folder."""
+    return TextDecider(stages, performer, read_text(stages, performer))

@@ -1,0 +1,112 @@
+"""A finished run is applied to the cases of another recipe, with nothing fitted anew.
+
+Performer, allocator, best static budget and operating price are those of the run, and so are its rewards and the
+training answers of the majority control. Of the other recipe count `cases` (its test split; the others may be empty)
+and `encoder`.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+
+from frugalpath.allocator.forms import check_fitted, load_decider
+from frugalpath.allocator.score_table import score_table
+from frugalpath.envs.case import Case
+from frugalpath.envs.registry import make_env
+from frugalpath.errors import InputError
+from frugalpath.evaluation.report.pictures import Pictures
+from frugalpath.evaluation.report.writing import missing_slides, provenance, write_outcome
+from frugalpath.evaluation.run import Trial
+from frugalpath.evaluation.warnings import cautions
+from frugalpath.recipe.checkpoints import is_done
+from frugalpath.recipe.data import load_features, load_rewards
+from frugalpath.recipe.run import Run, parse_recipe
+from frugalpath.rewards.scoring import Scorer
+from frugalpath.rl.stages import Stages
+from frugalpath.sft.running import asked
+
+logger = logging.getLogger(__name__)
+
+
+def transfer(stages: Stages, recipe: Path) -> tuple[dict[str, Any], Path]:
+    """Apply a finished run to the test cases of a recipe and write `transfer_<recipe>/` into the run's folder.
+
+    Returns:
+        The summary, and where it was written.
+
+    Raises:
+        InputError: the run is not finished, its allocator was not fitted; the recipe has no test case, the run was
+            trained on some of them, their rewards or questions do not fit, or they are encoded otherwise.
+    """
+    run, other = stages.run, parse_recipe(["--config", str(recipe)])
+    if is_done(run.folder / "grpo", stages.grpo_parts()) is None:
+        raise InputError(f"{run.folder}: has no finished run to transfer; train it first with rl/grpo.py")
+    check_fitted(stages)
+    _check_encoder(run, other, recipe)
+    cases = _test_cases(stages, other, recipe)
+    folder = run.folder / f"transfer_{recipe.stem}"
+    tables = folder / "tables"
+    performer, _ = stages.joint()
+    trial = Trial(stages, performer, load_decider(stages, performer))
+    bank = load_features(cases, other.encoder, other.feature_folder)
+    stages.bank.add(bank)  # after the run itself is read, which is known by the slides that it lacks
+    scorer = Scorer(load_rewards(run, cases), run.ladder[-1])
+    table = score_table(
+        performer,
+        cases,
+        [0, *run.ladder],
+        scorer,
+        stages.max_new_tokens,
+        run.evaluation.batch_size,
+        tables / "grpo.test.jsonl",
+        label=f"{recipe.stem} test",
+    )
+    if table.ids != [c.id for c in cases]:
+        raise InputError(f"{folder}: holds a table of other cases than {recipe} has now; delete the folder")
+    outcome = trial.on(cases, table, scorer, tables)
+    shared = len({c.patient for c in cases} & {c.patient for s in ("train", "val") for c in stages.all_splits[s]})
+    if shared:
+        logger.warning("%d test patients of %s are named as patients that the run learnt from", shared, recipe)
+    summary = {
+        **outcome.summary(),
+        "warnings": cautions(outcome),
+        "transfer": {"recipe": str(recipe), "shared_patients": shared},
+        "missing_slides": missing_slides(cases, bank.missing),
+        **provenance(stages),
+    }
+    write_outcome(folder, outcome, summary, Pictures(performer, outcome.cases))
+    return summary, folder
+
+
+def _check_encoder(run: Run, other: Run, recipe: Path) -> None:
+    """Refuse features that the performer cannot read: only how slides are tiled may differ."""
+    kept = ("name", "revision")
+    problems = [
+        f"{recipe}: encoder.{key} is {theirs!r}, the run was trained on {ours!r}; set it to that"
+        for key in kept
+        if (ours := getattr(run.encoder, key)) != (theirs := getattr(other.encoder, key))
+    ]
+    if problems:
+        raise InputError(problems)
+
+
+def _test_cases(stages: Stages, other: Run, recipe: Path) -> list[Case]:
+    """Test cases of the other recipe, of the kinds of question that the run is asked."""
+    params = {k: v for k, v in other.cases.items() if k != "name"}
+    with PartialState().main_process_first():
+        cases = [c for c in make_env(other.cases["name"], params, other.base) if c.split == "test"]
+    if not cases:
+        raise InputError(f"{recipe}: it has no case in split test, which is what a run is transferred to")
+    cases = list(asked(cases, stages.run.questions, f"{recipe}: questions of the run"))
+    seen = {source for s in ("train", "val") for c in stages.all_splits[s] for source in (*c.images, *c.slides)}
+    learnt = [c for c in cases if seen & {*c.images, *c.slides}]
+    if learnt:
+        raise InputError(
+            f"{recipe}: {len(learnt)} test cases show images or slides that the run was trained or fitted on, such as "
+            f"case {learnt[0].id}; split them alike, or drop them"
+        )
+    return cases

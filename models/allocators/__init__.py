@@ -1,1 +1,0 @@
-"""Networks that look at image and question and value or choose budgets."""

@@ -1,1 +1,0 @@
-"""Fitted allocators that decide the budgets of cases: a file for each form."""
