@@ -29,15 +29,21 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
+# The packages as an installed tree, for tools that read sources without importing them.
+PACKAGES := slides envs rewards models recipe allocator evaluation sft rl deploy doctor
+
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	mkdir -p build/typed/frugalpath
+	ln -sfn $(addprefix $(CURDIR)/,$(PACKAGES)) $(wildcard $(CURDIR)/frugalpath/*.py) build/typed/frugalpath/
+	cd build/typed && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
+	PYTHONPATH=build/typed $(BIN)/lint-imports
 
 # A module that cannot be imported or read is an error.
 docs: install
 	$(BIN)/pip install -q -e '.[docs]'
-	PDOC_ALLOW_EXEC=1 $(BIN)/python -W error::UserWarning:pdoc.doc -W error::UserWarning:pdoc.doc_ast -m pdoc -d google -o site slides envs rewards models sft rl
+	PDOC_ALLOW_EXEC=1 $(BIN)/python -W error::UserWarning:pdoc.doc -W error::UserWarning:pdoc.doc_ast -m pdoc -d google -o site frugalpath
 
 # All that needs a GPU, measured: MINUTES and OUT may be given. Where nothing is installed yet it takes the CUDA build.
 MINUTES ?= 8

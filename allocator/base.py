@@ -1,32 +1,23 @@
-"""What an allocator decided, whatever its form, and what came of it.
-
-What the forms share that are a small network over the cheapest look.
-"""
+"""What every form of the allocator has, and what it decided; what those share that are a small network."""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
 
 import numpy as np
-
-from frugalpath.allocator.score_table import ScoreTable
-from frugalpath.envs.case import Case
-from frugalpath.evaluation.frontier import chosen
-from frugalpath.models.performer import Performer
-
-if TYPE_CHECKING:
-    from frugalpath.rl.stages import Stages
-from functools import cached_property
-
 import torch
 
-from frugalpath.allocator.network import CheapLook, LookNetwork
-from frugalpath.allocator.objectives import settle_price
-from frugalpath.rl.stages import Stages
+from frugalpath.allocator.network import AllocatorInputs, AllocatorNetwork
+from frugalpath.allocator.objectives import Objective, settle_price
+from frugalpath.allocator.score_table import ScoreTable, chosen
+from frugalpath.envs.case import Case
+from frugalpath.models.performer import Performer
+from frugalpath.recipe.data import RunData
 
 
 @dataclass(frozen=True)
@@ -90,20 +81,40 @@ class Answered:
     confidence: float
 
 
-class Decider(ABC):
+@dataclass(frozen=True, eq=False)
+class TrainedRun:
+    """What an allocator is fitted on, and decides about: a run whose performer is trained.
+
+    Args:
+        data: its cases.
+        performer: the trained performer.
+        objective: what the allocator maximises.
+        tables: the performer's answers to the cases of `val` and `test` at every budget; of none where the cases are new.
+        key: what the joint stage depended on, see `frugalpath.recipe.cache_key`.
+    """
+
+    data: RunData
+    performer: Performer
+    objective: Objective
+    tables: Mapping[str, ScoreTable] = field(default_factory=dict)
+    key: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Allocator(ABC):
     """An allocator that is ready to decide about the cases of a run.
 
     Args:
-        stages: the run. performer: its trained performer.
-        ladder: budgets in tokens.
+        trained: the run.
     """
 
     form: str
-    stages: Stages
-    performer: Performer
     folder = "allocator"
     """Of the run's, where it is kept."""
-    ladder: list[int]
+
+    def __init__(self, trained: TrainedRun):
+        self.trained, self.data, self.performer = trained, trained.data, trained.performer
+        self.ladder: list[int] = trained.data.run.ladder
+        self.objective = trained.objective
 
     def prices(self, asked: Sequence[float]) -> list[float]:
         """Those of the prices asked for at which it decides differently."""
@@ -130,11 +141,6 @@ class Decider(ABC):
         return Decisions.from_table(price, table, *self.choose(cases, price))
 
     @property
-    def rung_cost(self) -> Sequence[float]:
-        """Cost of an answer at each rung that it decides by, the largest = 1."""
-        return self.stages.rung_cost(self.performer)
-
-    @property
     def settled(self) -> float | None:
         """The price that meets the target cost on validation cases, where the objective is `dual`."""
         return None
@@ -159,7 +165,7 @@ class Decider(ABC):
 
     def _answered(self, case: Case, budget: int, look_flops: float, start: float) -> Answered:
         look_ms = 1000 * (time.perf_counter() - start)
-        (found,) = self.performer.answer([case], [budget], self.stages.max_new_tokens, 1)
+        (found,) = self.performer.answer([case], [budget], self.data.max_new_tokens, 1)
         return Answered(
             text=found.text,
             budget=budget,
@@ -184,19 +190,18 @@ class Decider(ABC):
         return np.array(times)
 
 
-class NetworkDecider(Decider):
+class NetworkAllocator(Allocator):
     """A fitted network.
 
     Args:
-        stages: the run. performer: its trained performer. allocator: fitted on the validation cases.
+        trained: the run. network: fitted on its validation cases.
         held_out: what the fit's aim predicts of the validation cases, each by a fit that had not seen the patient.
     """
 
-    def __init__(self, stages: Stages, performer: Performer, allocator: LookNetwork, held_out: np.ndarray):
-        self.stages, self.performer, self.allocator, self.held_out = stages, performer, allocator, held_out
-        self.ladder = stages.run.ladder
-        self.look = CheapLook(performer, allocator.config)
-        self.objective = stages.objective(performer)
+    def __init__(self, trained: TrainedRun, network: AllocatorNetwork, held_out: np.ndarray):
+        super().__init__(trained)
+        self.network, self.held_out = network, held_out
+        self.look = AllocatorInputs(trained.performer, network.config)
 
     @abstractmethod
     def rungs(self, look: torch.Tensor, question: torch.Tensor, price: float) -> np.ndarray:
@@ -206,29 +211,25 @@ class NetworkDecider(Decider):
     def held_out_rungs(self, price: float) -> np.ndarray:
         """Rungs (N,) of the validation cases by fits that had not seen the patient."""
 
-    @property
-    def rung_cost(self) -> Sequence[float]:
-        return self.objective.cost
-
     @cached_property
     def _seen(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.look(self.stages.splits["test"])
+        return self.look(self.data.splits["test"])
 
     @cached_property
     def settled(self) -> float | None:
         target = self.objective.target
         if target is None:
             return None
-        largest = self.stages.table("grpo", self.performer, "val").at(self.ladder[-1:]).flops.mean()
+        largest = self.trained.tables["val"].at(self.ladder[-1:]).flops.mean()
         return settle_price(lambda price: float(self.decide("val", price).cost.mean() / largest), target)
 
     def choose(self, cases: Sequence[Case], price: float) -> tuple[np.ndarray, np.ndarray]:
         return self.rungs(*self.look(cases), price), self._look_flops(cases)
 
     def decide(self, split: str, price: float) -> Decisions:
-        table = self.stages.table("grpo", self.performer, split).at(self.ladder)
+        table = self.trained.tables[split].at(self.ladder)
         rungs = self.held_out_rungs(price) if split == "val" else self.rungs(*self._seen, price)
-        return Decisions.from_table(price, table, rungs, self._look_flops(self.stages.splits[split]))
+        return Decisions.from_table(price, table, rungs, self._look_flops(self.data.splits[split]))
 
     def _look_flops(self, cases: Sequence[Case]) -> np.ndarray:
-        return np.array([self.allocator.flops(len(self.performer.sources(c))) for c in cases])
+        return np.array([self.network.flops(len(self.performer.sources(c))) for c in cases])

@@ -9,16 +9,15 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from frugalpath.allocator.base import Answered, Decider, Decisions
+from frugalpath.allocator.base import Allocator, Answered, Decisions, TrainedRun
 from frugalpath.allocator.cascade_plan import Experience, Plan, walk
-from frugalpath.allocator.forecast import Seen, fit_forecast_by_patient
-from frugalpath.allocator.score_table import ScoreTable
+from frugalpath.allocator.forecast import Observations, fit_forecast_by_patient
+from frugalpath.allocator.score_table import ScoreTable, chosen
+from frugalpath.distributed import is_main
 from frugalpath.envs.case import Case
-from frugalpath.evaluation.frontier import chosen
 from frugalpath.files import write_text
 from frugalpath.models.performer import Answer, Performer
 from frugalpath.models.reuse import Reader, look_flops
-from frugalpath.rl.stages import Stages
 
 KEPT = "escalation.npz"
 """File of the folder `allocator` with what was learnt."""
@@ -36,7 +35,7 @@ class _Looks:
     seconds: float
 
 
-class EscalateDecider(Decider):
+class CascadeAllocator(Allocator):
     """Looks at one budget after another.
 
     What consecutive prompts begin with is read once, see `frugalpath.models.reuse`; decisions count what is really read and
@@ -44,15 +43,14 @@ class EscalateDecider(Decider):
     of all looks beyond a fresh answer at that one.
 
     Args:
-        stages: the run. performer: its trained performer.
-        known: from the validation cases.
+        trained: the run. known: from its validation cases.
     """
 
     form = "escalate"
 
-    def __init__(self, stages: Stages, performer: Performer, known: Experience):
-        self.stages, self.performer, self.known = stages, performer, known
-        self.ladder = stages.run.ladder
+    def __init__(self, trained: TrainedRun, known: Experience):
+        super().__init__(trained)
+        self.known = known
         self._flops: dict[str | tuple[str, ...], np.ndarray] = {"val": known.flops}
         self._plans: dict[tuple[float, str | None], Plan] = {}
 
@@ -92,7 +90,7 @@ class EscalateDecider(Decider):
         known, rungs = self.known.about(case.question), len(self.ladder)
         plan = self.plan(price, known)
         start = time.perf_counter()
-        reader = Reader(self.performer, case, self.stages.max_new_tokens)
+        reader = Reader(self.performer, case, self.data.max_new_tokens)
         confidence, text, looked = np.full((1, rungs), np.nan), [""] * rungs, np.zeros((1, rungs), dtype=bool)
         given: dict[int, Answer] = {}
         spent, to = 0.0, plan.start
@@ -101,7 +99,7 @@ class EscalateDecider(Decider):
             answer = given[rung] = reader.answer(self.ladder[rung])
             confidence[0, rung], text[rung], looked[0, rung] = answer.confidence, answer.text, True
             spent += answer.flops
-            seen = Seen.of(confidence, [text], [case.question])
+            seen = Observations.of(confidence, [text], [case.question])
             if rung + 1 < rungs:
                 expected = known.forecast.expected(seen, rung, looked, known.whole(1))
                 to = int(plan.move(expected, rung, known.cost, price)[0])
@@ -115,7 +113,7 @@ class EscalateDecider(Decider):
         return self.performer.flops(prompt, looks.answer.generated)
 
     def decide(self, split: str, price: float) -> Decisions:
-        table = self.stages.table("grpo", self.performer, split).at(self.ladder)
+        table = self.trained.tables[split].at(self.ladder)
         fold = self.known.fold if split == "val" else self.known.whole(len(table.ids))
         return self._decided(price, table, fold, self.looks(split))
 
@@ -127,7 +125,7 @@ class EscalateDecider(Decider):
         return self._decided(price, table, self.known.whole(len(cases)), self._flops[key])
 
     def _decided(self, price: float, table: ScoreTable, fold: np.ndarray, looks: np.ndarray) -> Decisions:
-        seen = Seen.of_table(table)
+        seen = Observations.of_table(table)
         rungs, spent, looked = np.zeros(len(looks), dtype=int), np.zeros(len(looks)), np.zeros(table.score.shape, bool)
         for kind in np.unique(seen.questions).tolist():
             at, known = np.flatnonzero(seen.questions == kind), self.known.about(kind)
@@ -139,35 +137,36 @@ class EscalateDecider(Decider):
     def looks(self, split: str) -> np.ndarray:
         """FLOPs (N, K + 1, K) of looks at the cases of a split, see `look_flops`."""
         if split not in self._flops:
-            table = self.stages.table("grpo", self.performer, split).at(self.ladder)
-            self._flops[split] = _all_looks(self.performer, self.stages.splits[split], table)
+            table = self.trained.tables[split].at(self.ladder)
+            self._flops[split] = _all_looks(self.performer, self.data.splits[split], table)
         return self._flops[split]
 
 
-def fit_escalate(stages: Stages, performer: Performer, table: ScoreTable) -> EscalateDecider:
-    """Learn from the table of the validation cases and write it, with what is done at each price of the evaluation."""
-    table = table.at(stages.run.ladder)
-    seen = Seen.of_table(table)
+def fit_cascade(trained: TrainedRun) -> CascadeAllocator:
+    """Learn from the validation cases' table and write it, with what is done at each price of the evaluation."""
+    run, performer = trained.data.run, trained.performer
+    table = trained.tables["val"].at(run.ladder)
+    seen = Observations.of_table(table)
     forecast, fold = fit_forecast_by_patient(seen, table.score, table.patients)
-    flops = _all_looks(performer, stages.splits["val"], table)
-    decider = EscalateDecider(stages, performer, Experience(forecast, fold, seen, table.score, flops))
-    if stages.is_main:
-        folder = stages.run.folder / "allocator"
+    flops = _all_looks(performer, trained.data.splits["val"], table)
+    allocator = CascadeAllocator(trained, Experience(forecast, fold, seen, table.score, flops))
+    if is_main():
+        folder = run.folder / "allocator"
         folder.mkdir(parents=True, exist_ok=True)
-        known = (decider.known, *decider.known.kinds.values())
-        plans = [(p, part.kind, decider.plan(p, part)) for p in stages.run.evaluation.prices for part in known]
+        known = (allocator.known, *allocator.known.kinds.values())
+        plans = [(p, part.kind, allocator.plan(p, part)) for p in run.evaluation.prices for part in known]
         rows = [
-            {"price": p, "question": kind, "start": stages.run.ladder[plan.start], "jump": plan.jump}
+            {"price": p, "question": kind, "start": run.ladder[plan.start], "jump": plan.jump}
             for p, kind, plan in plans
         ]
         write_text(folder / "escalate.json", json.dumps(rows, indent=1) + "\n")
-        decider.known.save(folder / KEPT)
-    return decider
+        allocator.known.save(folder / KEPT)
+    return allocator
 
 
-def load_escalate(stages: Stages, performer: Performer) -> EscalateDecider:
-    """Read what `fit_escalate` left in the run's folder."""
-    return EscalateDecider(stages, performer, Experience.load(stages.run.folder / "allocator" / KEPT))
+def load_cascade(trained: TrainedRun) -> CascadeAllocator:
+    """Read what `fit_cascade` left in the run's folder."""
+    return CascadeAllocator(trained, Experience.load(trained.data.run.folder / "allocator" / KEPT))
 
 
 def _all_looks(performer: Performer, cases: Sequence[Case], table: ScoreTable) -> np.ndarray:

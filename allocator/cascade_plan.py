@@ -14,8 +14,8 @@ from pathlib import Path
 
 import numpy as np
 
-from frugalpath.allocator.forecast import Forecast, Seen
-from frugalpath.evaluation.frontier import chosen
+from frugalpath.allocator.forecast import Forecast, Observations
+from frugalpath.allocator.score_table import chosen
 from frugalpath.files import whole
 
 ENOUGH = 100
@@ -51,7 +51,7 @@ class Plan:
 def walk(
     plan: Plan,
     forecast: Forecast,
-    seen: Seen,
+    seen: Observations,
     fold: np.ndarray,
     flops: np.ndarray,
     cost: np.ndarray,
@@ -85,7 +85,7 @@ def walk(
 
 def best_plan(
     forecast: Forecast,
-    seen: Seen,
+    seen: Observations,
     fold: np.ndarray,
     score: np.ndarray,
     flops: np.ndarray,
@@ -156,7 +156,7 @@ class Experience:
 
     forecast: Forecast
     fold: np.ndarray
-    seen: Seen
+    seen: Observations
     score: np.ndarray
     flops: np.ndarray
     kind: str | None = None
@@ -222,5 +222,5 @@ class Experience:
         """Read what `save` wrote."""
         with np.load(path, allow_pickle=False) as kept:
             forecast = Forecast(kept["kinds"].tolist(), kept["answers"].tolist(), kept["weights"], kept["kept"])
-            seen = Seen(kept["confidence"], kept["text"], kept["questions"])
+            seen = Observations(kept["confidence"], kept["text"], kept["questions"])
             return cls(forecast, kept["fold"], seen, kept["score"], kept["flops"])

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback
 
+from frugalpath.allocator.base import Allocator
+
 logger = logging.getLogger(__name__)
 
 STUCK = {
@@ -167,3 +169,12 @@ def collapsed(
     if mixed and all(bits is not None and bits < INSENSITIVE for bits in told):
         return [f"the fitted allocator {BLIND}"]
     return []
+
+
+def collapse(allocator: Allocator) -> list[str]:
+    """Warnings about choices that are the same, or blind to the image, for all validation cases at every price."""
+    data = allocator.data
+    prices = allocator.prices(data.run.evaluation.prices) if allocator.settled is None else [allocator.settled]
+    rungs = {price: allocator.decide("val", price).rungs for price in prices}
+    prompts = [c.prompt for c in data.splits["val"]]
+    return [*collapsed(rungs, prompts, allocator.ladder, allocator.objective.below_cap), *allocator.warnings()]

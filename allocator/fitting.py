@@ -15,15 +15,14 @@ import torch
 import torch.nn.functional as F
 from sklearn.model_selection import GroupKFold
 
-from frugalpath.allocator.network import CheapLook, LookNetwork
-from frugalpath.allocator.score_table import ScoreTable
-from frugalpath.models.performer import Performer
+from frugalpath.allocator.base import TrainedRun
+from frugalpath.allocator.network import AllocatorInputs, AllocatorNetwork
+from frugalpath.distributed import is_main
 from frugalpath.recipe.checkpoints import Clock, is_done, mark_done
-from frugalpath.rl.stages import Stages
 
 FOLDS = 5
 
-Network = TypeVar("Network", bound=LookNetwork)
+Network = TypeVar("Network", bound=AllocatorNetwork)
 Inputs: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Looks (B, K, tokens, d) and questions (B, T)."""
 
@@ -44,13 +43,13 @@ class Aim(ABC, Generic[Network]):
         """How far predictions (N, ...) miss the scores (N, rungs) of cases that were held out; less is better."""
 
 
-class Regression(Aim[LookNetwork]):
+class Regression(Aim[AllocatorNetwork]):
     """Predicted scores, by cross-entropy."""
 
-    def loss(self, allocator: LookNetwork, inputs: Inputs, scores: torch.Tensor, epoch: int) -> torch.Tensor:
+    def loss(self, allocator: AllocatorNetwork, inputs: Inputs, scores: torch.Tensor, epoch: int) -> torch.Tensor:
         return F.binary_cross_entropy_with_logits(allocator(*inputs), scores)
 
-    def predict(self, allocator: LookNetwork, inputs: Inputs) -> np.ndarray:
+    def predict(self, allocator: AllocatorNetwork, inputs: Inputs) -> np.ndarray:
         return predict(allocator, *inputs)
 
     def held_out(self, predicted: np.ndarray, scores: np.ndarray) -> float:
@@ -151,7 +150,7 @@ def fit_by_patient(
 
 
 @torch.no_grad()
-def predict(allocator: LookNetwork, look: torch.Tensor, question: torch.Tensor) -> np.ndarray:
+def predict(allocator: AllocatorNetwork, look: torch.Tensor, question: torch.Tensor) -> np.ndarray:
     """Predicted scores (B, rungs)."""
     allocator.eval()
     return allocator(look, question).sigmoid().double().numpy()
@@ -160,44 +159,48 @@ def predict(allocator: LookNetwork, look: torch.Tensor, question: torch.Tensor) 
 OUT_OF_FOLD = "out_of_fold.npy"
 
 
-def fit_parts(stages: Stages) -> dict[str, Any]:
+def fit_key(trained: TrainedRun) -> dict[str, Any]:
     """What a fit depends on."""
-    return {**stages.grpo_parts(), "fit": stages.run.allocator.settings()}
+    return {**trained.key, "fit": trained.data.run.allocator.settings()}
 
 
-def fitted(
-    stages: Stages, performer: Performer, start: Network, table: ScoreTable, aim: Aim[Network]
-) -> tuple[Network, np.ndarray]:
+def fitted(trained: TrainedRun, start: Network, aim: Aim[Network]) -> tuple[Network, np.ndarray]:
     """The fitted network, and what the aim predicts of the validation cases out of fold."""
-    options = stages.run.allocator
-    folder = stages.run.folder / "allocator"
-    parts = fit_parts(stages)
-    if is_done(folder, parts):
-        return read_fit(stages, type(start))
-    clock, cases = Clock(), stages.splits["val"]
-    look, question = CheapLook(performer, start.config)(cases)
-    scores = torch.tensor(table.at(stages.run.ladder).score, dtype=torch.float32)
-    allocator, values, losses = fit_by_patient(
+    run = trained.data.run
+    options, folder = run.allocator, run.folder / "allocator"
+    key = fit_key(trained)
+    table = trained.tables["val"].at(run.ladder)
+    if is_done(folder, key) and (found := read_fit(trained, type(start))) and len(found[1]) == len(table.ids):
+        return found
+    clock, cases = Clock(), trained.data.splits["val"]
+    look, question = AllocatorInputs(trained.performer, start.config)(cases)
+    network, values, losses = fit_by_patient(
         start,
         look,
         question,
-        scores,
+        torch.tensor(table.score, dtype=torch.float32),
         [c.patient for c in cases],
         epochs=options.fit_epochs,
         learning_rate=options.fit_learning_rate,
         weight_decay=options.weight_decay,
-        seed=stages.run.grpo.seed,
+        seed=run.grpo.seed,
         aim=aim,
     )
-    if stages.is_main:
-        allocator.save_pretrained(folder)
+    if is_main():
+        network.save_pretrained(folder)
         np.save(folder / OUT_OF_FOLD, values)
-        mark_done(folder, parts, n=len(cases), loss=losses, seconds=clock.seconds)
-    return allocator, values
+        mark_done(folder, key, n=len(cases), loss=losses, seconds=clock.seconds)
+    return network, values
 
 
-def read_fit(stages: Stages, network: type[Network]) -> tuple[Network, np.ndarray]:
-    """What `fitted` left in the run's folder; a published one has nothing of the validation cases."""
-    folder = stages.run.folder / "allocator"
+def read_fit(trained: TrainedRun, network: type[Network]) -> tuple[Network, np.ndarray]:
+    """What `fitted` left in the run's folder; a published one has nothing of the validation cases.
+
+    Raises:
+        InputError: other settings were fitted.
+    """
+    folder, rungs = trained.data.run.folder / "allocator", len(trained.data.run.ladder)
+    if trained.key:
+        is_done(folder, fit_key(trained))
     kept = folder / OUT_OF_FOLD
-    return network.from_pretrained(folder), np.load(kept) if kept.is_file() else np.zeros((0, len(stages.run.ladder)))
+    return network.from_pretrained(folder), np.load(kept) if kept.is_file() else np.zeros((0, rungs))

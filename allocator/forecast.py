@@ -20,7 +20,7 @@ SURE = 1e-4
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observations:
     """What a performer said about N cases at K rungs; what has not been asked yet is never read.
 
     Args:
@@ -32,20 +32,20 @@ class Seen:
     questions: np.ndarray
 
     @classmethod
-    def of(cls, confidence: np.ndarray, text: Sequence[Sequence[str]], questions: Sequence[str]) -> Seen:
+    def of(cls, confidence: np.ndarray, text: Sequence[Sequence[str]], questions: Sequence[str]) -> Observations:
         """From the texts of the answers, N lists of K."""
         return cls(
             confidence, np.array([list(row) for row in text], dtype=np.str_), np.array(questions, dtype=np.str_)
         )
 
     @classmethod
-    def of_table(cls, table: ScoreTable) -> Seen:
+    def of_table(cls, table: ScoreTable) -> Observations:
         """From a table whose columns are the rungs."""
         return cls.of(table.confidence, table.text, table.questions)
 
-    def at(self, cases: np.ndarray) -> Seen:
+    def at(self, cases: np.ndarray) -> Observations:
         """Some of the cases."""
-        return Seen(self.confidence[cases], self.text[cases], self.questions[cases])
+        return Observations(self.confidence[cases], self.text[cases], self.questions[cases])
 
     def features(self, last: int, looked: np.ndarray, kinds: Sequence[str], answers: Sequence[str]) -> np.ndarray:
         """Inputs (N, F) of a forecast after a look at rung `last`.
@@ -79,7 +79,7 @@ class Seen:
         return np.char.add(np.char.add(self.questions, ": "), self.text[:, rung])
 
 
-def common_answers(seen: Seen, least: int = 10) -> list[str]:
+def common_answers(seen: Observations, least: int = 10) -> list[str]:
     """Answers that at least so many cases got at some rung; what is written once tells nothing."""
     common: set[str] = set()
     for rung in range(seen.text.shape[1]):
@@ -111,12 +111,12 @@ class Forecast:
         """FLOPs of the forecasts after one look, at most (a multiply-add counts 2)."""
         return 2.0 * (self.weights.shape[2] * self.weights.shape[3] + self.kept.shape[1] * self.kept.shape[2])
 
-    def expected(self, seen: Seen, last: int, looked: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    def expected(self, seen: Observations, last: int, looked: np.ndarray, fold: np.ndarray) -> np.ndarray:
         """Scores (N, K - last) to be expected of the rungs from `last` on, each case by the fit of its fold (N,)."""
         weights = self.weights[fold, last, last:]
         return expit(np.einsum("nf,nkf->nk", seen.features(last, looked, self.kinds, self.answers), weights))
 
-    def best(self, seen: Seen, looked: np.ndarray, fold: np.ndarray) -> np.ndarray:
+    def best(self, seen: Observations, looked: np.ndarray, fold: np.ndarray) -> np.ndarray:
         """Rung (N,) of the answer most likely right, of those looked at (N, K); of equals the last."""
         n, rungs = looked.shape
         likely = np.full((n, rungs), -np.inf)
@@ -127,7 +127,7 @@ class Forecast:
         return rungs - 1 - likely[:, ::-1].argmax(1)
 
 
-def fit_forecast(seen: Seen, score: np.ndarray, kinds: list[str], answers: list[str]) -> Forecast:
+def fit_forecast(seen: Observations, score: np.ndarray, kinds: list[str], answers: list[str]) -> Forecast:
     """Fit on all cases: a score of (N, K) in 0..1 is the share of a case that counts as solved."""
     n, rungs = score.shape
     weights: list[list[np.ndarray]] = []
@@ -157,7 +157,7 @@ def _fit(inputs: np.ndarray, score: np.ndarray) -> np.ndarray:
     return np.concatenate([fit.intercept_, fit.coef_[0]])
 
 
-def _rivals(seen: Seen, looked: np.ndarray, rung: int, kinds: Sequence[str]) -> np.ndarray:
+def _rivals(seen: Observations, looked: np.ndarray, rung: int, kinds: Sequence[str]) -> np.ndarray:
     """Inputs (N, G) of how likely the answer at a rung is right: how sure it was, and what the other looks said."""
     sure, kind = seen.sure(), seen.kind(kinds)
     others = looked & (np.arange(looked.shape[1]) != rung)
@@ -172,7 +172,9 @@ def _rivals(seen: Seen, looked: np.ndarray, rung: int, kinds: Sequence[str]) -> 
     return np.concatenate([*own, kind, kind * now, kind * same_as, kind * against], 1)
 
 
-def fit_forecast_by_patient(seen: Seen, score: np.ndarray, patients: Sequence[str]) -> tuple[Forecast, np.ndarray]:
+def fit_forecast_by_patient(
+    seen: Observations, score: np.ndarray, patients: Sequence[str]
+) -> tuple[Forecast, np.ndarray]:
     """Fits that have not seen a patient, and the fold (N,) of each case; the last fold's fit has seen all."""
     fold = np.zeros(len(score), dtype=int)
     fits = []

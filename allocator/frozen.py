@@ -19,7 +19,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 
 from frugalpath.allocator.online import AllocatorLearner
-from frugalpath.distributed import shared_out
+from frugalpath.distributed import map_over_processes
 from frugalpath.envs.case import Case
 from frugalpath.files import write_text
 from frugalpath.models.performer import Answer, Performer
@@ -61,7 +61,7 @@ class FrozenAnswers:
         keys = [(case.id, budget) for case, budget in rows]
         new = [key for key in dict.fromkeys(keys) if key not in self.known]
         asked = [rows[keys.index(key)] for key in new]
-        found = shared_out(asked, self._answer) if together else self._answer(asked)
+        found = map_over_processes(asked, self._answer) if together else self._answer(asked)
         self.flops += sum(scored.answer.flops for scored in found)
         self.known.update(zip(new, found, strict=True))
         return [self.known[key] for key in keys]

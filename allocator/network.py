@@ -61,7 +61,7 @@ class AllocatorConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
 
-class LookNetwork(PreTrainedModel):
+class AllocatorNetwork(PreTrainedModel):
     """Reads look (B, K, sum(look), d) and question (B, T), and writes one output a rung.
 
     Args:
@@ -123,7 +123,7 @@ def there(look: torch.Tensor) -> torch.Tensor:
     return look.flatten(2).any(-1)
 
 
-class CheapLook:
+class AllocatorInputs:
     """Inputs of the allocator: what it may look at before any budget is spent."""
 
     def __init__(self, performer: Performer, config: AllocatorConfig):

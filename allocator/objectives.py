@@ -9,7 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from frugalpath.models.performer import Performer
+from frugalpath.recipe.data import RunData
 from frugalpath.rewards.cost import birr_cap, worth
+
+TAGS = 5
+"""Tokens that are written around an answer."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,25 @@ class Objective:
         """The largest rung that the published threshold does not punish, where that is the objective."""
         allowed = [k for k, budget in enumerate(self.ladder) if budget < birr_cap(self.ladder[-1])]
         return allowed[-1] if self.name == "birr" and allowed else None
+
+
+def rung_cost(data: RunData, performer: Performer) -> list[float]:
+    """FLOPs of an answer at every rung, the largest = 1, in the mean over training questions."""
+    ladder, train = data.run.ladder, data.splits["train"]
+    sample = train[:: max(1, len(train) // 100)]
+    tokenizer = performer.processor.tokenizer
+    written = [len(tokenizer(c.answer)["input_ids"]) + TAGS for c in sample]
+    flops = []
+    for budget in ladder:
+        prompts = [performer.prompt(c, budget) for c in sample]
+        flops.append(sum(performer.flops(p, w) for p, w in zip(prompts, written, strict=True)))
+    return [f / flops[-1] for f in flops]
+
+
+def objective_of(data: RunData, performer: Performer) -> Objective:
+    """The recipe's, at the cost of the performer's answers."""
+    options, ladder = data.run.allocator, data.run.ladder
+    return Objective(options.objective, tuple(ladder), tuple(rung_cost(data, performer)), options.target)
 
 
 def settle_price(cost_at: Callable[[float], float], target: float, highest: float = 16.0, rounds: int = 40) -> float:

@@ -9,21 +9,23 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 from frugalpath.allocator.collapse import image_information
-from frugalpath.allocator.network import CheapLook, LookNetwork
-from frugalpath.allocator.objectives import Objective
-from frugalpath.allocator.policy import PolicyAllocator, explored
-from frugalpath.allocator.value import ValueAllocator
+from frugalpath.allocator.network import AllocatorConfig, AllocatorInputs, AllocatorNetwork
+from frugalpath.allocator.objectives import Objective, objective_of
+from frugalpath.allocator.policy import PolicyConfig, PolicyNetwork, explored
+from frugalpath.allocator.value import ValueNetwork
 from frugalpath.distributed import same_draws
 from frugalpath.envs.case import Case
+from frugalpath.models.performer import Performer
+from frugalpath.recipe.data import RunData
+from frugalpath.recipe.run import Run
 from frugalpath.rewards.cost import dual_price
-
-ADVANTAGES = ("rloo", "grpo")
 
 
 def advantages(reward: torch.Tensor, kind: str = "rloo", weight: torch.Tensor | None = None) -> torch.Tensor:
@@ -91,8 +93,8 @@ class AllocatorLearner(ABC):
 
     def __init__(
         self,
-        allocator: LookNetwork,
-        look: CheapLook,
+        allocator: AllocatorNetwork,
+        look: AllocatorInputs,
         objective: Objective,
         price: float = 0.1,
         explore: float = 0.3,
@@ -227,7 +229,7 @@ class ValueLearner(AllocatorLearner):
         options: of `AllocatorLearner`.
     """
 
-    allocator: ValueAllocator
+    allocator: ValueNetwork
 
     def __init__(self, *args, temperature: float = 0.03, **options):
         super().__init__(*args, **options)
@@ -262,7 +264,7 @@ class PolicyLearner(AllocatorLearner):
         options: of `AllocatorLearner`.
     """
 
-    allocator: PolicyAllocator
+    allocator: PolicyNetwork
 
     def __init__(self, *args, kind: str = "rloo", entropy: float = 0.03, decay: float = 1.0, **options):
         super().__init__(*args, **options)
@@ -290,3 +292,42 @@ class PolicyLearner(AllocatorLearner):
 
     def _spent(self, look: torch.Tensor, question: torch.Tensor, best: torch.Tensor) -> torch.Tensor:
         return self.allocator.probabilities(look, question, self.price) @ torch.tensor(self.objective.cost)
+
+
+def network_class(run: Run) -> type[AllocatorNetwork]:
+    """The network of the allocator's form; forms that have none of their own learn values."""
+    return PolicyNetwork if run.allocator.form == "policy" else ValueNetwork
+
+
+def new_network(data: RunData, performer: Performer) -> AllocatorNetwork:
+    """A network that has learnt nothing yet."""
+    options = data.run.allocator
+    torch.manual_seed(data.run.grpo.seed)
+    shape: dict[str, Any] = {
+        "ladder": data.run.ladder,
+        "look": options.look,
+        "feature_dim": data.bank.dim,
+        "width": options.width,
+        "dropout": options.dropout,
+    }
+    make = network_class(data.run)
+    config = PolicyConfig(options.price_range, **shape) if make is PolicyNetwork else AllocatorConfig(**shape)
+    network = make(config)
+    train = data.splits["train"]
+    network.standardise(AllocatorInputs(performer, config)(train[:: max(1, len(train) // 512)])[0])
+    return network
+
+
+def new_learner(data: RunData, performer: Performer, explore: float | None = None) -> AllocatorLearner:
+    """A new network that learns online; `explore` takes the place of the recipe's."""
+    options, network = data.run.allocator, new_network(data, performer)
+    look, objective = AllocatorInputs(performer, network.config), objective_of(data, performer)
+    shared: dict[str, Any] = {
+        "price": options.price,
+        "explore": options.explore if explore is None else explore,
+        "learning_rate": options.learning_rate,
+    }
+    if isinstance(network, PolicyNetwork):
+        shared |= {"kind": options.advantage, "entropy": options.entropy, "decay": options.entropy_decay}
+        return PolicyLearner(network, look, objective, **shared)
+    return ValueLearner(network, look, objective, **shared, temperature=options.temperature)

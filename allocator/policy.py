@@ -19,14 +19,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from frugalpath.allocator.base import NetworkDecider
+from frugalpath.allocator.base import NetworkAllocator, TrainedRun
 from frugalpath.allocator.fitting import Aim, Inputs, fitted, read_fit
-from frugalpath.allocator.network import AllocatorConfig, LookNetwork
+from frugalpath.allocator.network import AllocatorConfig, AllocatorNetwork
 from frugalpath.allocator.objectives import Objective
-from frugalpath.allocator.score_table import ScoreTable
 from frugalpath.models.modes import evaluating
-from frugalpath.models.performer import Performer
-from frugalpath.rl.stages import Stages
 
 BUMPS = 7
 """Over the logarithm of the price; they and the price itself tell the network where in the range it is."""
@@ -50,7 +47,7 @@ class PolicyConfig(AllocatorConfig):
         super().__init__(**kwargs)
 
 
-class PolicyAllocator(LookNetwork):
+class PolicyNetwork(AllocatorNetwork):
     """Policy over rungs: look (B, K, sum(look), d), question (B, T), price (B,) -> logits (B, rungs)."""
 
     config_class: type[AllocatorConfig] = PolicyConfig
@@ -127,7 +124,7 @@ def expected_reward(logits: torch.Tensor, reward: torch.Tensor, entropy: float =
     return (logs.exp() * (reward - entropy * logs)).sum(-1).mean()
 
 
-class ExpectedReward(Aim[PolicyAllocator]):
+class ExpectedReward(Aim[PolicyNetwork]):
     """The aim of a policy's fit: at prices that are drawn for every case, so that one network serves all.
 
     Args:
@@ -140,12 +137,12 @@ class ExpectedReward(Aim[PolicyAllocator]):
         self.objective, self.entropy, self.decay = objective, entropy, decay
         self.grid = np.unique(np.geomspace(*prices, GRID))
 
-    def loss(self, allocator: PolicyAllocator, inputs: Inputs, scores: torch.Tensor, epoch: int) -> torch.Tensor:
+    def loss(self, allocator: PolicyNetwork, inputs: Inputs, scores: torch.Tensor, epoch: int) -> torch.Tensor:
         price = allocator.draw_prices(len(scores))
         reward = self.objective(scores, price[:, None])
         return -expected_reward(allocator(*inputs, price), reward, self.entropy * self.decay**epoch)
 
-    def predict(self, allocator: PolicyAllocator, inputs: Inputs) -> np.ndarray:
+    def predict(self, allocator: PolicyNetwork, inputs: Inputs) -> np.ndarray:
         """Probabilities (B, prices of the grid, rungs)."""
         return allocator.sweep(*inputs, self.grid.tolist()).numpy()
 
@@ -162,42 +159,35 @@ class ExpectedReward(Aim[PolicyAllocator]):
         return (logs[:, 0] + (at - before) * (logs[:, 1] - logs[:, 0])).argmax(-1)
 
 
-class PolicyDecider(NetworkDecider):
+class PolicyAllocator(NetworkAllocator):
     """A fitted policy; `held_out` are probabilities (N, prices, rungs) at the prices of the aim's grid."""
 
     form = "policy"
-    allocator: PolicyAllocator
+    network: PolicyNetwork
 
-    def __init__(
-        self,
-        stages: Stages,
-        performer: Performer,
-        allocator: PolicyAllocator,
-        held_out: np.ndarray,
-        aim: ExpectedReward,
-    ):
-        super().__init__(stages, performer, allocator, held_out)
+    def __init__(self, trained: TrainedRun, network: PolicyNetwork, held_out: np.ndarray, aim: ExpectedReward):
+        super().__init__(trained, network, held_out)
         self.aim = aim
 
     def rungs(self, look: torch.Tensor, question: torch.Tensor, price: float) -> np.ndarray:
-        return self.allocator.choose(look, question, price).numpy()
+        return self.network.choose(look, question, price).numpy()
 
     def held_out_rungs(self, price: float) -> np.ndarray:
         return self.aim.rungs(self.held_out, price)
 
 
-def fit_policy(stages: Stages, performer: Performer, start: PolicyAllocator, table: ScoreTable) -> PolicyDecider:
-    """Fit on a table, starting from the jointly trained policy; a finished fit is read from the run's folder."""
-    aim = _aim(stages, performer)
-    return PolicyDecider(stages, performer, *fitted(stages, performer, start, table, aim), aim)
+def fit_policy(trained: TrainedRun, start: PolicyNetwork) -> PolicyAllocator:
+    """Fit on the validation cases' table, from the jointly trained network on; a finished fit is read."""
+    aim = _aim(trained)
+    return PolicyAllocator(trained, *fitted(trained, start, aim), aim)
 
 
-def load_policy(stages: Stages, performer: Performer) -> PolicyDecider:
+def load_policy(trained: TrainedRun) -> PolicyAllocator:
     """Read a finished fit from the run's folder."""
-    return PolicyDecider(stages, performer, *read_fit(stages, PolicyAllocator), _aim(stages, performer))
+    return PolicyAllocator(trained, *read_fit(trained, PolicyNetwork), _aim(trained))
 
 
-def _aim(stages: Stages, performer: Performer) -> ExpectedReward:
-    options = stages.run.allocator
+def _aim(trained: TrainedRun) -> ExpectedReward:
+    options = trained.data.run.allocator
     low, high = options.price_range
-    return ExpectedReward(stages.objective(performer), (low, high), options.entropy, options.entropy_decay)
+    return ExpectedReward(trained.objective, (low, high), options.entropy, options.entropy_decay)

@@ -18,31 +18,20 @@ from typing import Any
 import numpy as np
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from frugalpath.allocator.base import Answered, Decider, Decisions
+from frugalpath.allocator.base import Allocator, Answered, Decisions, TrainedRun
 from frugalpath.allocator.frozen import FrozenAnswers
-from frugalpath.distributed import shared_out
+from frugalpath.distributed import is_main, map_over_processes
 from frugalpath.envs.case import Case
 from frugalpath.errors import InputError
 from frugalpath.files import write_text
 from frugalpath.models.build import LORA_TARGETS
 from frugalpath.models.performer import Performer, question_text
 from frugalpath.models.vision_adapter import Prompt, View
+from frugalpath.recipe.checkpoints import is_done
+from frugalpath.recipe.run import SYSTEM, TURN
 from frugalpath.rewards.answer import extract_answer
-from frugalpath.rewards.cost import parse_budget
-from frugalpath.rl.stages import Stages
-from frugalpath.rl.text_allocator import read_text, train_text
+from frugalpath.rewards.cost import BIRR_CAP, parse_budget
 
-SYSTEM = (
-    "A conversation between User and Assistant. The assistant first thinks about the reasoning process and then gives "
-    "the answer: <think> reasoning process here </think><answer> answer here </answer>."
-)
-TURN = (
-    "Allocate the optimal token number for the image based on the pathology task. Generally, simple images and tasks "
-    "receive fewer tokens and complex ones receive more tokens. The current input token number is {current_token} and "
-    "a maximum limit is {max_token}. The pathology task is: {pathology_prompt}. The answer should be a positive "
-    "integer of the image token number."
-)
-"""The published turn of the user (methods 1.6)."""
 LEAST, MOST = 2, 8192
 """Limits of a budget, as published (methods 1.7)."""
 
@@ -64,7 +53,7 @@ class Asked:
     flops: float
 
 
-class TextAllocator:
+class BudgetWriter:
     """Writes the budget of a case after a look at it.
 
     Args:
@@ -164,21 +153,21 @@ UNREADABLE = 0.1
 """Share of completions without a budget that is warned of."""
 
 
-class TextDecider(Decider):
+class TextAllocator(Allocator):
     """A trained adapter. It knows no price, so that it has one operating point.
 
     Args:
-        stages: the run. performer: its trained performer. allocator: trained on the training cases.
+        trained: the run. writer: trained on the training cases.
     """
 
     form = "text"
     folder = "text"
 
-    def __init__(self, stages: Stages, performer: Performer, allocator: TextAllocator):
-        self.stages, self.performer, self.allocator = stages, performer, allocator
-        self.ladder = stages.run.ladder
-        own = stages.run.allocator.text.grpo
-        self.tokens: Any = own.get("max_completion_length", stages.max_new_tokens)
+    def __init__(self, trained: TrainedRun, writer: BudgetWriter):
+        super().__init__(trained)
+        self.writer = writer
+        own = self.data.run.allocator.text.grpo
+        self.tokens: Any = own.get("max_completion_length", self.data.max_new_tokens)
         self._found: dict[str, list[dict[str, Any]]] = {}
 
     def prices(self, asked: Sequence[float]) -> list[float]:
@@ -207,7 +196,7 @@ class TextDecider(Decider):
         return Decisions(price, rungs, score, visual, flops, look, self._look_tokens(split), details)
 
     def _look_tokens(self, split: str) -> np.ndarray:
-        return np.array([float(self.allocator.prompt(c).visual) for c in self.stages.splits[split]])
+        return np.array([float(self.writer.prompt(c).visual) for c in self.data.splits[split]])
 
     def answer(self, case: Case, price: float) -> Answered:
         start = time.perf_counter()
@@ -221,11 +210,11 @@ class TextDecider(Decider):
             return []
         return [
             f"the allocator writes no budget for {lost:.0%} of the validation cases, which then get "
-            f"{self.allocator.default} tokens; teach it first: allocator.text.warm_start"
+            f"{self.writer.default} tokens; teach it first: allocator.text.warm_start"
         ]
 
     def _ask(self, cases: Sequence[Case]) -> list[Asked]:
-        return self.allocator.ask(cases, self.tokens, self.stages.run.evaluation.batch_size)
+        return self.writer.ask(cases, self.tokens, self.data.run.evaluation.batch_size)
 
     def _nearest(self, budgets: Sequence[int]) -> np.ndarray:
         """Rungs (N,) of the ladder nearest to the budgets, by doublings."""
@@ -236,32 +225,51 @@ class TextDecider(Decider):
         """What was asked for, answered and paid for every case of a split; kept beside the adapter."""
         if split in self._found:
             return self._found[split]
-        path = self.stages.run.folder / "text" / f"{split}.jsonl"
+        path = self.data.run.folder / "text" / f"{split}.jsonl"
         if path.is_file():
             rows = [json.loads(line) for line in path.read_text().splitlines()]
         else:
-            cases, run = self.stages.splits[split], self.stages.run
+            cases, run = self.data.splits[split], self.data.run
             answers = FrozenAnswers(
-                self.performer, self.stages.scorer, self.stages.max_new_tokens, run.evaluation.batch_size
+                self.performer, self.data.scorer, self.data.max_new_tokens, run.evaluation.batch_size
             )
-            asked = shared_out(cases, self._ask)
+            asked = map_over_processes(cases, self._ask)
             scored = answers(cases, [a.budget for a in asked], together=True)
             rows = [
                 {"id": c.id, "asked": a.text, "number": a.number, "budget": a.budget, "look": a.flops}
                 | {"score": s.score, **asdict(s.answer)}
                 for c, a, s in zip(cases, asked, scored, strict=True)
             ]
-            if self.stages.is_main:
+            if is_main():
                 write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
         self._found[split] = rows
         return rows
 
 
-def text_decider(stages: Stages, performer: Performer) -> TextDecider:
-    """Train the adapter, or read it from the run's folder."""
-    return TextDecider(stages, performer, train_text(stages, performer))
-
-
-def load_text(stages: Stages, performer: Performer) -> TextDecider:
+def load_text(trained: TrainedRun) -> TextAllocator:
     """Read the trained adapter from the run's folder."""
-    return TextDecider(stages, performer, read_text(stages, performer))
+    return TextAllocator(trained, read_writer(trained))
+
+
+def text_key(trained: TrainedRun) -> dict[str, Any]:
+    """What the trained adapter depends on."""
+    options = trained.data.run.allocator
+    return {**trained.key, "text": asdict(options.text), "price": options.price}
+
+
+def new_writer(trained: TrainedRun, adapter: dict[str, Any] | Path) -> BudgetWriter:
+    """A writer of budgets with a new adapter, or with that of a folder."""
+    run = trained.data.run
+    cap = min(BIRR_CAP, run.ladder[-1])
+    return BudgetWriter(trained.performer, adapter, run.allocator.text.look or cap, cap)
+
+
+def read_writer(trained: TrainedRun) -> BudgetWriter:
+    """The writer of the run's folder.
+
+    Raises:
+        InputError: other settings were trained.
+    """
+    if trained.key:
+        is_done(trained.data.run.folder / "text", text_key(trained))
+    return new_writer(trained, trained.data.run.folder / "text")

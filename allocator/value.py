@@ -13,17 +13,14 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from frugalpath.allocator.base import NetworkDecider
+from frugalpath.allocator.base import NetworkAllocator, TrainedRun
 from frugalpath.allocator.fitting import Regression, fitted, predict, read_fit
-from frugalpath.allocator.network import LookNetwork
-from frugalpath.allocator.score_table import ScoreTable
+from frugalpath.allocator.network import AllocatorNetwork
 from frugalpath.envs.case import Case
 from frugalpath.models.modes import evaluating
-from frugalpath.models.performer import Performer
-from frugalpath.rl.stages import Stages
 
 
-class ValueAllocator(LookNetwork):
+class ValueNetwork(AllocatorNetwork):
     """Predicted score (as a logit) of every rung: look (B, K, sum(look), d), question (B, T) -> (B, rungs)."""
 
     def forward(self, look: torch.Tensor, question: torch.Tensor) -> torch.Tensor:
@@ -42,34 +39,34 @@ class ValueAllocator(LookNetwork):
         return value.argmax(-1)
 
 
-class ValueDecider(NetworkDecider):
+class ValueAllocator(NetworkAllocator):
     """A fitted value allocator; `held_out` are predicted scores (N, rungs)."""
 
     form = "value"
-    allocator: ValueAllocator
+    network: ValueNetwork
 
     @cached_property
     def _values(self) -> dict[str, np.ndarray]:
-        return {"val": self.held_out, "test": predict(self.allocator, *self._seen)}
+        return {"val": self.held_out, "test": predict(self.network, *self._seen)}
 
     def values(self, cases: Sequence[Case]) -> np.ndarray:
-        return predict(self.allocator, *self.look(cases))
+        return predict(self.network, *self.look(cases))
 
     def predicted(self, split: str) -> np.ndarray:
         return self._values[split]
 
     def rungs(self, look: torch.Tensor, question: torch.Tensor, price: float) -> np.ndarray:
-        return self.objective.best(predict(self.allocator, look, question), price)
+        return self.objective.best(predict(self.network, look, question), price)
 
     def held_out_rungs(self, price: float) -> np.ndarray:
         return self.objective.best(self.held_out, price)
 
 
-def fit_value(stages: Stages, performer: Performer, start: ValueAllocator, table: ScoreTable) -> ValueDecider:
-    """Fit on a table, starting from the jointly trained allocator; a finished fit is read from the run's folder."""
-    return ValueDecider(stages, performer, *fitted(stages, performer, start, table, Regression()))
+def fit_value(trained: TrainedRun, start: ValueNetwork) -> ValueAllocator:
+    """Fit on the validation cases' table, from the jointly trained network on; a finished fit is read."""
+    return ValueAllocator(trained, *fitted(trained, start, Regression()))
 
 
-def load_value(stages: Stages, performer: Performer) -> ValueDecider:
+def load_value(trained: TrainedRun) -> ValueAllocator:
     """Read a finished fit from the run's folder."""
-    return ValueDecider(stages, performer, *read_fit(stages, ValueAllocator))
+    return ValueAllocator(trained, *read_fit(trained, ValueNetwork))

@@ -24,16 +24,18 @@ import numpy as np
 import torch
 
 from frugalpath.allocator.fitting import Aim, Network, fit_by_patient, predict
-from frugalpath.allocator.network import AllocatorConfig, CheapLook
-from frugalpath.allocator.objectives import Objective
-from frugalpath.allocator.policy import ExpectedReward, PolicyAllocator, PolicyConfig
-from frugalpath.allocator.score_table import ScoreTable
-from frugalpath.allocator.value import ValueAllocator
+from frugalpath.allocator.network import AllocatorConfig, AllocatorInputs
+from frugalpath.allocator.objectives import Objective, rung_cost
+from frugalpath.allocator.policy import ExpectedReward, PolicyConfig, PolicyNetwork
+from frugalpath.allocator.score_table import RunTables, ScoreTable, chosen
+from frugalpath.allocator.value import ValueNetwork
 from frugalpath.bootstrap import Bootstrap
 from frugalpath.errors import entry
-from frugalpath.evaluation.frontier import chosen, mixed
+from frugalpath.evaluation.frontier import mixed
+from frugalpath.recipe.cache_key import grpo_key
+from frugalpath.recipe.data import load_data
 from frugalpath.recipe.run import AllocatorOptions, parse_recipe
-from frugalpath.rl.stages import Stages
+from frugalpath.rl.pipeline import train_joint
 
 PRICES = (0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -55,7 +57,12 @@ class Seen:
 
 
 def compare(
-    val: Seen, test: Seen, objective: Objective, options: AllocatorOptions, resamples: int = 2000, seed: int = 0
+    val: Seen,
+    test: Seen,
+    objective: Objective,
+    options: AllocatorOptions,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> dict[str, Any]:
     """Fit on validation cases and compare on test cases; see above for what it gives."""
     shape: dict[str, Any] = {
@@ -73,13 +80,13 @@ def compare(
             start, val.look, val.question, scores, val.patients, options.fit_epochs, seed, aim, **rates
         )[0]
 
-    def policy(low: float, high: float) -> PolicyAllocator:
+    def policy(low: float, high: float) -> PolicyNetwork:
         torch.manual_seed(seed)
         aim = ExpectedReward(objective, (low, high), options.entropy, options.entropy_decay)
-        return fit(PolicyAllocator(PolicyConfig((low, high), **shape)), aim)
+        return fit(PolicyNetwork(PolicyConfig((low, high), **shape)), aim)
 
     torch.manual_seed(seed)
-    predicted = predict(fit(ValueAllocator(AllocatorConfig(**shape))), test.look, test.question)
+    predicted = predict(fit(ValueNetwork(AllocatorConfig(**shape))), test.look, test.question)
     one = policy(options.price_range[0], options.price_range[1])
     rows = []
     for price in PRICES:
@@ -114,14 +121,12 @@ def main() -> None:
     """Compare on the recipe's run."""
     begin = time.perf_counter()
     run = parse_recipe()
-    stages = Stages(run)
-    performer, start = stages.joint()
-    look = CheapLook(performer, start.config)
-    val, test = (
-        Seen.of(stages.table("grpo", performer, split).at(run.ladder), *look(stages.splits[split]))
-        for split in ("val", "test")
-    )
-    objective = Objective("linear", tuple(run.ladder), tuple(stages.rung_cost(performer)))
+    data = load_data(run)
+    performer, start = train_joint(data)
+    tables = RunTables(data, "grpo", performer, grpo_key(data))
+    look = AllocatorInputs(performer, start.config)
+    val, test = (Seen.of(tables[split].at(run.ladder), *look(data.splits[split])) for split in ("val", "test"))
+    objective = Objective("linear", tuple(run.ladder), tuple(rung_cost(data, performer)))
     found = compare(val, test, objective, run.allocator, run.evaluation.bootstrap, run.grpo.seed)
     print(json.dumps({**found, "seed": run.grpo.seed, "seconds": round(time.perf_counter() - begin, 1)}))
 

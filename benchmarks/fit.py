@@ -65,10 +65,10 @@ def subject_of(shape: dict[str, Any]) -> Any:
 def jobs(shape: dict[str, Any]) -> dict[str, Any]:
     """The work of a shape, by phase."""
     from frugalpath.doctor.jobs import Job
-    from frugalpath.doctor.tracing import Seen, Update, Writing
+    from frugalpath.doctor.tracing import Observations, Update, Writing
 
     lora, visual, written = shape.get("lora"), shape["visual"], shape["written"]
-    seen, prompt = Seen(visual, visual), shape["text"] + visual
+    seen, prompt = Observations(visual, visual), shape["text"] + visual
     shared: dict[str, Any] = {
         "seen": seen,
         "checkpointing": shape.get("checkpointing", False),
@@ -235,7 +235,7 @@ def work(options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
     # All that a run imports is there before the first measurement, and what training imports late as well.
-    import frugalpath.rl.stages
+    import frugalpath.rl.pipeline  # noqa: F401
 
     torch.set_num_threads(options.cores)
     shape, device = SHAPES[options.worker], options.device

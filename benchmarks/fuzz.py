@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 CHUNK = 25_000  # inputs of one child process
 PATIENCE = 20  # seconds that one input may take
-PACKAGES = ("envs", "rewards", "rl", "slides", "sft", "benchmarks.fuzz_targets")
+PACKAGES = ("frugalpath", "benchmarks.fuzz_targets")
 
 
 def parse() -> argparse.Namespace:

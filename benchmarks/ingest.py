@@ -44,8 +44,9 @@ from PIL import Image
 from scipy import ndimage
 
 from frugalpath.errors import InputError, entry
-from frugalpath.slides.encoder import PatchEncoder, load_encoder
+from frugalpath.slides.encoder import load_encoder
 from frugalpath.slides.extraction import batches
+from frugalpath.slides.patch_encoder import PatchEncoder
 from frugalpath.slides.reader import SlideReader
 from frugalpath.slides.scale import find_scale
 from frugalpath.slides.stream import encode_tiles, read_tiles

@@ -59,15 +59,15 @@ PLAN = "FRUGALPATH_KILL"
 """Environment variable of a watched run: JSON of `trace` and, where it is to be killed, `phase`, `call`, `delay`."""
 
 PHASES = {
-    "extraction": "frugalpath.recipe.data:_extract",
+    "extraction": "frugalpath.recipe.features:_extract",
     "sft": "frugalpath.sft.supervised:StageTrainer.training_step",
     "sft checkpoint": "frugalpath.sft.supervised:StageTrainer._save_checkpoint",
     "rollout": "frugalpath.rl.joint:FrugalTrainer._generate_and_score_completions",
     "update": "frugalpath.rl.joint:FrugalTrainer.training_step",
     "checkpoint write": "frugalpath.rl.joint:FrugalTrainer._save_checkpoint",
-    "stage end": "frugalpath.rl.stages:Stages._finish",
-    "evaluation": "frugalpath.rl.stages:score_table",
-    "fit": "frugalpath.rl.pareto:make_decider",
+    "stage end": "frugalpath.recipe.checkpoints:mark_done",
+    "evaluation": "frugalpath.allocator.score_table:score_table",
+    "fit": "frugalpath.rl.grpo:fit_allocator",
     "report": "frugalpath.rl.pareto:write_report",
 }
 """Phase -> the function whose calls it is made of."""

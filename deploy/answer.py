@@ -26,29 +26,19 @@ from pathlib import Path
 
 from accelerate import PartialState
 
-from frugalpath.deploy.run import (
-    MARK,
-    Deployed,
-    answer_all,
-    check_finished,
-    closing,
-    evaluation,
-    head,
-    line,
-    not_an_option,
-    operating_price,
-    totals,
-)
+from frugalpath.allocator.base import Allocator
+from frugalpath.deploy.run import answer_all, closing, deployed, head, line, not_an_option, totals
 from frugalpath.envs.case import TASKS, Case
 from frugalpath.envs.new_cases import new_case, read_new_cases
 from frugalpath.errors import InputError, entry
 from frugalpath.evaluation.report.examples import foreign
 from frugalpath.files import write_text
+from frugalpath.recipe.cache_key import grpo_key
 from frugalpath.recipe.checkpoints import is_done
-from frugalpath.recipe.data import load_rewards
+from frugalpath.recipe.data import load_data, load_rewards
+from frugalpath.recipe.finished import MARK, check_finished, evaluation, operating_price
 from frugalpath.recipe.run import Run, parse_recipe
 from frugalpath.rewards.scoring import Scorer
-from frugalpath.rl.stages import Stages
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -66,7 +56,9 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     what.add_argument("--slide", nargs="+", default=[], metavar="FILE", help="slides or .h5 feature files of one case")
     what.add_argument("--manifest", metavar="FILE", help="many cases, see docs/data.md; gold answers may be missing")
     what.add_argument("--split", choices=("val", "test"), help="the recipe's own; the allocator was fitted on val")
-    what.add_argument("--model", type=Path, metavar="FOLDER", help="written by deploy/publish.py, in place of --config")
+    what.add_argument(
+        "--model", type=Path, metavar="FOLDER", help="written by deploy/publish.py, in place of --config"
+    )
     about = parser.add_argument_group("the question (of a manifest: for rows that do not say)")
     about.add_argument("--question", metavar="TEXT", help="as the performer is asked")
     about.add_argument("--options", nargs="+", metavar="TEXT", help="possible answers")
@@ -131,19 +123,20 @@ def cases_of(args: argparse.Namespace, run: Run) -> list[Case]:
     return read_new_cases(args.manifest, params, root=args.root, **given)
 
 
-def prepare(args: argparse.Namespace, run: Run, stack: ExitStack) -> tuple[Deployed, Sequence[Case], Scorer | None]:
-    """The run with the cases' features, the cases, and what scores those with a gold answer."""
+def prepare(args: argparse.Namespace, run: Run, stack: ExitStack) -> tuple[Allocator, Sequence[Case], Scorer | None]:
+    """The run's allocator, with the cases' features; the cases, and what scores those with a gold answer."""
     if args.split:
-        stages = Stages(run)
-        is_done(run.folder / "grpo", stages.grpo_parts())
-        return Deployed(run, stages.splits[args.split], run.feature_folder), stages.splits[args.split], stages.scorer
+        data = load_data(run)
+        is_done(run.folder / "grpo", grpo_key(data))
+        cases = data.splits[args.split]
+        return deployed(run, cases, run.feature_folder), cases, data.scorer
     cases = cases_of(args, run)
     folder = run.feature_folder
     if not (folder.is_dir() and os.access(folder, os.W_OK)):
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="features-")))
     gold = [c for c in cases if c.answer.strip()]
     scorer = Scorer(load_rewards(run, gold), run.ladder[-1]) if gold else None
-    return Deployed(run, cases, folder), cases, scorer
+    return deployed(run, cases, folder), cases, scorer
 
 
 def warn(messages: Iterable[str]) -> None:
@@ -161,19 +154,21 @@ def main() -> None:
         rest = ["--config", str(args.model / "recipe.yaml"), "--output_dir", str(args.model), *rest]
     run = parse_recipe(rest)
     if PartialState().num_processes > 1:
-        raise InputError("cases are answered one by one: start deploy/answer.py with python, not with accelerate launch")
+        raise InputError(
+            "cases are answered one by one: start deploy/answer.py with python, not with accelerate launch"
+        )
     check_finished(run)
     check_budget(args.budget, run.ladder)
     price = operating_price(run) if args.price is None and args.budget is None else args.price
     with ExitStack() as stack:
-        deployed, cases, scorer = prepare(args, run, stack)
+        allocator, cases, scorer = prepare(args, run, stack)
         if not args.split:
             known = evaluation(run)
             warn(dict.fromkeys(text for case in cases if (text := foreign(case, known))))
         rows = []
         if not args.json:
             print(head())
-        answers = answer_all(deployed.decider(), cases, price=price, budget=args.budget, scorer=scorer)
+        answers = answer_all(allocator, cases, price=price, budget=args.budget, scorer=scorer)
         for case, row in zip(cases, answers, strict=True):
             rows.append(row)
             print(json.dumps(row) if args.json else line(row), flush=True)

@@ -79,7 +79,9 @@ def main() -> None:
             raise InputError("--config: name the recipe that the run was trained by")
         run = parse_recipe(rest)
         if PartialState().num_processes > 1:
-            raise InputError("one process writes the folder: start deploy/publish.py with python, not accelerate launch")
+            raise InputError(
+                "one process writes the folder: start deploy/publish.py with python, not accelerate launch"
+            )
         about = About(args.title, args.data, args.data_license, args.license)
         publish(run, rest, args.to, about, args.merge, args.base)
     elif not args.push:

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 import yaml
 
-from frugalpath.deploy.run import EVALUATION, MARK, SUMMARY, check_finished, settings
 from frugalpath.errors import InputError
 from frugalpath.evaluation.report.card import About, data_name, write_card
 from frugalpath.evaluation.report.examples import example
@@ -24,6 +23,7 @@ from frugalpath.models.adapters import ADAPTER, join_adapters, keep_added
 from frugalpath.models.gemma_vl import load_gemma
 from frugalpath.models.qwen_vl import load_qwen
 from frugalpath.models.slide_vlm import SlideVLM
+from frugalpath.recipe.finished import EVALUATION, MARK, SUMMARY, check_finished, settings
 from frugalpath.recipe.grpo import FrugalConfig
 from frugalpath.recipe.run import AllocatorOptions, EncoderConfig, EvaluationOptions, Run, parse_recipe
 from frugalpath.sft.supervised import LANGUAGE_WEIGHTS

@@ -52,7 +52,9 @@ def make_env(name: str, params: Mapping[str, Any] | None = None, base: str | Pat
         raise InputError(problems)
     cases = build(**params)
     if not isinstance(cases, list) or not all(isinstance(case, Case) for case in cases):
-        raise InputError(f"environment {name!r} must return a list of frugalpath.envs.case.Case, not {type(cases).__name__}")
+        raise InputError(
+            f"environment {name!r} must return a list of frugalpath.envs.case.Case, not {type(cases).__name__}"
+        )
     return cases
 
 

@@ -7,7 +7,7 @@ The honest rival of a trained performer on choice cases: a logistic regression o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +18,14 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from frugalpath.allocator.base import Decisions
-from frugalpath.allocator.score_table import ScoreTable
+from frugalpath.allocator.score_table import ScoreTable, chosen
 from frugalpath.bootstrap import Bootstrap
 from frugalpath.envs.case import Case
-from frugalpath.evaluation.frontier import Point, chosen, point
+from frugalpath.evaluation.frontier import Point, point
 from frugalpath.models.feature_bank import COLUMNS, FeatureBank
+from frugalpath.recipe.data import RunData
 from frugalpath.rewards.registry import gold_completion
 from frugalpath.rewards.scoring import Scorer
-from frugalpath.rl.stages import Stages
 
 
 def majority_scores(train: Sequence[Case], cases: Sequence[Case], scorer: Scorer) -> np.ndarray:
@@ -71,22 +71,17 @@ def best_static(table: ScoreTable) -> int:
     return int(np.argmax(table.score.mean(0)))
 
 
-def attribute(stages: Stages, trained: dict[str, ScoreTable], bootstrap: Bootstrap) -> Attribution:
+def attribute(
+    ladder: Sequence[int], base: ScoreTable, stages: Mapping[str, Mapping[str, ScoreTable]], bootstrap: Bootstrap
+) -> Attribution:
     """Every stage at the static budget that its validation table prefers; the untrained performer at the largest.
 
     Args:
-        trained: tables of the performer after GRPO, `val` and `test`. bootstrap: over the test cases.
+        base: the untrained performer's table of the test cases, of one budget.
+        stages: tables `val` and `test` of the performer after each stage, in their order. bootstrap: over the test cases.
     """
-    ladder, names = stages.run.ladder, ["sft"]
-    if stages.run.evaluation.sft_continued and stages.run.sft:
-        names.append("sft_continued")
-    base = stages.table("base", stages.base(), "test", [ladder[-1]])
     found = Attribution({"base": _point(base, bootstrap)}, {}, {})
-    for name in [*names, "grpo"]:
-        tables = trained
-        if name != "grpo":
-            performer = stages.warm_start() if name == "sft" else stages.sft_continued()
-            tables = {s: stages.table(name, performer, s, ladder) for s in ("val", "test")}
+    for name, tables in stages.items():
         table = tables["test"].at([ladder[best_static(tables["val"].at(ladder))]])
         found.points[name] = _point(table, bootstrap)
         found.scores[name] = table.score[:, 0]
@@ -103,7 +98,7 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
 
 def linear_probe(
-    stages: Stages, test: ScoreTable, rungs: np.ndarray, best: int, bootstrap: Bootstrap
+    data: RunData, test: ScoreTable, rungs: np.ndarray, best: int, bootstrap: Bootstrap
 ) -> dict[str, Any] | None:
     """Balanced accuracy by question: probe, performer at its best static budget, performer with allocator.
 
@@ -113,15 +108,15 @@ def linear_probe(
     Args:
         test: the performer's table. rungs: the allocator's choices (N,). best: rung of the best static budget.
     """
-    if not stages.run.evaluation.linear_probe:
+    if not data.run.evaluation.linear_probe:
         return None
-    table = test.at(stages.run.ladder)
+    table = test.at(data.run.ladder)
     out = {}
-    cases = stages.splits["test"]
+    cases = data.splits["test"]
     for question in sorted({c.question for c in cases if c.task == "choice"}):
         rows = np.array([c.question == question for c in cases])
-        splits = {s: [c for c in members if c.question == question] for s, members in stages.splits.items()}
-        inputs = {s: mean_features(members, stages.bank) for s, members in splits.items()}
+        splits = {s: [c for c in members if c.question == question] for s, members in data.splits.items()}
+        inputs = {s: mean_features(members, data.bank) for s, members in splits.items()}
         gold = {s: np.array([c.answer for c in members]) for s, members in splits.items()}
         fitted = [_fit(inputs["train"], gold["train"], c) for c in STRENGTHS]
         value = [balanced_accuracy_score(gold["val"], f.predict(inputs["val"])) for f in fitted]

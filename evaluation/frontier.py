@@ -73,11 +73,6 @@ def point(
     )
 
 
-def chosen(values: np.ndarray, rungs: np.ndarray) -> np.ndarray:
-    """Per-case values (N,) of a table (N, K) at the chosen rungs (N,)."""
-    return np.take_along_axis(values, rungs[:, None], 1)[:, 0]
-
-
 def mixed(values: np.ndarray, rungs: np.ndarray) -> np.ndarray:
     """Expected per-case values (N,) when the chosen rungs are dealt out to the cases at random.
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from accelerate import PartialState
 
-from frugalpath.allocator.base import Decider, Decisions
+from frugalpath.allocator.base import Allocator, Decisions
 from frugalpath.allocator.score_table import ScoreTable
+from frugalpath.distributed import is_main
 from frugalpath.envs.case import Case
 from frugalpath.files import write_text
 from frugalpath.models.performer import Performer
@@ -53,7 +54,7 @@ class Latency:
 
 def measure(
     performer: Performer,
-    decider: Decider,
+    decider: Allocator,
     cases: Sequence[Case],
     decisions: Sequence[Decisions],
     max_new_tokens: int,
@@ -89,7 +90,7 @@ def measure(
 
 def measured_once(
     performer: Performer,
-    decider: Decider,
+    decider: Allocator,
     cases: Sequence[Case],
     decisions: Sequence[Decisions],
     max_new_tokens: int,
@@ -104,9 +105,9 @@ def measured_once(
     Args:
         table: of these cases.
     """
-    path, stages = folder / KEPT, decider.stages
+    path = folder / KEPT
     answered = fingerprint({"ids": table.ids, "budgets": table.budgets, "text": table.text})
-    chooses = fingerprint({"form": decider.form, "allocator": stages.run.allocator.settings()})
+    chooses = fingerprint({"form": decider.form, "allocator": decider.data.run.allocator.settings()})
     kept = json.loads(path.read_text()) if path.is_file() else {}
     if kept.get("table") != answered:
         kept = {"table": answered, "answer": {}, "look": {}}
@@ -118,7 +119,7 @@ def measured_once(
     }
     # All processes have read it before one of them writes: those that found other times would do other work.
     PartialState().wait_for_everyone()
-    if stages.is_main and content != kept:
+    if is_main() and content != kept:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(content) + "\n")
     return found

@@ -20,8 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from frugalpath.allocator.base import Decider, Decisions
-from frugalpath.allocator.score_table import ScoreTable
+from frugalpath.allocator.base import Allocator, Decisions
+from frugalpath.allocator.score_table import ScoreTable, chosen
 from frugalpath.bootstrap import Bootstrap
 from frugalpath.envs.case import Case
 from frugalpath.evaluation.controls import best_static, by_question, majority_scores, mean_features
@@ -31,7 +31,6 @@ from frugalpath.evaluation.frontier import (
     area_of_chosen,
     areas,
     at_operating_point,
-    chosen,
     hull,
     lost_to_best,
     mixed,
@@ -41,10 +40,8 @@ from frugalpath.evaluation.frontier import (
 )
 from frugalpath.evaluation.latency import Latency, measured_once
 from frugalpath.evaluation.metrics import base_rates, budget_information, calibration, image_kinds, spend
-from frugalpath.models.performer import Performer
 from frugalpath.recipe.run import EvaluationOptions
 from frugalpath.rewards.scoring import Scorer
-from frugalpath.rl.stages import Stages
 
 
 def operating_price(
@@ -275,35 +272,36 @@ class Trial:
     """A run whose choices are made on its validation cases.
 
     Args:
-        stages: the run. performer: the trained performer. decider: the allocator.
+        allocator: fitted; it knows the run, its performer and their tables.
     """
 
-    def __init__(self, stages: Stages, performer: Performer, decider: Decider):
-        self.stages, self.performer, self.decider = stages, performer, decider
-        self.ladder, self.options = stages.run.ladder, stages.run.evaluation
-        self.prices = decider.prices(self.options.prices)
-        self.val = stages.table("grpo", performer, "val")
+    def __init__(self, allocator: Allocator):
+        self.allocator, self.data, self.performer = allocator, allocator.data, allocator.performer
+        self.ladder, self.options = allocator.ladder, allocator.data.run.evaluation
+        self.prices = allocator.prices(self.options.prices)
+        self.tables = allocator.trained.tables
+        self.val = self.tables["val"]
 
     def bootstrap(self, table: ScoreTable) -> Bootstrap:
         """Resamples of a table's patients."""
-        return Bootstrap(table.patients, self.options.bootstrap, self.stages.run.grpo.seed)
+        return Bootstrap(table.patients, self.options.bootstrap, self.data.run.grpo.seed)
 
     @cached_property
     def preferred(self) -> Preferred:
         """What the validation cases prefer."""
         table = self.val.at(self.ladder)
-        decided = [self.decider.decide("val", p) for p in self.prices]
-        fixed = self.options.price if self.options.price is not None else self.decider.settled
+        decided = [self.allocator.decide("val", p) for p in self.prices]
+        fixed = self.options.price if self.options.price is not None else self.allocator.settled
         operating = operating_price(decided, table, self.options, self.bootstrap(table), fixed)
         return Preferred.of(decided, table, best_static(table), operating)
 
     def on_test(self) -> Outcome:
         """What came of the run's test cases."""
-        decided = [self.decider.decide("test", p) for p in (*self.prices, self.preferred.operating["price"])]
-        table = self.stages.table("grpo", self.performer, "test")
-        predicted = self.decider.predicted("test")
-        folder = self.stages.run.folder / "tables"
-        return self._outcome(self.stages.splits["test"], table, decided, predicted, self.stages.scorer, folder)
+        decided = [self.allocator.decide("test", p) for p in (*self.prices, self.preferred.operating["price"])]
+        table = self.tables["test"]
+        predicted = self.allocator.predicted("test")
+        folder = self.data.run.folder / "tables"
+        return self._outcome(self.data.splits["test"], table, decided, predicted, self.data.scorer, folder)
 
     def on(self, cases: Sequence[Case], table: ScoreTable, scorer: Scorer, folder: Path) -> Outcome:
         """What came of other cases, whose images the performer's bank has.
@@ -313,8 +311,8 @@ class Trial:
             folder: where the times of answers are kept.
         """
         prices, ladder = (*self.prices, self.preferred.operating["price"]), table.at(self.ladder)
-        decided = [self.decider.decide_on(cases, p, ladder) for p in prices]
-        return self._outcome(cases, table, decided, self.decider.values(cases), scorer, folder)
+        decided = [self.allocator.decide_on(cases, p, ladder) for p in prices]
+        return self._outcome(cases, table, decided, self.allocator.values(cases), scorer, folder)
 
     def _outcome(
         self,
@@ -327,7 +325,7 @@ class Trial:
     ) -> Outcome:
         shown = [self.performer.sources(c) for c in cases]
         val = self.val.at(self.ladder)
-        most = self.stages.max_new_tokens
+        most = self.data.max_new_tokens
         return Outcome(
             ladder=self.ladder,
             cases=list(cases),
@@ -335,10 +333,10 @@ class Trial:
             curve=decided[:-1],
             decisions=decided[-1],
             preferred=self.preferred,
-            latency=measured_once(self.performer, self.decider, cases, decided, most, table, folder),
+            latency=measured_once(self.performer, self.allocator, cases, decided, most, table, folder),
             bootstrap=self.bootstrap(table),
             predicted=predicted,
             base=base_rates(val.score, val.questions, table.questions),
             kinds=image_kinds(mean_features(list(cases), self.performer.bank), shown),
-            majority=majority_scores(self.stages.splits["train"], cases, scorer),
+            majority=majority_scores(self.data.splits["train"], cases, scorer),
         )

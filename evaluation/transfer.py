@@ -13,26 +13,24 @@ from typing import Any
 
 from accelerate import PartialState
 
-from frugalpath.allocator.forms import check_fitted, load_decider
+from frugalpath.allocator.base import Allocator
 from frugalpath.allocator.score_table import score_table
 from frugalpath.envs.case import Case
 from frugalpath.envs.registry import make_env
 from frugalpath.errors import InputError
+from frugalpath.evaluation.cautions import cautions
 from frugalpath.evaluation.report.pictures import Pictures
 from frugalpath.evaluation.report.writing import missing_slides, provenance, write_outcome
 from frugalpath.evaluation.run import Trial
-from frugalpath.evaluation.warnings import cautions
-from frugalpath.recipe.checkpoints import is_done
-from frugalpath.recipe.data import load_features, load_rewards
+from frugalpath.recipe.data import RunData, load_rewards, with_questions
+from frugalpath.recipe.features import load_features
 from frugalpath.recipe.run import Run, parse_recipe
 from frugalpath.rewards.scoring import Scorer
-from frugalpath.rl.stages import Stages
-from frugalpath.sft.running import asked
 
 logger = logging.getLogger(__name__)
 
 
-def transfer(stages: Stages, recipe: Path) -> tuple[dict[str, Any], Path]:
+def transfer(allocator: Allocator, recipe: Path) -> tuple[dict[str, Any], Path]:
     """Apply a finished run to the test cases of a recipe and write `transfer_<recipe>/` into the run's folder.
 
     Returns:
@@ -42,25 +40,22 @@ def transfer(stages: Stages, recipe: Path) -> tuple[dict[str, Any], Path]:
         InputError: the run is not finished, its allocator was not fitted; the recipe has no test case, the run was
             trained on some of them, their rewards or questions do not fit, or they are encoded otherwise.
     """
-    run, other = stages.run, parse_recipe(["--config", str(recipe)])
-    if is_done(run.folder / "grpo", stages.grpo_parts()) is None:
-        raise InputError(f"{run.folder}: has no finished run to transfer; train it first with rl/grpo.py")
-    check_fitted(stages)
+    data, performer = allocator.data, allocator.performer
+    run, other = data.run, parse_recipe(["--config", str(recipe)])
     _check_encoder(run, other, recipe)
-    cases = _test_cases(stages, other, recipe)
+    cases = _test_cases(data, other, recipe)
     folder = run.folder / f"transfer_{recipe.stem}"
     tables = folder / "tables"
-    performer, _ = stages.joint()
-    trial = Trial(stages, performer, load_decider(stages, performer))
     bank = load_features(cases, other.encoder, other.feature_folder)
-    stages.bank.add(bank)  # after the run itself is read, which is known by the slides that it lacks
+    data.bank.add(bank)  # after the run itself is read, which is known by the slides that it lacks
+    trial = Trial(allocator)
     scorer = Scorer(load_rewards(run, cases), run.ladder[-1])
     table = score_table(
         performer,
         cases,
         [0, *run.ladder],
         scorer,
-        stages.max_new_tokens,
+        data.max_new_tokens,
         run.evaluation.batch_size,
         tables / "grpo.test.jsonl",
         label=f"{recipe.stem} test",
@@ -68,7 +63,7 @@ def transfer(stages: Stages, recipe: Path) -> tuple[dict[str, Any], Path]:
     if table.ids != [c.id for c in cases]:
         raise InputError(f"{folder}: holds a table of other cases than {recipe} has now; delete the folder")
     outcome = trial.on(cases, table, scorer, tables)
-    shared = len({c.patient for c in cases} & {c.patient for s in ("train", "val") for c in stages.all_splits[s]})
+    shared = len({c.patient for c in cases} & {c.patient for s in ("train", "val") for c in data.all_splits[s]})
     if shared:
         logger.warning("%d test patients of %s are named as patients that the run learnt from", shared, recipe)
     summary = {
@@ -76,7 +71,7 @@ def transfer(stages: Stages, recipe: Path) -> tuple[dict[str, Any], Path]:
         "warnings": cautions(outcome),
         "transfer": {"recipe": str(recipe), "shared_patients": shared},
         "missing_slides": missing_slides(cases, bank.missing),
-        **provenance(stages),
+        **provenance(data),
     }
     write_outcome(folder, outcome, summary, Pictures(performer, outcome.cases))
     return summary, folder
@@ -94,15 +89,15 @@ def _check_encoder(run: Run, other: Run, recipe: Path) -> None:
         raise InputError(problems)
 
 
-def _test_cases(stages: Stages, other: Run, recipe: Path) -> list[Case]:
+def _test_cases(data: RunData, other: Run, recipe: Path) -> list[Case]:
     """Test cases of the other recipe, of the kinds of question that the run is asked."""
     params = {k: v for k, v in other.cases.items() if k != "name"}
     with PartialState().main_process_first():
         cases = [c for c in make_env(other.cases["name"], params, other.base) if c.split == "test"]
     if not cases:
         raise InputError(f"{recipe}: it has no case in split test, which is what a run is transferred to")
-    cases = list(asked(cases, stages.run.questions, f"{recipe}: questions of the run"))
-    seen = {source for s in ("train", "val") for c in stages.all_splits[s] for source in (*c.images, *c.slides)}
+    cases = list(with_questions(cases, data.run.questions, f"{recipe}: questions of the run"))
+    seen = {source for s in ("train", "val") for c in data.all_splits[s] for source in (*c.images, *c.slides)}
     learnt = [c for c in cases if seen & {*c.images, *c.slides}]
     if learnt:
         raise InputError(

@@ -42,7 +42,7 @@ def observations(look: torch.Tensor, question: torch.Tensor, buckets: int = 64) 
     """Pooled look and hashed bag of question tokens, (N, d + buckets) in float32.
 
     Args:
-        look: (N, K, tokens, d), as `CheapLook` gives it: the mean over tokens and the slides that are there.
+        look: (N, K, tokens, d), as `AllocatorInputs` gives it: the mean over tokens and the slides that are there.
         question: (N, T) hashed tokens, 0 is none: shares of the tokens in each bucket.
     """
     seen = there(look)[..., None, None]

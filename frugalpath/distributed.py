@@ -15,7 +15,12 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
-def shared_out(items: Sequence[T], work: Callable[[list[T]], Sequence[R]]) -> list[R]:
+def is_main() -> bool:
+    """Whether this process writes."""
+    return PartialState().is_main_process
+
+
+def map_over_processes(items: Sequence[T], work: Callable[[list[T]], Sequence[R]]) -> list[R]:
     """What `work` gives for each item, in order; every process does its part and gets the whole.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
-def share_out(budget: int, room: Sequence[float]) -> list[int]:
+def apportion(budget: int, room: Sequence[float]) -> list[int]:
     """Even whole shares of a budget; what is left over goes to the first, a token each.
 
     Args:

@@ -150,7 +150,9 @@ def make_sight(model: Any, processor: Any) -> Sight:
     if kind == "qwen2_5_vl":
         return QwenSight(model.config.image_token_id, processor.image_processor)
     if kind == "gemma3":
-        raise InputError("model: gemma3 pools its image tokens; pass a `frugalpath.models.gemma_vl.GemmaProcessor` with it")
+        raise InputError(
+            "model: gemma3 pools its image tokens; pass a `frugalpath.models.gemma_vl.GemmaProcessor` with it"
+        )
     if hasattr(model.config, "vision_config"):
         raise InputError(
             f"model: the family {kind} is not known here; known are {', '.join(FAMILIES)} and text models"

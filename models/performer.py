@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from frugalpath.envs.case import Case
 from frugalpath.errors import InputError
-from frugalpath.models.apportion import share_out
+from frugalpath.models.apportion import apportion
 from frugalpath.models.compressors.base import linear_flops
 from frugalpath.models.compressors.chain import Chain
 from frugalpath.models.cost import DecoderShape, TowerShape
@@ -140,7 +140,7 @@ class Performer(ABC):
         shown = self.shown(case)
         if len(shown) < 2:
             return [self.view(case, number, budget) for number in shown if budget]
-        shares = share_out(budget, [self.room(s) for s in shown.values()])
+        shares = apportion(budget, [self.room(s) for s in shown.values()])
         return [self.view(case, number, share) for number, share in zip(shown, shares, strict=True) if share]
 
     def room(self, source: str) -> float:

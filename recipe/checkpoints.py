@@ -10,7 +10,7 @@ import json
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,10 @@ from frugalpath.errors import InputError
 from frugalpath.files import write_text
 
 DONE = "done.json"
+STARTED = "started.json"
+"""What a stage that is not finished depends on."""
+CONTENTS = "contents"
+"""Part of a key with the digests of what a recipe only names: cases and files."""
 WHOLE = "complete"
 
 
@@ -114,28 +118,55 @@ def last_whole(folder: Path) -> str | None:
     return str(found[max(found)]) if found else None
 
 
-def fingerprint(parts: dict[str, Any]) -> str:
-    """Short hash of what a stage depends on."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+def fingerprint(parts: Mapping[str, Any]) -> str:
+    """Short hash of the settings that a stage depends on; digests of contents are compared by themselves."""
+    settings = {k: v for k, v in parts.items() if k != CONTENTS}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
-def is_done(folder: Path, parts: dict[str, Any]) -> dict[str, Any] | None:
+def is_done(folder: Path, key: Mapping[str, Any]) -> dict[str, Any] | None:
     """What a finished stage recorded, or None if it has still to run.
 
+    Args:
+        key: what it depends on, see `frugalpath.recipe.cache_key`.
+
     Raises:
-        InputError: the folder was made by other settings; the message names them.
+        InputError: the folder was made by other settings or from other data; the message names them.
     """
-    path = folder / DONE
-    if not path.is_file():
+    if not (folder / DONE).is_file():
         return None
-    record = json.loads(path.read_text())
-    if record["fingerprint"] != fingerprint(parts):
-        before = record["parts"]
-        now = json.loads(json.dumps(parts, default=str))
-        changed = sorted(k for k in {*before, *now} if before.get(k) != now.get(k))
+    return _same(folder, DONE, key)
+
+
+def mark_started(folder: Path, key: Mapping[str, Any]) -> None:
+    """Record what a stage that begins depends on; one that goes on must depend on the same.
+
+    Raises:
+        InputError: checkpoints are there that other settings or other data have made.
+    """
+    state = PartialState()
+    if (folder / STARTED).is_file() and checkpoints(folder):
+        _same(folder, STARTED, key)
+    elif state.is_main_process:
+        _record(folder / STARTED, key)
+    state.wait_for_everyone()
+
+
+def _same(folder: Path, name: str, key: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's record, which must be of this key."""
+    record = json.loads((folder / name).read_text())
+    before, now = record["parts"], json.loads(json.dumps(key, default=str))
+    changed: list[str] = []
+    if record["fingerprint"] != fingerprint(key):
+        changed = sorted(k for k in {*before, *now} - {CONTENTS} if before.get(k) != now.get(k))
+    kept, found = before.get(CONTENTS, {}), now.get(CONTENTS, {})
+    other = sorted(k for k in kept.keys() & found.keys() if kept[k] != found[k])
+    if changed or other:
+        begun = "was made" if name == DONE else "holds checkpoints of a training"
+        how = [*([f"with other settings ({', '.join(changed)})"] if changed else [])]
+        how += [f"from other {', '.join(other)} (they have changed since)"] if other else []
         raise InputError(
-            f"{folder}: was made with other settings ({', '.join(changed)}); "
-            "choose another output_dir or delete the folder"
+            f"{folder}: {begun} {' and '.join(how)}; choose another output_dir, delete the folder, or set them back"
         )
     return record
 
@@ -146,10 +177,16 @@ def stage_seconds(run: Path) -> dict[str, float]:
     return {name: record["seconds"] for name, record in records.items() if "seconds" in record}
 
 
-def mark_done(folder: Path, parts: dict[str, Any], **record: Any) -> None:
+def mark_done(folder: Path, key: Mapping[str, Any], **record: Any) -> None:
     """Record that a stage is finished; the last thing that is written, atomically."""
-    content = {"fingerprint": fingerprint(parts), "parts": parts, **record}
-    write_text(folder / DONE, json.dumps(content, indent=1, default=str) + "\n")
+    _record(folder / DONE, key, **record)
+    (folder / STARTED).unlink(missing_ok=True)
+
+
+def _record(path: Path, key: Mapping[str, Any], **record: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    content = {"fingerprint": fingerprint(key), "parts": key, **record}
+    write_text(path, json.dumps(content, indent=1, default=str) + "\n")
 
 
 class _AllTrained(Exception):

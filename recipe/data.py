@@ -2,37 +2,107 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import logging
-from collections import Counter
+import json
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from accelerate import PartialState
-from accelerate.utils import gather_object, release_memory
-from tqdm import tqdm
 
 from frugalpath.envs.case import Case
 from frugalpath.envs.registry import make_env
 from frugalpath.errors import InputError
 from frugalpath.models.feature_bank import FeatureBank
-from frugalpath.recipe.run import EncoderConfig, Run
+from frugalpath.models.sharded import load_whole
+from frugalpath.recipe.features import load_features
+from frugalpath.recipe.run import Run
 from frugalpath.rewards.registry import RewardFunction, get_rewards, gold_completion
 from frugalpath.rewards.scoring import Scorer
-from frugalpath.slides.encoder import load_encoder
-from frugalpath.slides.extraction import Outputs, extract_slides
-from frugalpath.slides.field_store import StoredField, load_stored
-from frugalpath.slides.fields import encode_fields
-from frugalpath.slides.jobs import SlideJob
-from frugalpath.slides.options import ExtractOptions
-from frugalpath.slides.status import DONE
-from frugalpath.slides.trial import try_features
-from frugalpath.values import checked
+from frugalpath.slides.content import file_digests
 
-logger = logging.getLogger(__name__)
 
-NAMED = 20
-"""Missing slides that one warning names; the report has them all."""
+@dataclass(frozen=True, eq=False)
+class RunData:
+    """What all stages of a run read: its cases, rewards and stored features.
+
+    Args:
+        run: the parsed recipe.
+        all_splits: cases by split, of all kinds of question.
+        rewards: none where no answer is to be scored.
+        features: folder of the features; None is the recipe's.
+    """
+
+    run: Run
+    all_splits: Mapping[str, list[Case]]
+    rewards: Sequence[RewardFunction] = ()
+    features: Path | None = None
+
+    @cached_property
+    def splits(self) -> dict[str, list[Case]]:
+        """Cases by split, of the kinds of question that the run is about."""
+        asked = self.run.questions
+        return {s: list(with_questions(members, asked, "questions")) for s, members in self.all_splits.items()}
+
+    @property
+    def cases(self) -> list[Case]:
+        """All cases of `splits`."""
+        return [c for members in self.splits.values() for c in members]
+
+    @cached_property
+    def bank(self) -> FeatureBank:
+        """Stored features of all cases; those that are missing are made."""
+        cases = [c for members in self.all_splits.values() for c in members]
+        return load_features(cases, self.run.encoder, self.features or self.run.feature_folder)
+
+    @cached_property
+    def scorer(self) -> Scorer:
+        """What gives an answer its score."""
+        return Scorer(self.rewards, self.run.ladder[-1])
+
+    def digest(self, split: str) -> str:
+        """SHA-256 of the cases of `all_splits`, see `cases_digest`."""
+        if split not in self._digests:
+            self._digests[split] = cases_digest(self.all_splits[split])
+        return self._digests[split]
+
+    @cached_property
+    def _digests(self) -> dict[str, str]:
+        return {}
+
+    @property
+    def max_new_tokens(self) -> int:
+        """Tokens that an answer may have."""
+        return self.run.evaluation.max_new_tokens or self.run.grpo.max_completion_length
+
+
+def load_data(run: Run) -> RunData:
+    """Cases and rewards of a recipe, checked; features are made when they are first asked for.
+
+    Raises:
+        InputError: see `load_cases` and `load_rewards`.
+    """
+    load_whole()
+    data = RunData(run, load_cases(run))
+    return replace(data, rewards=load_rewards(run, data.cases))
+
+
+def with_questions(cases: Sequence[Case], questions: Sequence[str] | None, where: str) -> Sequence[Case]:
+    """The cases of some kinds of question; all for None.
+
+    Raises:
+        InputError: there are none.
+    """
+    if questions is None:
+        return cases
+    found = [c for c in cases if c.question in questions]
+    if not found:
+        known = ", ".join(sorted({c.question for c in cases}))
+        raise InputError(f"{where}: no case asks {', '.join(questions)}; there are {known}")
+    return found
 
 
 def load_cases(run: Run) -> dict[str, list[Case]]:
@@ -112,149 +182,18 @@ def load_rewards(run: Run, cases: Sequence[Case]) -> list[RewardFunction]:
     return rewards
 
 
-def load_features(cases: Sequence[Case], encoder: EncoderConfig, folder: Path) -> FeatureBank:
-    """Encode what is not stored yet and return the bank of all images and slides of the cases.
-
-    A slide that gives no features is left out, with one warning, and named in the bank's `missing`.
-
-    Raises:
-        InputError: cases that have nothing left to show; with `encoder.strict` every slide that gives no features.
-    """
-    fields = list(dict.fromkeys(p for c in cases for p in c.images))
-    slides = list(dict.fromkeys(p for c in cases for p in c.slides))
-    stored = [p for p in slides if p.endswith(".h5")]
-    whole = [p for p in slides if not p.endswith(".h5")]
-    files: dict[str, str | StoredField] = {}
-    missing: dict[str, str] = {}
-    if fields:
-        files.update(_encode(fields, encoder, folder / "fields"))
-    if whole:
-        missing = _extract(whole, encoder, folder / "slides")
-        files.update({p: str(_features(p, folder / "slides")) for p in whole if p not in missing})
-    width = load_stored(next(iter(files.values()))).features.shape[1] if files else None
-    missing |= _unusable(stored, width)
-    files.update({p: p for p in stored if p not in missing})
-    _check_missing(cases, missing, encoder.strict)
-    return FeatureBank(files, missing=missing)
+def cases_digest(cases: Sequence[Case]) -> str:
+    """SHA-256 of cases in their order: every field, and what their images and slides hold; not where these lie."""
+    files = list(dict.fromkeys(p for c in cases for p in (*c.images, *c.slides)))
+    digests, _ = file_digests(files)
+    rows = []
+    for case in cases:
+        row = dataclasses.asdict(case)
+        row |= {k: [digests.get(p, p) for p in getattr(case, k)] for k in ("images", "slides")}
+        rows.append(row)
+    return sha256_of(rows)
 
 
-def cases_of(cases: Sequence[Case], missing: Collection[str]) -> dict[str, int]:
-    """How many cases each missing slide belongs to; a case that is repeated counts once."""
-    found = {(c.id, p) for c in cases for p in c.slides if p in missing}
-    return dict(Counter(p for _, p in sorted(found)))
-
-
-def _check_missing(cases: Sequence[Case], missing: Mapping[str, str], strict: bool) -> None:
-    """Warn of missing slides once, or raise InputError where that is not enough."""
-    if strict and missing:
-        raise InputError(f"{p}: {why}; mend or replace the slide, or drop its cases" for p, why in missing.items())
-    bare = {c.id: c for c in cases if all(p in missing for p in (*c.images, *c.slides))}
-    if bare:
-        raise InputError(
-            f"case {c.id}: nothing is left to show: {'; '.join(f'{p}: {missing[p]}' for p in c.slides)}; mend or "
-            "replace a slide, or drop the case"
-            for c in bare.values()
-        )
-    if missing and PartialState().is_main_process:
-        touched = len({c.id for c in cases if any(p in missing for p in c.slides)})
-        named = "; ".join(f"{p}: {why}" for p, why in list(missing.items())[:NAMED])
-        more = f"; and {len(missing) - NAMED} more, see missing_slides in the report" if len(missing) > NAMED else ""
-        logger.warning(
-            "%d slides give no features; %d cases go on with what else they show: %s%s",
-            *(len(missing), touched, named, more),
-        )
-
-
-def _unusable(stored: Sequence[str], width: int | None) -> dict[str, str]:
-    """Which of the user's feature files cannot be used, and why; all are read, so that none fails during training.
-
-    Args:
-        width: of the features of other sources; None takes the commonest of these files.
-    """
-    missing, widths = {}, {}
-    found = try_features(stored) if stored else iter(())
-    progress = tqdm(found, desc="check features", total=len(stored), disable=len(stored) < 50, leave=False)
-    for path, result in zip(stored, progress, strict=True):
-        if isinstance(result, str):
-            missing[path] = result
-        elif not result[0]:
-            missing[path] = "it holds no patch"
-        elif not result[2]:
-            missing[path] = "it states no patch size, and its coordinates do not tell"
-        else:
-            widths[path] = result[1]
-    ranked = Counter(widths.values()).most_common(2)
-    if width is None and len(ranked) == 2 and ranked[0][1] == ranked[1][1]:
-        first, other = (next(p for p, w in widths.items() if w == wide) for wide, _ in ranked)
-        raise InputError(
-            f"{first} and {other}: as many feature files are {ranked[0][0]} wide as {ranked[1][0]}; take those of one "
-            "encoder"
-        )
-    usual = width or (ranked[0][0] if ranked else 0)
-    return missing | {
-        p: f"its features are {w} wide, those of the others {usual}" for p, w in widths.items() if w != usual
-    }
-
-
-def _encode(fields: list[str], encoder: EncoderConfig, out: Path) -> dict[str, str | StoredField]:
-    """Encode the fields of view where the run computes, shared out over the processes."""
-    state = PartialState()
-    model = load_encoder(
-        encoder.name,
-        revision=encoder.revision,
-        trust_remote_code=encoder.trust_remote_code,
-        device=_device(encoder),
-        precision=encoder.precision,
-    )
-    several = state.num_processes > 1
-    files = encode_fields(
-        fields,
-        out,
-        model,
-        encoder.field_side,
-        rank=state.process_index,
-        world=state.num_processes,
-        gather=gather_object if several else None,
-        progress=state.is_main_process,
-    )
-    release_memory(model)  # the performer needs the GPU next
-    return files
-
-
-def _device(encoder: EncoderConfig) -> str:
-    return str(PartialState().device) if encoder.device == "auto" else encoder.device
-
-
-def _extract(slides: list[str], encoder: EncoderConfig, out: Path) -> dict[str, str]:
-    """Extract the slides, shared out over the processes; those that give no features, and why."""
-    state = PartialState()
-    options = checked(
-        ExtractOptions,
-        {
-            "mpp": encoder.mpp,
-            "tile_px": encoder.tile_px,
-            "cells": encoder.cells,
-            "encoder": encoder.name,
-            "encoder_revision": encoder.revision,
-            "trust_remote_code": encoder.trust_remote_code,
-            "precision": encoder.precision,
-            "dtype": "float16",
-            **encoder.slide,
-        },
-        "encoder.slide",
-    )
-    jobs = {_key(s): SlideJob(Path(s), id=_key(s)) for s in slides}
-    place = {"rank": state.process_index, "world": state.num_processes}
-    statuses = extract_slides(jobs.values(), out, options, device=_device(encoder), **place)
-    failed = [(s.id, s.reason) for s in statuses if s.status != DONE]
-    reasons = dict(gather_object(failed) if state.num_processes > 1 else failed)
-    return {s: reasons[_key(s)] for s in slides if _key(s) in reasons}
-
-
-def _key(slide: str) -> str:
-    """Name of a slide's outputs; file names alone may repeat in different folders."""
-    return f"{Path(slide).stem}-{hashlib.sha256(slide.encode()).hexdigest()[:8]}"
-
-
-def _features(slide: str, out: Path) -> Path:
-    return Outputs(out).features(_key(slide))
+def sha256_of(content: Any) -> str:
+    """Hex digest of content as JSON."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

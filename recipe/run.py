@@ -16,7 +16,6 @@ from accelerate import PartialState
 from transformers import TrainingArguments
 from trl import SFTConfig
 
-from frugalpath.allocator.online import ADVANTAGES
 from frugalpath.errors import InputError, removed
 from frugalpath.models.build import PerformerConfig
 from frugalpath.parsing import parse_yaml
@@ -62,8 +61,23 @@ class TextOptions:
         return found
 
 
+SYSTEM = (
+    "A conversation between User and Assistant. The assistant first thinks about the reasoning process and then gives "
+    "the answer: <think> reasoning process here </think><answer> answer here </answer>."
+)
+TURN = (
+    "Allocate the optimal token number for the image based on the pathology task. Generally, simple images and tasks "
+    "receive fewer tokens and complex ones receive more tokens. The current input token number is {current_token} and "
+    "a maximum limit is {max_token}. The pathology task is: {pathology_prompt}. The answer should be a positive "
+    "integer of the image token number."
+)
+"""The published turn of the user (methods 1.6)."""
+BUDGET_TEXTS = (SYSTEM, TURN)
+
 FORMS = ("value", "policy", "text", "escalate")
-"""Forms of the allocator; `frugalpath.rl.allocate.make_decider` has a branch for each."""
+"""Forms of the allocator; `frugalpath.rl.allocate.fit_allocator` has a branch for each."""
+ADVANTAGES = ("rloo", "grpo")
+"""Values of `allocator.advantage`."""
 OPERATING = ("one_error", "within")
 """Rules of `evaluation.operating`."""
 

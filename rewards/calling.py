@@ -67,7 +67,7 @@ def reward(name: str) -> Callable[[F], F]:
 def reward_names() -> list[str]:
     """Names of all registered rewards, the built-in ones included."""
     for module in pkgutil.iter_modules(rewards.__path__):
-        importlib.import_module(f"rewards.{module.name}")
+        importlib.import_module(f"{rewards.__name__}.{module.name}")
     return sorted(_registered)
 
 

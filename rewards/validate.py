@@ -35,9 +35,10 @@ from frugalpath.rewards.registry import RewardFunction, get_rewards, gold_comple
 from frugalpath.rewards.synoptic.biopsy import lost_words
 from frugalpath.rewards.synoptic.check import check_record
 from frugalpath.rewards.synoptic.conditions import UNDETERMINED
-from frugalpath.rewards.synoptic.parse import Report, parse_report
+from frugalpath.rewards.synoptic.parse import parse_report
 from frugalpath.rewards.synoptic.protocol import Protocol, load_protocol
 from frugalpath.rewards.synoptic.render import layouts, render_report
+from frugalpath.rewards.synoptic.report import Report
 
 SHOWN = 20  # problems that are printed; the rest is counted
 HIGH = 0.9  # a constant answer that scores this much is marked

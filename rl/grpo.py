@@ -10,27 +10,33 @@ from __future__ import annotations
 
 import shutil
 
-from accelerate import PartialState
-
+from frugalpath.distributed import is_main
 from frugalpath.errors import entry
 from frugalpath.evaluation.report.console import print_summary
-from frugalpath.recipe.run import parse_recipe
+from frugalpath.recipe.data import load_data
+from frugalpath.recipe.run import Run, parse_recipe
 from frugalpath.rl.pareto import evaluate
-from frugalpath.rl.stages import Stages
+from frugalpath.rl.pipeline import control_tables, fit_allocator, train_joint, trained_run
 
 
 @entry
 def main() -> None:
     """Run the recipe."""
     run = parse_recipe()
-    stages = Stages(run)
-    if PartialState().is_main_process and run.path:
+    data = load_data(run)
+    keep_recipe(run)
+    performer, network = train_joint(data)  # after the supervised stages, where these are not finished
+    allocator = fit_allocator(trained_run(data, performer), network)
+    summary = evaluate(allocator, control_tables(data))
+    if is_main():
+        print_summary(summary, run.folder / "report")
+
+
+def keep_recipe(run: Run) -> None:
+    """Copy the recipe into the run's folder."""
+    if is_main() and run.path:
         run.folder.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(run.path, run.folder / "recipe.yaml")
-    performer, allocator = stages.joint()
-    summary = evaluate(stages, performer, allocator)
-    if PartialState().is_main_process:
-        print_summary(summary, run.folder / "report")
 
 
 if __name__ == "__main__":

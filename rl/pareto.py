@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from frugalpath.allocator.forms import keep_decider
-from frugalpath.allocator.network import LookNetwork
-from frugalpath.deploy.run import check_trained
+from frugalpath.allocator.base import Allocator
+from frugalpath.allocator.collapse import collapse
+from frugalpath.allocator.forms import keep_allocator, load_allocator
+from frugalpath.allocator.score_table import ScoreTable
+from frugalpath.distributed import is_main
 from frugalpath.errors import entry
+from frugalpath.evaluation.cautions import cautions
 from frugalpath.evaluation.controls import attribute, linear_probe
 from frugalpath.evaluation.metrics import field_results
 from frugalpath.evaluation.report.card import write_card
@@ -27,18 +31,24 @@ from frugalpath.evaluation.report.console import print_outcome, print_summary
 from frugalpath.evaluation.report.writing import write_report
 from frugalpath.evaluation.run import Trial
 from frugalpath.evaluation.transfer import transfer
-from frugalpath.evaluation.warnings import cautions
-from frugalpath.models.performer import Performer
+from frugalpath.recipe.data import load_data
+from frugalpath.recipe.finished import check_finished, check_trained
 from frugalpath.recipe.run import parse_recipe
-from frugalpath.rl.allocate import collapse, make_decider
-from frugalpath.rl.stages import Stages
+from frugalpath.rl.pipeline import control_tables, fit_allocator, train_joint, trained_run
 
 
-def evaluate(stages: Stages, performer: Performer, start: LookNetwork) -> dict[str, Any]:
-    """Fit the allocator, evaluate on the test cases and write the report; returns the summary."""
-    trial = Trial(stages, performer, make_decider(stages, performer, start))
+def evaluate(allocator: Allocator, controls: Mapping[str, Mapping[str, ScoreTable]]) -> dict[str, Any]:
+    """Evaluate on the test cases and write the report; returns the summary.
+
+    Args:
+        allocator: fitted on the validation cases.
+        controls: tables by split of the performer before GRPO: `base` (untrained), `sft`, and others.
+    """
+    data, trial = allocator.data, Trial(allocator)
     outcome = trial.on_test()
-    found = attribute(stages, {"val": trial.val, "test": outcome.whole}, outcome.bootstrap)
+    stages = {name: tables for name, tables in controls.items() if name != "base"}
+    stages["grpo"] = {"val": trial.val, "test": outcome.whole}
+    found = attribute(trial.ladder, controls["base"]["test"], stages, outcome.bootstrap)
     summary = outcome.summary()
     gains = {
         f"gain_over_{name}": outcome.bootstrap.difference(found.scores["grpo"] - scores)
@@ -47,16 +57,16 @@ def evaluate(stages: Stages, performer: Performer, start: LookNetwork) -> dict[s
     }
     summary["headline"] |= gains
     points = {name: p.to_dict() for name, p in found.points.items()}
-    run, best = stages.run, outcome.preferred.best
+    run, best = data.run, outcome.preferred.best
     summary |= {
         "attribution": {**points, "grpo_allocator": summary["operating_point"]},
         "synoptic": field_results(outcome.cases, found.texts, run.evaluation.bootstrap, run.grpo.seed),
-        "linear_probe": linear_probe(stages, outcome.whole, outcome.decisions.rungs, best, outcome.bootstrap),
-        "warnings": [*cautions(outcome), *collapse(stages, performer, trial.decider)],
+        "linear_probe": linear_probe(data, outcome.whole, outcome.decisions.rungs, best, outcome.bootstrap),
+        "warnings": [*cautions(outcome), *collapse(allocator)],
     }
-    summary = write_report(stages, performer, outcome, summary)
-    keep_decider(trial.decider)
-    if stages.is_main:
+    summary = write_report(data, allocator.performer, outcome, summary)
+    keep_allocator(allocator)
+    if is_main():
         write_card(run.folder / "grpo" / "README.md", run, summary)
     return summary
 
@@ -69,15 +79,19 @@ def main() -> None:
     options, rest = parser.parse_known_args(sys.argv[1:])
     run = parse_recipe(rest)
     check_trained(run)
-    stages = Stages(run)
     if options.transfer is not None:
-        summary, folder = transfer(stages, options.transfer)
-        if stages.is_main:
+        check_finished(run)
+    data = load_data(run)
+    performer, network = train_joint(data)  # read from the run's folder
+    trained = trained_run(data, performer)
+    if options.transfer is not None:
+        summary, folder = transfer(load_allocator(data, performer, trained.tables, trained.key), options.transfer)
+        if is_main():
             print_outcome(summary, folder)
         return
-    summary = evaluate(stages, *stages.joint())
-    if stages.is_main:
-        print_summary(summary, stages.run.folder / "report")
+    summary = evaluate(fit_allocator(trained, network), control_tables(data))
+    if is_main():
+        print_summary(summary, run.folder / "report")
 
 
 if __name__ == "__main__":

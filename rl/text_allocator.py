@@ -13,18 +13,27 @@ from datasets import Dataset
 from peft import set_peft_model_state_dict
 from safetensors.torch import load_file
 
+from frugalpath.allocator.base import TrainedRun
 from frugalpath.allocator.frozen import FrozenAnswers
-from frugalpath.allocator.text import LEAST, TextAllocator, read_budget
+from frugalpath.allocator.text import (
+    LEAST,
+    BudgetWriter,
+    TextAllocator,
+    new_writer,
+    read_budget,
+    read_writer,
+    text_key,
+)
+from frugalpath.distributed import is_main
 from frugalpath.envs.case import Case
 from frugalpath.errors import InputError
-from frugalpath.models.performer import Performer
-from frugalpath.recipe.checkpoints import Clock, MarkWhole, is_done, last_whole, mark_done, train_from
+from frugalpath.recipe.checkpoints import Clock, MarkWhole, is_done, last_whole, mark_done, mark_started, train_from
 from frugalpath.recipe.grpo import FrugalConfig
 from frugalpath.rewards.answer import Completion
-from frugalpath.rewards.cost import BIRR_CAP, worth
+from frugalpath.rewards.cost import worth
 from frugalpath.rewards.format import format_reward
-from frugalpath.rl.stages import Stages, trained
 from frugalpath.rl.trainer import GroupTrainer
+from frugalpath.sft.stages import trained as record_of
 from frugalpath.sft.supervised import BudgetCollator, StageTrainer, sft_config
 
 
@@ -35,7 +44,7 @@ class TextTrainer(GroupTrainer):
         allocator: its adapter is trained. cases: the training cases, by the `index` column of the training set.
     """
 
-    def __init__(self, *args: Any, allocator: TextAllocator, cases: Sequence[Case], **kwargs: Any):
+    def __init__(self, *args: Any, allocator: BudgetWriter, cases: Sequence[Case], **kwargs: Any):
         self.allocator, self.cases = allocator, cases
         super().__init__(*args, **kwargs)
         if self._dist.is_fsdp or self._dist.is_zero3:
@@ -82,7 +91,7 @@ class TokenReward:
 
     def __init__(
         self,
-        allocator: TextAllocator,
+        allocator: BudgetWriter,
         answers: FrozenAnswers,
         cases: Sequence[Case],
         preset: str,
@@ -115,27 +124,28 @@ class TokenReward:
         return worth(self.preset, score, tokens, cost, self.price, cap).tolist()
 
 
-def text_parts(stages: Stages) -> dict[str, Any]:
-    """What the trained adapter depends on."""
-    options = stages.run.allocator
-    return {**stages.grpo_parts(), "text": dataclasses.asdict(options.text), "price": options.price}
+def fit_text(trained: TrainedRun) -> TextAllocator:
+    """Train the adapter, or read it from the run's folder."""
+    return TextAllocator(trained, train_text(trained))
 
 
-def train_text(stages: Stages, performer: Performer) -> TextAllocator:
+def train_text(trained: TrainedRun) -> BudgetWriter:
     """The performer's adapter that writes budgets, trained; a finished stage is read from the run's folder.
 
     The performer is frozen. Its model gets the adapter, which is left off.
     """
-    run, folder = stages.run, stages.run.folder / "text"
+    data, performer = trained.data, trained.performer
+    run, folder = data.run, data.run.folder / "text"
     options = run.allocator.text
-    parts = text_parts(stages)
+    parts = text_key(trained)
     if is_done(folder, parts):
-        return read_text(stages, performer)
-    allocator = _warm_start(stages, performer)
-    train = stages.splits["train"]
+        return read_writer(trained)
+    allocator = _warm_start(trained)
+    train = data.splits["train"]
+    mark_started(folder, parts)
     resumed = last_whole(folder)
     clock = Clock(resumed)
-    answers = FrozenAnswers(performer, stages.scorer, stages.max_new_tokens, run.evaluation.batch_size)
+    answers = FrozenAnswers(performer, data.scorer, data.max_new_tokens, run.evaluation.batch_size)
     reward = TokenReward(allocator, answers, train, options.preset, run.allocator.price, run.ladder)
     args = text_config(run.grpo, folder, options.grpo)
     args.reward_weights = [1.0, options.format_weight]
@@ -154,16 +164,11 @@ def train_text(stages: Stages, performer: Performer) -> TextAllocator:
         train_from(trainer, resumed)
     if "ref" in allocator.model.peft_config:
         allocator.model.delete_adapter("ref")
-    if stages.is_main:
+    if is_main():
         allocator.save(folder)
-        record = trained(trainer)
+        record = record_of(trainer)
         mark_done(folder, parts, **{**record, "flops": record["flops"] + answers.flops}, seconds=clock.seconds)
     return allocator
-
-
-def read_text(stages: Stages, performer: Performer) -> TextAllocator:
-    """The trained adapter of the run's folder."""
-    return _allocator(stages, performer, stages.run.folder / "text")
 
 
 def text_config(recipe: FrugalConfig, folder: Path, changes: dict[str, Any]) -> FrugalConfig:
@@ -183,29 +188,26 @@ def text_config(recipe: FrugalConfig, folder: Path, changes: dict[str, Any]) -> 
         raise InputError(f"allocator.text.grpo: {error}") from error
 
 
-def _allocator(stages: Stages, performer: Performer, adapter: dict[str, Any] | Path) -> TextAllocator:
-    cap = min(BIRR_CAP, stages.run.ladder[-1])
-    return TextAllocator(performer, adapter, stages.run.allocator.text.look or cap, cap)
-
-
-def _warm_start(stages: Stages, performer: Performer) -> TextAllocator:
+def _warm_start(trained: TrainedRun) -> BudgetWriter:
     """A new adapter, taught to write budgets of the ladder if the recipe wants it."""
-    run, folder = stages.run, stages.run.folder / "text_warm_start"
+    data, performer = trained.data, trained.performer
+    run, folder = data.run, data.run.folder / "text_warm_start"
     options = run.allocator.text
     if options.warm_start is None:
         torch.manual_seed(run.grpo.seed)
-        return _allocator(stages, performer, options.lora)
+        return new_writer(trained, options.lora)
     own = {"look": options.look, "lora": options.lora, "warm_start": options.warm_start}
-    parts = {**stages.grpo_parts(), "text": own}
+    parts = {**trained.key, "text": own}
     if is_done(folder, parts):
-        return _allocator(stages, performer, folder)
+        return new_writer(trained, folder)
     torch.manual_seed(run.grpo.seed)
-    allocator = _allocator(stages, performer, options.lora)
+    allocator = new_writer(trained, options.lora)
     rows = [
         dataclasses.replace(case, answer=str(max(LEAST, allocator.held(case, budget))))
-        for case in stages.splits["train"]
+        for case in data.splits["train"]
         for budget in run.ladder
     ]
+    mark_started(folder, parts)
     resumed = last_whole(folder)
     clock = Clock(resumed)
     with allocator.speaking():
@@ -218,7 +220,7 @@ def _warm_start(stages: Stages, performer: Performer) -> TextAllocator:
             callbacks=[MarkWhole(clock)],
         )
         train_from(trainer, resumed)
-    if stages.is_main:
+    if is_main():
         allocator.save(folder)
-        mark_done(folder, parts, **trained(trainer), seconds=clock.seconds)
+        mark_done(folder, parts, **record_of(trainer), seconds=clock.seconds)
     return allocator

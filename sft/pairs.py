@@ -11,7 +11,8 @@ import torch
 from frugalpath.envs.rows import read_rows
 from frugalpath.errors import InputError
 from frugalpath.models.retrieval import Item, RetrievalIndex, slide_rows
-from frugalpath.recipe.data import load_cases, load_features
+from frugalpath.recipe.data import load_cases
+from frugalpath.recipe.features import load_features
 from frugalpath.recipe.run import parse_recipe
 from frugalpath.slides.field_store import StoredField, load_stored
 
@@ -63,7 +64,9 @@ def from_manifest(path: Path) -> tuple[list[Item], FeatureFiles]:
         if not named:
             problems.append(f"{row.at}: no `slide`; name its feature file")
         elif file.suffix != ".h5":
-            problems.append(f"{row.at}: {named} is no feature file (.h5); write it with `python -m frugalpath.slides.extract`")
+            problems.append(
+                f"{row.at}: {named} is no feature file (.h5); write it with `python -m frugalpath.slides.extract`"
+            )
         elif not file.is_file():
             problems.append(f"{row.at}: no such file {file}")
         name = str(row.values.get("id") or file.stem)

@@ -18,6 +18,7 @@ from frugalpath.models.compressors.reconstruction import MaskedReconstruction
 from frugalpath.models.performer import Performer, SlidePerformer
 from frugalpath.models.sharded import whole
 from frugalpath.models.slide_text import copy_qformer
+from frugalpath.recipe.data import with_questions
 from frugalpath.recipe.sft import Stage
 from frugalpath.sft.contrastive import build_model, contrastive_config, train_contrastive
 from frugalpath.sft.mae import mae_config, measure_mae, train_mae
@@ -61,7 +62,7 @@ class Supervision:
             InputError: a key that the stage does not have, or a performer that has not what it trains.
         """
         options = dict(stage.options)
-        cases = asked(self.train, options.pop("questions", self.questions), f"sft.{stage.kind}")
+        cases = with_questions(self.train, options.pop("questions", self.questions), f"sft.{stage.kind}")
         if stage.kind == "mae":
             return self._mae(options, _slides(performer, stage), cases, folder, callbacks, resume)
         if stage.kind == "contrastive":
@@ -190,21 +191,6 @@ class Prepared(Sequence):
 def shown(performer: Performer, cases: Sequence[Case]) -> list[str]:
     """The images and slides of cases, each once."""
     return list(dict.fromkeys(s for c in cases for s in performer.sources(c)))
-
-
-def asked(cases: Sequence[Case], questions: Sequence[str] | None, where: str) -> Sequence[Case]:
-    """The cases of some kinds of question; all for None.
-
-    Raises:
-        InputError: there are none.
-    """
-    if questions is None:
-        return cases
-    found = [c for c in cases if c.question in questions]
-    if not found:
-        known = ", ".join(sorted({c.question for c in cases}))
-        raise InputError(f"{where}: no case asks {', '.join(questions)}; there are {known}")
-    return found
 
 
 def _slides(performer: Performer, stage: Stage) -> SlidePerformer:

@@ -9,9 +9,13 @@ whole checkpoint.
 
 from __future__ import annotations
 
+from frugalpath.allocator.score_table import RunTables
+from frugalpath.distributed import is_main
 from frugalpath.errors import InputError, entry
+from frugalpath.recipe.cache_key import sft_key
+from frugalpath.recipe.data import load_data
 from frugalpath.recipe.run import parse_recipe
-from frugalpath.rl.stages import Stages
+from frugalpath.sft.stages import warm_start
 
 
 @entry
@@ -22,14 +26,14 @@ def main() -> None:
         raise InputError(
             "sft: the recipe names performer.checkpoint and no `sft` keys, so nothing is trained; add some"
         )
-    stages = Stages(run)
-    performer = stages.warm_start()
+    data = load_data(run)
+    performer = warm_start(data)
     if run.sft and run.sft[-1].wordless:
-        if stages.is_main:
+        if is_main():
             print(f"written to {run.folder / 'sft'}; nothing of it answers questions yet")
         return
-    table = stages.table("sft", performer, "val", run.ladder)
-    if stages.is_main:
+    table = RunTables(data, "sft", performer, sft_key(data), run.ladder)["val"]
+    if is_main():
         for budget, score in zip(run.ladder, table.score.mean(0), strict=True):
             print(f"{budget:5d} tokens: {score:.3f} on {len(table.ids)} validation cases")
         print(f"written to {run.folder / 'sft'}")

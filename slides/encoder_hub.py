@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from frugalpath.errors import InputError
-from frugalpath.slides.encoder import IMAGENET_MEAN, IMAGENET_STD, PatchEncoder, weights_hash
+from frugalpath.slides.patch_encoder import IMAGENET_MEAN, IMAGENET_STD, PatchEncoder, weights_hash
 
 logger = logging.getLogger(__name__)
 

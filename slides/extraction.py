@@ -14,9 +14,10 @@ from tqdm import tqdm
 
 from frugalpath.errors import InputError
 from frugalpath.slides.content import usable_cores
-from frugalpath.slides.encoder import PatchEncoder, load_encoder
+from frugalpath.slides.encoder import load_encoder
 from frugalpath.slides.jobs import SlideJob, as_jobs, stain_key
 from frugalpath.slides.options import ExtractOptions
+from frugalpath.slides.patch_encoder import PatchEncoder
 from frugalpath.slides.qc import qc_picture, write_geojson, write_picture
 from frugalpath.slides.reader import BackendError, SlideReader
 from frugalpath.slides.scale import Scale, SlideError, find_scale

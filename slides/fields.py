@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from frugalpath.errors import InputError
 from frugalpath.slides.content import file_digests, usable_cores
-from frugalpath.slides.encoder import PatchEncoder
 from frugalpath.slides.field_store import FieldStore, StoredField
 from frugalpath.slides.images import ImageError, read_image
+from frugalpath.slides.patch_encoder import PatchEncoder
 from frugalpath.slides.stream import read_ahead
 
 BUFFER_PIXELS = 64 * 2**20

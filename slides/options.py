@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from frugalpath.errors import InputError
-from frugalpath.slides.encoder import DEFAULT, PRECISIONS
+from frugalpath.slides.encoder import DEFAULT
+from frugalpath.slides.patch_encoder import PRECISIONS
 from frugalpath.slides.reader import BACKENDS
 from frugalpath.slides.scale import MAX_MPP, MIN_MPP, plausible
 from frugalpath.slides.status import file_identity

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from frugalpath.errors import InputError
-from frugalpath.slides.encoder import PatchEncoder
+from frugalpath.slides.patch_encoder import PatchEncoder
 from frugalpath.slides.reader import MAX_READ, BackendError, SlideReader, resample
 from frugalpath.slides.scale import SlideError
 from frugalpath.slides.tiling import Block, Grid, blocks

@@ -14,8 +14,21 @@ ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 RECIPES = ROOT / "configs" / "recipes"
-PACKAGES = ("envs", "models", "rewards", "rl", "sft", "slides")
-EXAMPLES = {"configs/recipes/other.yaml"}  # a recipe of the reader's
+PACKAGES = (
+    "frugalpath",
+    "slides",
+    "envs",
+    "rewards",
+    "models",
+    "recipe",
+    "allocator",
+    "evaluation",
+    "sft",
+    "rl",
+    "deploy",
+    "doctor",
+)
+EXAMPLES = {"configs/recipes/other.yaml", "allocator/escalate.json"}  # of the reader's own, and of a run
 TREE = ("benchmarks", "configs", "docs", "examples", "tests", *PACKAGES)
 
 

@@ -13,7 +13,8 @@ import torch
 
 from benchmarks.gpu_parts.task import Task
 from benchmarks.measure import timed
-from frugalpath.slides.encoder import DEFAULT, PatchEncoder, load_encoder
+from frugalpath.slides.encoder import DEFAULT, load_encoder
+from frugalpath.slides.patch_encoder import PatchEncoder
 
 IMPORTS = ("transformers.models.dinov2.modeling_dinov2",)
 SHAPES = {

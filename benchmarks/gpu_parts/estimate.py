@@ -11,7 +11,7 @@ from frugalpath.doctor.fit import Place, phase_of
 from frugalpath.doctor.subject import Subject
 from frugalpath.models.build import PerformerConfig
 
-IMPORTS = ("frugalpath.rl.stages",)
+IMPORTS = ("frugalpath.rl.pipeline",)
 PUBLISHED = {"3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct"}
 
 

@@ -14,7 +14,13 @@ from benchmarks.shapes import flops
 from benchmarks.shared_prefix import compare, parse, settle, work
 from frugalpath.doctor.machine import speed_of
 
-IMPORTS = ("trl", "peft", "frugalpath.rl.trainer", "frugalpath.models.qwen_vl", "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl")
+IMPORTS = (
+    "trl",
+    "peft",
+    "frugalpath.rl.trainer",
+    "frugalpath.models.qwen_vl",
+    "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl",
+)
 PARTS = ("generate", "train_step", "step")
 
 

@@ -215,7 +215,6 @@ def budget_colors(n: int) -> list[str]:
 matplotlib.use("agg")
 
 
-
 def plot(summary: dict[str, Any], path: Path) -> None:
     """Accuracy against cost: static budgets, allocator, random allocator, oracle, text only, majority answer."""
     largest = summary["static"][-1]["flops"]

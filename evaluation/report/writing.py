@@ -22,12 +22,13 @@ from frugalpath.evaluation.report.page import Pictured, write_page
 from frugalpath.evaluation.report.pictures import Pictures
 from frugalpath.files import write_text
 from frugalpath.models.performer import Performer
+from frugalpath.recipe.cache_key import grpo_key
 from frugalpath.recipe.checkpoints import is_done, stage_seconds
-from frugalpath.recipe.data import cases_of
+from frugalpath.recipe.data import RunData
+from frugalpath.recipe.features import cases_of
 
 if TYPE_CHECKING:
     from frugalpath.evaluation.run import Outcome
-    from frugalpath.rl.stages import Stages
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy", "openslide-python")
 LOGGED = (
@@ -42,26 +43,26 @@ LOGGED = (
 """Columns of the joint stage's log that the summary keeps, beside those of single rewards and of the allocator."""
 
 
-def write_report(stages: Stages, performer: Performer, outcome: Outcome, summary: dict[str, Any]) -> dict[str, Any]:
+def write_report(data: RunData, performer: Performer, outcome: Outcome, summary: dict[str, Any]) -> dict[str, Any]:
     """Write `report/` of the run's folder and return the whole summary.
 
     Args:
         performer: the trained performer. summary: what is known of the test cases.
     """
-    joint = is_done(stages.run.folder / "grpo", stages.grpo_parts()) or {}
+    joint = is_done(data.run.folder / "grpo", grpo_key(data)) or {}
     summary = {
         **summary,
         "training": curves(joint.get("log", [])),
         "warnings": [*joint.get("warnings", []), *summary["warnings"]],
-        "missing_slides": missing_slides(stages.cases, stages.bank.missing),
-        "splits": {s: len(members) for s, members in stages.splits.items()},
-        "patients": {s: len({c.patient for c in members}) for s, members in stages.splits.items()},
-        "asked": asked_of(stages.cases),
-        "seconds": stage_seconds(stages.run.folder),
+        "missing_slides": missing_slides(data.cases, data.bank.missing),
+        "splits": {s: len(members) for s, members in data.splits.items()},
+        "patients": {s: len({c.patient for c in members}) for s, members in data.splits.items()},
+        "asked": asked_of(data.cases),
+        "seconds": stage_seconds(data.run.folder),
         "reproduce": reproduce(summary, sys.argv[1:]),
-        **provenance(stages),
+        **provenance(data),
     }
-    write_outcome(stages.run.folder / "report", outcome, summary, Pictures(performer, outcome.cases))
+    write_outcome(data.run.folder / "report", outcome, summary, Pictures(performer, outcome.cases))
     return summary
 
 
@@ -79,13 +80,13 @@ def write_outcome(folder: Path, outcome: Outcome, summary: dict[str, Any], pictu
         write_page(folder, pictures)
 
 
-def provenance(stages: Stages) -> dict[str, Any]:
+def provenance(data: RunData) -> dict[str, Any]:
     """What the figures hang on beside the cases: units, rewards of the score, ladder, seed, versions, revision."""
     return {
         "price_unit": "score per cost of the largest budget",
-        "scored_by": {r.name: r.score_weight for r in stages.scorer.rewards},
-        "ladder": stages.run.ladder,
-        "seed": stages.run.grpo.seed,
+        "scored_by": {r.name: r.score_weight for r in data.scorer.rewards},
+        "ladder": data.run.ladder,
+        "seed": data.run.grpo.seed,
         "versions": _versions(),
         "git": revision(),
         "command": command(),
@@ -177,9 +178,13 @@ def command() -> str:
         nodes, each = (launched.get(name, "1") for name in ("GROUP_WORLD_SIZE", "LOCAL_WORLD_SIZE"))
         words = ["torchrun", "--nnodes", nodes, "--nproc_per_node", each]
     else:
-        words = ["python"]
-    told = shlex.join([*words, *sys.argv])
-    return told if words != ["python"] or processes == 1 else f"{told}  # {processes} processes"
+        words = []
+    # The command `frugalpath` names itself and its first argument.
+    program = [sys.argv[0]] if words or not sys.argv[0].startswith("frugalpath ") else sys.argv[0].split()
+    if not words and len(program) == 1:
+        program = ["python", *program]
+    told = shlex.join([*words, *program, *sys.argv[1:]])
+    return told if words or processes == 1 else f"{told}  # {processes} processes"
 
 
 def _versions() -> dict[str, str]:

@@ -1,3 +1,3 @@
 """Synoptic reports: protocols, reading and writing reports, checks and scores."""
 
-import frugalpath.rewards.synoptic.reward
+from frugalpath.rewards.synoptic import reward as reward

@@ -21,8 +21,8 @@ from typing import Any
 from rapidfuzz import fuzz, process
 
 from frugalpath.rewards.label import normalise
-from frugalpath.rewards.synoptic.parse import Report, split_outside
 from frugalpath.rewards.synoptic.protocol import Field, Protocol
+from frugalpath.rewards.synoptic.report import Report, split_outside
 from frugalpath.rewards.synoptic.values import Unreadable, clean, number_text, read_value
 
 TYPO = 90  # least rapidfuzz ratio at which a word of six letters or more is a misspelt value

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from frugalpath.rewards.label import normalise
+from frugalpath.rewards.synoptic.biopsy import parse_biopsy
 from frugalpath.rewards.synoptic.protocol import UNITS, Field, Protocol
+from frugalpath.rewards.synoptic.report import Report, split_outside
 from frugalpath.rewards.synoptic.values import MAX_ENTRIES, Unreadable, read_value
 
 MAX_CHARS = 12_000  # of a report; the longest real ones have some 6,000
@@ -22,36 +23,6 @@ MAX_LINES = 500
 _FENCE = re.compile(r"```[a-z]*\n(.*?)\n?```", re.DOTALL)
 _UNKNOWN = object()  # the value of a line that belongs to no field, whatever it says
 _BULLET = re.compile(r"(?:[-•*+]|[0-9]{1,2}[.)])\s+")
-
-
-@dataclass
-class Report:
-    """A report as read.
-
-    Args:
-        record: field id -> value (see `values`), in the protocol's order. None: "not applicable". A field that is not
-            answered is not in it.
-        unreadable: field id -> why its response is none of the field's values.
-        repeated: names of fields that are answered more than once; their answers are in neither of the two above.
-        unknown: lines or keys that belong to no field.
-    """
-
-    record: dict[str, Any] = field(default_factory=dict)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    repeated: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-
-    @property
-    def readable(self) -> bool:
-        """Whether it is a report at all: at least one field is answered, and none twice."""
-        return bool(self.record or self.unreadable) and not self.repeated
-
-    @property
-    def problems(self) -> list[str]:
-        """All that could not be read, as sentences."""
-        found = [*self.unreadable.values(), *(f"{name}: answered more than once" for name in self.repeated)]
-        found += [f"{text[:80]!r} belongs to no field" for text in self.unknown]
-        return found or ([] if self.record else ["no field is answered"])
 
 
 def parse_report(text: str, protocol: Protocol) -> Report:
@@ -70,8 +41,6 @@ def parse_report(text: str, protocol: Protocol) -> Report:
         return _json(text, protocol)
     lines = [line for line in text.splitlines() if line.strip()][:MAX_LINES]
     if protocol.layout == "biopsy" and not any(_named(line, protocol) for line in lines):
-        from frugalpath.rewards.synoptic.biopsy import parse_biopsy
-
         return parse_biopsy(text, protocol)
     return _collect(_lines(lines, protocol), protocol)
 
@@ -161,26 +130,6 @@ def _entry(text: str, field: Field | None) -> dict[str, Any]:
         # A second answer to the same field, or a part that is none, spoils the entry: `read_value` then refuses it.
         entry[inner.id if inner is not None and inner.id not in entry else part] = value
     return entry
-
-
-def split_outside(text: str, separator: str) -> list[str]:
-    """Parts of a text between separators that stand outside brackets and quotation marks, stripped."""
-    parts, depth, quoted, start, escaped = [], 0, False, 0, False
-    for i, char in enumerate(text):
-        if escaped:
-            escaped = False
-        elif quoted:
-            escaped, quoted = char == "\\", char != '"'
-        elif char == '"':
-            quoted = True
-        elif char in "([":
-            depth += 1
-        elif char in ")]":
-            depth = max(0, depth - 1)
-        elif char == separator and not depth:
-            parts.append(text[start:i].strip())
-            start = i + 1
-    return [*parts, text[start:].strip()]
 
 
 class _Pairs(list[tuple[str, Any]]):

@@ -17,8 +17,8 @@ from scipy.optimize import linear_sum_assignment
 
 from frugalpath.rewards.label import normalise
 from frugalpath.rewards.synoptic.conditions import UNDETERMINED
-from frugalpath.rewards.synoptic.parse import Report
 from frugalpath.rewards.synoptic.protocol import Field, Protocol
+from frugalpath.rewards.synoptic.report import Report
 from frugalpath.rewards.synoptic.similarity import similarity
 
 # A finding is denied by a word shortly before it in its clause, "negative for carcinoma", or right behind it.

@@ -147,7 +147,10 @@ def test_another_form_than_that_of_the_last_report_is_refused(finished, question
             assert json.loads(kept.read_text())["form"] == "escalate", "the report is still of that"
         assert called(frugalpath.rl.pareto.main, *reported)[0] == 0
         assert json.loads(kept.read_text())["form"] == form
-        for main, given in ((frugalpath.deploy.answer.main, question), (frugalpath.deploy.publish.main, ["--to", tmp_path / "model"])):
+        for main, given in (
+            (frugalpath.deploy.answer.main, question),
+            (frugalpath.deploy.publish.main, ["--to", tmp_path / "model"]),
+        ):
             status, _, err = called(main, *other, *given)
             assert status == 2 and f"--set allocator.form={form}" in err and "rl/pareto.py" in err, err
     assert not (tmp_path / "model").exists()

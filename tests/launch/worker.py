@@ -16,8 +16,9 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from frugalpath.recipe.checkpoints import DONE
+from frugalpath.recipe.data import load_data
 from frugalpath.recipe.run import parse_recipe
-from frugalpath.rl.stages import Stages
+from frugalpath.rl.pipeline import train_joint
 
 
 def share_out_on_cpu() -> None:
@@ -71,4 +72,4 @@ if __name__ == "__main__":
         runs.append(parse_recipe(["--config", path]))
         if len(runs) == 3:
             stop(runs[1].folder, runs[2].folder)
-        Stages(runs[-1]).joint()
+        train_joint(load_data(runs[-1]))

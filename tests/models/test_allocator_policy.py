@@ -3,20 +3,20 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frugalpath.allocator.policy import BUMPS, PolicyAllocator, PolicyConfig, explored
+from frugalpath.allocator.policy import BUMPS, PolicyConfig, PolicyNetwork, explored
 from tests.conftest import LADDER, WIDTH
 
 
-def make(prices=(0.01, 1.0), **options) -> PolicyAllocator:
+def make(prices=(0.01, 1.0), **options) -> PolicyNetwork:
     torch.manual_seed(1)
     shape = {"ladder": LADDER, "look": (1, 4), "feature_dim": WIDTH, "width": 16, "buckets": 64, "dropout": 0.5}
-    allocator = PolicyAllocator(PolicyConfig(prices, **shape, **options)).eval()
+    allocator = PolicyNetwork(PolicyConfig(prices, **shape, **options)).eval()
     torch.nn.init.normal_(allocator.shift.weight, std=0.1)
     return allocator
 
 
 @pytest.fixture
-def allocator() -> PolicyAllocator:
+def allocator() -> PolicyNetwork:
     return make()
 
 
@@ -29,7 +29,7 @@ def seen() -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_saved_policy_acts_alike(allocator, seen, tmp_path):
     allocator.standardise(seen[0] + 1)
     allocator.save_pretrained(tmp_path)
-    again = PolicyAllocator.from_pretrained(tmp_path).eval()
+    again = PolicyNetwork.from_pretrained(tmp_path).eval()
     price = torch.rand(50)
     assert torch.equal(again(*seen, price), allocator(*seen, price))
     assert again.config.prices == [0.01, 1.0] and again.config.ladder == list(LADDER)
@@ -37,7 +37,7 @@ def test_a_saved_policy_acts_alike(allocator, seen, tmp_path):
 
 def test_a_new_policy_has_no_shift(seen):
     torch.manual_seed(0)
-    fresh = PolicyAllocator(PolicyConfig(ladder=LADDER, look=(1, 4), feature_dim=WIDTH, width=16, buckets=64))
+    fresh = PolicyNetwork(PolicyConfig(ladder=LADDER, look=(1, 4), feature_dim=WIDTH, width=16, buckets=64))
     assert not fresh.shift.weight.any() and not fresh.shift.bias.any()
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from frugalpath.allocator.text import TextAllocator, read_budget
+from frugalpath.allocator.text import BudgetWriter, read_budget
 from frugalpath.envs.case import Case
 from frugalpath.errors import InputError
 
@@ -21,8 +21,8 @@ PUBLISHED = (
 
 
 @pytest.fixture
-def allocator(performer) -> TextAllocator:
-    return TextAllocator(performer, {"r": 4}, look=4, default=16)
+def allocator(performer) -> BudgetWriter:
+    return BudgetWriter(performer, {"r": 4}, look=4, default=16)
 
 
 def test_the_prompt_is_the_published_one(allocator, cases):
@@ -43,7 +43,7 @@ def test_the_native_count_knows_no_cap(qwen, tmp_path, size, native, capped):
     """The published table (methods 1.10)."""
     Image.new("RGB", size).save(tmp_path / "a.png")
     case = Case("a", "p", "open", "What?", "-", images=(str(tmp_path / "a.png"),))
-    allocator = TextAllocator(qwen, {"r": 4}, look=256, default=256)
+    allocator = BudgetWriter(qwen, {"r": 4}, look=256, default=256)
     (view,) = qwen.see(case, 256)
     assert (allocator.native(case), len(view)) == (native, capped)
     text = allocator.messages(case, [view])[1]["content"][1]["text"]
@@ -77,7 +77,7 @@ def test_the_published_limits(allocator, cases, monkeypatch):
     assert [allocator.held(cases[0], n) for n in (1, 8192, 8193)] == [2, 8192, 8192]
 
 
-def stir(allocator: TextAllocator) -> None:
+def stir(allocator: BudgetWriter) -> None:
     """An adapter that says something else than its base."""
     for name, parameter in allocator.model.named_parameters():
         if "lora_B" in name:
@@ -87,7 +87,7 @@ def stir(allocator: TextAllocator) -> None:
 def test_the_adapter_leaves_the_performer_as_it_is(performer, cases, tmp_path):
     before = copy.deepcopy(performer.model.state_dict())
     answers = performer.answer(cases, [16] * 8, 6)
-    allocator = TextAllocator(performer, {"r": 4}, look=4, default=16)
+    allocator = BudgetWriter(performer, {"r": 4}, look=4, default=16)
     own = [a.text for a in allocator.ask(cases, 6)]
     stir(allocator)
     asked = allocator.ask(cases, 6)
@@ -105,13 +105,13 @@ def test_the_adapter_leaves_the_performer_as_it_is(performer, cases, tmp_path):
 
 
 def test_a_saved_adapter_asks_for_the_same(make_performer, cases, tmp_path):
-    allocator = TextAllocator(make_performer(), {"r": 4}, look=4, default=16)
+    allocator = BudgetWriter(make_performer(), {"r": 4}, look=4, default=16)
     stir(allocator)
     allocator.save(tmp_path / "adapter")
-    read = TextAllocator(make_performer(), tmp_path / "adapter", look=4, default=16)
+    read = BudgetWriter(make_performer(), tmp_path / "adapter", look=4, default=16)
     assert read.ask(cases, 6) == allocator.ask(cases, 6)
 
 
 def test_an_unknown_key_of_the_adapter_is_told(performer):
     with pytest.raises(InputError, match=r"allocator.text.lora: .*rank.*LoraConfig"):
-        TextAllocator(performer, {"rank": 4}, look=4, default=16)
+        BudgetWriter(performer, {"rank": 4}, look=4, default=16)

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from frugalpath.allocator.network import AllocatorConfig, CheapLook
-from frugalpath.allocator.value import ValueAllocator
+from frugalpath.allocator.network import AllocatorConfig, AllocatorInputs
+from frugalpath.allocator.value import ValueNetwork
 from frugalpath.models.feature_bank import COLUMNS
 from tests.conftest import LADDER, WIDTH
 
@@ -14,10 +14,10 @@ COST = torch.tensor([0.1, 0.3, 1.0])
 
 
 @pytest.fixture
-def allocator() -> ValueAllocator:
+def allocator() -> ValueNetwork:
     torch.manual_seed(1)
     config = AllocatorConfig(ladder=LADDER, look=(1, 4), feature_dim=WIDTH, width=16, buckets=64, dropout=0.5)
-    return ValueAllocator(config).eval()
+    return ValueNetwork(config).eval()
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def seen() -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_saved_allocator_predicts_alike(allocator, seen, tmp_path):
     allocator.standardise(seen[0] + 1)
     allocator.save_pretrained(tmp_path)
-    again = ValueAllocator.from_pretrained(tmp_path).eval()
+    again = ValueNetwork.from_pretrained(tmp_path).eval()
     assert (tmp_path / "model.safetensors").is_file()
     assert torch.equal(again(*seen), allocator(*seen))
     assert again.config.ladder == list(LADDER) and again.config.look == [1, 4]
@@ -84,7 +84,7 @@ def test_flops_are_those_of_its_matrices(allocator):
 
 
 def test_the_look_is_the_pooled_tokens_of_the_smallest_budgets(allocator, performer, cases):
-    look, question = CheapLook(performer, allocator.config)(cases[:3])
+    look, question = AllocatorInputs(performer, allocator.config)(cases[:3])
     assert look.shape == (3, 1, 5, WIDTH)
     for row, case in zip(look, cases[:3], strict=True):
         pooled = [performer.bank.see(case.images[0], b).rows[:, :-COLUMNS] for b in (1, 4)]
@@ -97,7 +97,7 @@ def test_the_look_is_the_pooled_tokens_of_the_smallest_budgets(allocator, perfor
 
 def test_several_images_are_looked_at_one_by_one_and_count_the_same(allocator, performer, cases):
     both = dataclasses.replace(cases[0], images=("field0", "field1"))
-    look, question = CheapLook(performer, allocator.config)([cases[0], cases[1], both])
+    look, question = AllocatorInputs(performer, allocator.config)([cases[0], cases[1], both])
     assert look.shape == (3, 2, 5, WIDTH)
     assert not look[:2, 1].any(), "they have no second image"
     assert torch.equal(look[2], torch.stack([look[0, 0], look[1, 0]]))

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from frugalpath.allocator.network import AllocatorConfig
-from frugalpath.allocator.policy import PolicyAllocator, PolicyConfig
-from frugalpath.allocator.value import ValueAllocator
+from frugalpath.allocator.policy import PolicyConfig, PolicyNetwork
+from frugalpath.allocator.value import ValueNetwork
 from frugalpath.models.modes import evaluating
 from frugalpath.models.reuse import Reader
 from tests.conftest import LADDER, WIDTH
@@ -45,11 +45,11 @@ def test_a_performer_that_cannot_answer_goes_on_training(make_performer, cases, 
 def test_an_allocator_that_cannot_choose_goes_on_training(form):
     look, wrong = torch.zeros(2, 1, 5, WIDTH + 1), torch.ones(2, 3, dtype=torch.long)
     if form == "value":
-        allocator = ValueAllocator(AllocatorConfig(**SHAPE)).train()
+        allocator = ValueNetwork(AllocatorConfig(**SHAPE)).train()
         with pytest.raises(RuntimeError):
             allocator.choose(look, wrong, 0.1, torch.ones(3))
     else:
-        allocator = PolicyAllocator(PolicyConfig((0.01, 1.0), **SHAPE)).train()
+        allocator = PolicyNetwork(PolicyConfig((0.01, 1.0), **SHAPE)).train()
         with pytest.raises(RuntimeError):
             allocator.probabilities(look, wrong, 0.1) if form == "policy" else allocator.sweep(look, wrong, [0.1])
     assert allocator.training

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from frugalpath.allocator.network import AllocatorConfig, CheapLook
+from frugalpath.allocator.network import AllocatorConfig, AllocatorInputs
 from frugalpath.errors import InputError
 from frugalpath.models import performer as module
 from frugalpath.models.cost import TowerShape
@@ -55,10 +55,10 @@ def test_a_slide_without_features_is_left_out_and_the_others_keep_their_numbers(
     views = performer.see(case, 12)
     assert [(view.source, view.slide, view.budget) for view in views] == [("field0", 0, 6), ("field2", 2, 6)]
     assert performer.answer([case], [12], max_new_tokens=2)[0].visual == sum(view.tokens for view in views)
-    looked = CheapLook(performer, AllocatorConfig(ladder=(1, 4), look=(1,), feature_dim=WIDTH))([case])[0]
+    looked = AllocatorInputs(performer, AllocatorConfig(ladder=(1, 4), look=(1,), feature_dim=WIDTH))([case])[0]
     both = dataclasses.replace(case, slides=("field0", "field2"))
     assert torch.equal(
-        looked, CheapLook(performer, AllocatorConfig(ladder=(1, 4), look=(1,), feature_dim=WIDTH))([both])[0]
+        looked, AllocatorInputs(performer, AllocatorConfig(ladder=(1, 4), look=(1,), feature_dim=WIDTH))([both])[0]
     )
 
 

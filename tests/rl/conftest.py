@@ -10,11 +10,11 @@ import pytest
 import torch
 from datasets import Dataset
 
-from frugalpath.allocator.network import AllocatorConfig, CheapLook
+from frugalpath.allocator.network import AllocatorConfig, AllocatorInputs
 from frugalpath.allocator.objectives import Objective
 from frugalpath.allocator.online import AllocatorLearner, PolicyLearner, ValueLearner
-from frugalpath.allocator.policy import PolicyAllocator, PolicyConfig
-from frugalpath.allocator.value import ValueAllocator
+from frugalpath.allocator.policy import PolicyConfig, PolicyNetwork
+from frugalpath.allocator.value import ValueNetwork
 from frugalpath.envs.case import case_columns
 from frugalpath.models.performer import Performer
 from frugalpath.recipe.checkpoints import train_from
@@ -46,9 +46,9 @@ def make_learner() -> Callable[..., AllocatorLearner]:
         objective = Objective("linear", LADDER, COST)
         if form == "policy":
             config = PolicyConfig((0.01, 1.0), **shape)
-            return PolicyLearner(PolicyAllocator(config), CheapLook(performer, config), objective, **options)
+            return PolicyLearner(PolicyNetwork(config), AllocatorInputs(performer, config), objective, **options)
         config = AllocatorConfig(**shape)
-        return ValueLearner(ValueAllocator(config), CheapLook(performer, config), objective, **options)
+        return ValueLearner(ValueNetwork(config), AllocatorInputs(performer, config), objective, **options)
 
     return make
 

@@ -9,10 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
+from frugalpath.allocator.base import TrainedRun
 from frugalpath.allocator.network import AllocatorConfig
 from frugalpath.allocator.objectives import Objective
-from frugalpath.allocator.score_table import ScoreTable, score_table
-from frugalpath.allocator.value import ValueAllocator
+from frugalpath.allocator.score_table import score_table
+from frugalpath.allocator.value import ValueNetwork
 from frugalpath.envs.case import Case
 from frugalpath.models.performer import Performer
 from frugalpath.recipe.run import AllocatorOptions
@@ -24,8 +25,8 @@ PRICES = [0.0, 0.02, 0.1, 0.4, 3.0]
 
 def planted(
     make_performer: Callable[..., Performer], cases: Sequence[Case], folder: Path
-) -> tuple[SimpleNamespace, Performer, ValueAllocator]:
-    """Stand-in of a run's stages, its performer (nested tokens) and its jointly trained allocator."""
+) -> tuple[TrainedRun, ValueNetwork]:
+    """A run whose performer (nested tokens) is trained, and its jointly trained network."""
     performer = make_performer(compressors=[{"name": "pool", "nested": True}])
     performer.model.eval()
     performer.model.generation_config.eos_token_id = 299  # answers of some length
@@ -33,20 +34,14 @@ def planted(
     splits = {"val": [*cases, pair], "test": [*cases[:3], pair]}
     torch.manual_seed(0)
     config = AllocatorConfig(ladder=BUDGETS, look=(1,), feature_dim=WIDTH, width=16, buckets=64)
-    allocator = ValueAllocator(config)
-    tables: dict[str, ScoreTable] = {}
+    allocator = ValueNetwork(config)
 
     def scorer(texts, members, budgets, visual):
         return np.array([(len(m.prompt) + b) % 3 / 2 for m, b in zip(members, budgets, strict=True)])
 
-    def table(name, trained, split):
-        if split not in tables:
-            tables[split] = score_table(trained, splits[split], BUDGETS, scorer, 5)
-        return tables[split]
-
-    def rung_cost(trained):
-        flops = [sum(trained.flops(trained.prompt(c, b), 5) for c in cases) for b in BUDGETS]
-        return [f / flops[-1] for f in flops]
+    tables = {split: score_table(performer, members, BUDGETS, scorer, 5) for split, members in splits.items()}
+    flops = [sum(performer.flops(performer.prompt(c, b), 5) for c in cases) for b in BUDGETS]
+    objective = Objective("linear", tuple(BUDGETS), tuple(f / flops[-1] for f in flops))
 
     run = SimpleNamespace(
         ladder=BUDGETS,
@@ -55,14 +50,5 @@ def planted(
         allocator=AllocatorOptions(look=[1], fit_epochs=3, fit_learning_rate=1e-2),
         grpo=SimpleNamespace(seed=0),
     )
-    stages = SimpleNamespace(
-        run=run,
-        splits=splits,
-        table=table,
-        rung_cost=rung_cost,
-        objective=lambda trained: Objective("linear", tuple(BUDGETS), tuple(rung_cost(trained))),
-        grpo_parts=dict,
-        max_new_tokens=5,
-        is_main=True,
-    )
-    return stages, performer, allocator
+    data = SimpleNamespace(run=run, splits=splits, max_new_tokens=5)
+    return TrainedRun(data, performer, objective, tables), allocator

@@ -8,7 +8,7 @@ import torch
 
 from frugalpath.allocator.fitting import fit_by_patient, fit_table
 from frugalpath.allocator.network import AllocatorConfig
-from frugalpath.allocator.value import ValueAllocator
+from frugalpath.allocator.value import ValueNetwork
 from tests.conftest import LADDER, WIDTH
 
 
@@ -108,7 +108,7 @@ def test_a_planted_table_is_learnt():
     solved = torch.stack([~light, ~light, torch.ones(count, dtype=torch.bool)], 1) & ~hopeless[:, None]
     torch.manual_seed(0)
     config = AllocatorConfig(ladder=LADDER, look=(1, 4), feature_dim=WIDTH, width=16, buckets=32)
-    allocator = ValueAllocator(config)
+    allocator = ValueNetwork(config)
     losses = fit_table(allocator, look[:200], question[:200], solved[:200].float(), epochs=40, learning_rate=1e-2)
     assert len(losses) == 40 and losses[-1] < 0.2 * losses[0]
     assert not allocator.training
@@ -123,7 +123,7 @@ def test_a_fit_is_repeatable():
     found = []
     for _ in range(2):
         torch.manual_seed(3)
-        allocator = ValueAllocator(config)
+        allocator = ValueNetwork(config)
         look, question, scores = torch.randn(20, 1, 5, WIDTH), torch.randint(1, 32, (20, 3)), torch.rand(20, 3)
         found.append(fit_table(allocator, look, question, scores, epochs=3, batch_size=8))
     assert found[0] == found[1]
@@ -140,7 +140,7 @@ def test_a_fit_stops_before_it_learns_noise_by_heart():
     config = AllocatorConfig(
         ladder=LADDER, look=(1, 4), feature_dim=WIDTH, width=64, buckets=32, dropout=0.0, look_dropout=0.0
     )
-    start = ValueAllocator(config)
+    start = ValueNetwork(config)
     before = copy.deepcopy(start.state_dict())
     patients = [f"p{i // 2}" for i in range(count)]
     allocator, values, losses = fit_by_patient(start, look, question, scores, patients, epochs=30, learning_rate=5e-3)

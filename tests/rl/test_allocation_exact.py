@@ -9,17 +9,17 @@ import torch
 from frugalpath.allocator.fitting import fit_by_patient, fit_table
 from frugalpath.allocator.objectives import Objective, settle_price
 from frugalpath.allocator.online import advantages, sampled_loss
-from frugalpath.allocator.policy import ExpectedReward, PolicyAllocator, PolicyConfig, expected_reward
+from frugalpath.allocator.policy import ExpectedReward, PolicyConfig, PolicyNetwork, expected_reward
 from tests.conftest import LADDER, WIDTH
 
 COST = (0.1, 0.3, 1.0)
 LINEAR = Objective("linear", LADDER, COST)
 
 
-def make_policy(prices=(0.01, 1.0), **options) -> PolicyAllocator:
+def make_policy(prices=(0.01, 1.0), **options) -> PolicyNetwork:
     torch.manual_seed(0)
     shape = {"ladder": LADDER, "look": (1, 4), "feature_dim": WIDTH, "width": 16, "buckets": 32}
-    return PolicyAllocator(PolicyConfig(prices, **{**shape, **options}))
+    return PolicyNetwork(PolicyConfig(prices, **{**shape, **options}))
 
 
 def planted(count: int = 300) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

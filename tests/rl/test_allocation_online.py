@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from frugalpath.allocator.network import AllocatorConfig, CheapLook
+from frugalpath.allocator.network import AllocatorConfig, AllocatorInputs
 from frugalpath.allocator.objectives import Objective
 from frugalpath.allocator.online import AllocatorLearner, PolicyLearner, ValueLearner
-from frugalpath.allocator.policy import PolicyAllocator, PolicyConfig, explored
-from frugalpath.allocator.value import ValueAllocator
+from frugalpath.allocator.policy import PolicyConfig, PolicyNetwork, explored
+from frugalpath.allocator.value import ValueNetwork
 from tests.conftest import LADDER, WIDTH
 from tests.rl.conftest import assert_same_weights, whole_and_resumed
 
@@ -15,12 +15,12 @@ COST = (0.1, 0.3, 1.0)
 SHAPE = {"ladder": LADDER, "look": (1, 4), "feature_dim": WIDTH, "width": 16, "buckets": 64}
 
 
-def make(form: str, look: CheapLook | None = None, objective: str = "linear", target=None, **options):
+def make(form: str, look: AllocatorInputs | None = None, objective: str = "linear", target=None, **options):
     torch.manual_seed(1)
     aim = Objective(objective, LADDER, COST, target)
     if form == "policy":
-        return PolicyLearner(PolicyAllocator(PolicyConfig((0.01, 1.0), **SHAPE)), look, aim, **options)
-    return ValueLearner(ValueAllocator(AllocatorConfig(**SHAPE)), look, aim, **options)
+        return PolicyLearner(PolicyNetwork(PolicyConfig((0.01, 1.0), **SHAPE)), look, aim, **options)
+    return ValueLearner(ValueNetwork(AllocatorConfig(**SHAPE)), look, aim, **options)
 
 
 class Planted:
@@ -117,7 +117,7 @@ def test_a_saved_learner_goes_on_as_if_it_had_not_stopped(form, tmp_path):
 
 def test_draws_of_a_policy_explore_at_prices_of_the_range(performer, cases):
     config = PolicyConfig((0.01, 1.0), **SHAPE)
-    learner = make("policy", CheapLook(performer, config), explore=0.3)
+    learner = make("policy", AllocatorInputs(performer, config), explore=0.3)
     with torch.no_grad():
         learner.allocator.head[-1].bias.copy_(torch.tensor([20.0, -20.0, -20.0]))
     drawn = learner.draw(cases[:4], 2000)

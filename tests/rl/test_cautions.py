@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from benchmarks.report_page import made_up
+from frugalpath.evaluation.cautions import cautions
 from frugalpath.evaluation.run import Outcome
-from frugalpath.evaluation.warnings import cautions
 
 
 @pytest.fixture

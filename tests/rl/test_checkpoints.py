@@ -6,7 +6,16 @@ from types import SimpleNamespace
 import pytest
 
 from frugalpath.errors import InputError
-from frugalpath.recipe.checkpoints import Clock, MarkWhole, checkpoints, fingerprint, is_done, last_whole, mark_done
+from frugalpath.recipe.checkpoints import (
+    Clock,
+    MarkWhole,
+    checkpoints,
+    fingerprint,
+    is_done,
+    last_whole,
+    mark_done,
+    mark_started,
+)
 
 
 def test_only_whole_checkpoints_are_resumed_from(tmp_path):
@@ -76,3 +85,27 @@ def test_the_fingerprint_depends_on_every_value():
     parts = {"a": 1, "b": {"c": [1, 2]}}
     assert fingerprint(parts) == fingerprint({"b": {"c": [1, 2]}, "a": 1})
     assert fingerprint(parts) != fingerprint({"a": 1, "b": {"c": [2, 1]}})
+
+
+def test_an_unfinished_stage_goes_on_with_its_own_settings_alone(tmp_path):
+    """A stage that was killed and started again with another learning rate went on with the old schedule."""
+    key = {"grpo": {"learning_rate": 1e-3}, "contents": {"training cases": "a", "reward files": "b"}}
+    mark_started(tmp_path, key)
+    mark_started(tmp_path, {**key, "grpo": {"learning_rate": 1e-4}})  # nothing is trained yet
+    mark_started(tmp_path, key)
+    (tmp_path / "checkpoint-2").mkdir()
+    mark_started(tmp_path, key)
+    with pytest.raises(InputError, match=r"holds checkpoints of a training with other settings \(grpo\)"):
+        mark_started(tmp_path, {**key, "grpo": {"learning_rate": 1e-4}})
+    other = {**key, "contents": {"training cases": "a", "reward files": "c"}}
+    with pytest.raises(InputError, match="from other reward files"):
+        mark_started(tmp_path, other)
+    mark_done(tmp_path, key, steps=2)
+    assert is_done(tmp_path, key)["steps"] == 2 and not (tmp_path / "started.json").exists()
+    with pytest.raises(InputError, match="was made from other training cases"):
+        is_done(tmp_path, {**key, "contents": {"training cases": "z"}})
+
+
+def test_a_stage_of_an_earlier_version_is_known_by_its_settings(tmp_path):
+    mark_done(tmp_path, {"seed": 1}, steps=2)
+    assert is_done(tmp_path, {"seed": 1, "contents": {"training cases": "a"}})["steps"] == 2

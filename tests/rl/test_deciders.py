@@ -9,21 +9,23 @@ import numpy as np
 import pytest
 import torch
 
+from frugalpath.allocator.base import TrainedRun
+from frugalpath.allocator.collapse import collapse
 from frugalpath.allocator.network import AllocatorConfig
 from frugalpath.allocator.objectives import Objective
-from frugalpath.allocator.policy import PolicyAllocator, PolicyConfig
+from frugalpath.allocator.policy import PolicyConfig, PolicyNetwork
 from frugalpath.allocator.score_table import COLUMNS, ScoreTable
-from frugalpath.allocator.value import ValueAllocator
+from frugalpath.allocator.value import ValueNetwork
 from frugalpath.errors import InputError
 from frugalpath.recipe.run import AllocatorOptions
-from frugalpath.rl.allocate import collapse, make_decider
+from frugalpath.rl.pipeline import fit_allocator
 from tests.conftest import LADDER, WIDTH
 
 COST = (0.1, 0.3, 1.0)
 
 
 class MiniRun:
-    """As much of `Stages` as deciders ask for: odd fields are answered by the largest budget alone."""
+    """As much of a run's data as allocators ask for: odd fields are answered by the largest budget alone."""
 
     def __init__(self, cases, folder, **options):
         rate = 3e-3 if options.get("form") == "policy" else 2e-2
@@ -38,9 +40,8 @@ class MiniRun:
         )
         many = [dataclasses.replace(c, id=f"{c.id}-{i}", patient=f"{c.patient}-{i}") for i in range(6) for c in cases]
         self.splits = {"val": many, "test": cases}
-        self.is_main = True
 
-    def table(self, name, performer, split) -> ScoreTable:
+    def table(self, split) -> ScoreTable:
         cases = self.splits[split]
         odd = np.array([int(c.images[0][-1]) % 2 for c in cases], dtype=bool)[:, None]
         score = np.where(odd, [0.0, 0.0, 1.0], [1.0, 1.0, 1.0])
@@ -49,32 +50,31 @@ class MiniRun:
         ids, patients, questions = ([getattr(c, k) for c in cases] for k in ("id", "patient", "question"))
         return ScoreTable(ids, patients, questions, list(LADDER), text=[["a"] * 3] * len(cases), **columns)
 
-    def objective(self, performer) -> Objective:
-        return Objective(self.run.allocator.objective, LADDER, COST, self.run.allocator.target)
-
-    def grpo_parts(self) -> dict:
-        return {}
+    def trained(self, performer) -> TrainedRun:
+        options = self.run.allocator
+        objective = Objective(options.objective, LADDER, COST, options.target)
+        return TrainedRun(self, performer, objective, {split: self.table(split) for split in self.splits})
 
     def start(self):
         torch.manual_seed(0)
         shape = {"ladder": LADDER, "look": (1, 4), "feature_dim": WIDTH, "width": 16, "buckets": 64, "dropout": 0.0}
         if self.run.allocator.form == "policy":
-            return PolicyAllocator(PolicyConfig((0.01, 1.0), look_dropout=0.0, **shape))
-        return ValueAllocator(AllocatorConfig(look_dropout=0.0, **shape))
+            return PolicyNetwork(PolicyConfig((0.01, 1.0), look_dropout=0.0, **shape))
+        return ValueNetwork(AllocatorConfig(look_dropout=0.0, **shape))
 
 
 @pytest.fixture
 def make(performer, cases, tmp_path):
     def decider(**options):
         run = MiniRun(cases, tmp_path, **{"price_range": [0.01, 1.0], **options})
-        return run, make_decider(run, performer, run.start())
+        return run, fit_allocator(run.trained(performer), run.start())
 
     return decider
 
 
 @pytest.mark.parametrize("form", ["value", "policy"])
 def test_a_fitted_allocator_spends_where_it_helps(make, performer, cases, form):
-    run, decider = make(form=form)
+    _, decider = make(form=form)
     assert decider.form == form
     expected = [2 * (i % 2) for i in range(8)]
     for split in ("test", "val"):
@@ -85,7 +85,7 @@ def test_a_fitted_allocator_spends_where_it_helps(make, performer, cases, form):
     assert rungs.tolist() == decider.decide("test", 0.3).rungs[:3].tolist() and len(look) == 3
     assert decider.settled is None and (decider.look_ms(cases[:2], 0.3) > 0).all()
     assert (decider.predicted("val") is None) == (form == "policy")
-    assert collapse(run, performer, decider) == []
+    assert collapse(decider) == []
 
 
 @pytest.mark.parametrize("form", ["value", "policy"])
@@ -113,7 +113,7 @@ def test_dual_settles_the_price_on_validation_cases(make, form):
 def test_prices_at_which_nothing_is_worth_its_cost_are_told(make, performer):
     run, decider = make(form="value")
     run.run.evaluation.prices = [2.0, 5.0]
-    (warning,) = collapse(run, performer, decider)
+    (warning,) = collapse(decider)
     assert "100% of cases the smallest budget; lower allocator.price" in warning
 
 
@@ -122,5 +122,5 @@ def test_a_start_of_another_form_is_refused(make, performer, cases, tmp_path):
     run.run.allocator.form = "value"
     start = run.start()
     run.run.allocator.form = "policy"
-    with pytest.raises(TypeError, match="no decider of the form policy starts from a ValueAllocator"):
-        make_decider(run, performer, start)
+    with pytest.raises(TypeError, match="no allocator of the form policy starts from a ValueNetwork"):
+        fit_allocator(run.trained(performer), start)

@@ -13,13 +13,13 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from frugalpath.allocator.forms import load_decider
 from frugalpath.allocator.network import AllocatorConfig
-from frugalpath.allocator.value import ValueAllocator
+from frugalpath.allocator.value import ValueNetwork
 from frugalpath.errors import InputError
+from frugalpath.recipe.cache_key import grpo_key, sft_key
 from frugalpath.recipe.checkpoints import DONE, fingerprint, is_done
+from frugalpath.recipe.finished import kept_form
 from frugalpath.recipe.run import Run, parse_recipe
-from frugalpath.rl.stages import Stages
 
 RECIPE: dict[str, Any] = {
     "cases": {"name": "simulator", "folder": "f"},
@@ -64,17 +64,15 @@ def read(folder: Path, **allocator: Any) -> Run:
 @pytest.mark.parametrize("form", ["value", "policy", "escalate", "text"])
 def test_finished_stages_stay_finished(tmp_path, form):
     run = read(tmp_path, form=form)
-    stages = Stages.__new__(Stages)
-    stages.run = run
-    stages.__dict__["bank"] = SimpleNamespace(missing=[])
-    now = stages.grpo_parts()
+    data = SimpleNamespace(run=run, bank=SimpleNamespace(missing=[]), digest=str)
+    now = grpo_key(data)
     text = {"form": "text"} if form == "text" else {}
     own = {**POLICY, "form": "policy"} if form == "policy" else {}
     # What comes of the trainer's arguments depends on the installed packages.
     before = {**SFT, **text, "rewards": now["rewards"], "grpo": now["grpo"], "allocator": {**ONLINE, **own}}
     fit = {**ONLINE, **FIT, **own, **({} if form == "value" else {"form": form})}
     found = [
-        ("sft", {**SFT, **text}, stages._sft_parts(1)),
+        ("sft", {**SFT, **text}, sft_key(data, 1)),
         ("grpo", before, now),
         ("allocator", {**before, "fit": fit}, {**now, "fit": run.allocator.settings()}),
     ]
@@ -88,9 +86,9 @@ def test_finished_stages_stay_finished(tmp_path, form):
 def test_a_saved_allocator_is_read(tmp_path):
     (tmp_path / "config.json").write_text(CONFIG)
     torch.manual_seed(0)
-    made = ValueAllocator(AllocatorConfig(ladder=(1, 4), look=(1,), feature_dim=8, width=16, buckets=64)).eval()
+    made = ValueNetwork(AllocatorConfig(ladder=(1, 4), look=(1,), feature_dim=8, width=16, buckets=64)).eval()
     save_file(made.state_dict(), tmp_path / "model.safetensors", {"format": "pt"})
-    again = ValueAllocator.from_pretrained(tmp_path)
+    again = ValueNetwork.from_pretrained(tmp_path)
     look, question = torch.randn(3, 2, 1, 8), torch.ones(3, 4, dtype=torch.long)
     assert torch.equal(again(look, question), made(look, question))
     again.save_pretrained(tmp_path / "again")
@@ -104,14 +102,14 @@ def test_a_saved_allocator_that_needs_what_was_removed_is_refused(tmp_path, chan
     (tmp_path / "config.json").write_text(json.dumps({**json.loads(CONFIG), **changes}))
     (key,) = changes
     with pytest.raises(InputError, match=rf"{key} .* was removed before 0\.1\.0.*train again"):
-        ValueAllocator.from_pretrained(tmp_path)
+        ValueNetwork.from_pretrained(tmp_path)
 
 
 def test_a_run_of_a_removed_form_is_refused(tmp_path):
     (tmp_path / "allocator").mkdir()
     (tmp_path / "allocator" / "decider.json").write_text('{"form": "split"}')
     with pytest.raises(InputError, match=r"decider.json: form 'split' was removed"):
-        load_decider(SimpleNamespace(run=SimpleNamespace(folder=tmp_path)), None)
+        kept_form(SimpleNamespace(folder=tmp_path))
 
 
 def test_removed_keys_at_their_defaults_are_passed_over_with_a_warning(tmp_path, caplog):

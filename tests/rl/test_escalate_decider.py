@@ -7,26 +7,26 @@ import json
 import numpy as np
 import pytest
 
-from frugalpath.allocator.cascade import EscalateDecider, fit_escalate, load_escalate
+from frugalpath.allocator.cascade import CascadeAllocator, fit_cascade, load_cascade
 from tests.rl.planted import BUDGETS, PRICES, planted
 
 
 @pytest.fixture(params=["all kinds alike", "by kind"])
-def decider(request, make_performer, cases, tmp_path, monkeypatch) -> EscalateDecider:
+def decider(request, make_performer, cases, tmp_path, monkeypatch) -> CascadeAllocator:
     if request.param == "by kind":
         monkeypatch.setattr("frugalpath.allocator.cascade_plan.ENOUGH", 1)
-    stages, performer, _ = planted(make_performer, cases, tmp_path)
-    return fit_escalate(stages, performer, stages.table("grpo", performer, "val"))
+    trained, _ = planted(make_performer, cases, tmp_path)
+    return fit_cascade(trained)
 
 
 def test_what_is_decided_from_the_table_is_what_happens(decider):
-    cases = decider.stages.splits["test"]
+    cases = decider.data.splits["test"]
     looked = set()
     for price in PRICES:
         decided = decider.decide("test", price)
         rungs, look = decider.choose(cases, price)
         np.testing.assert_array_equal(rungs, decided.rungs)
-        table = decider.stages.table("grpo", decider.performer, "test")
+        table = decider.trained.tables["test"]
         other = decider.decide_on(cases, price, table)
         np.testing.assert_array_equal(other.rungs, decided.rungs)
         np.testing.assert_allclose(other.cost, decided.cost)
@@ -44,12 +44,12 @@ def test_what_is_decided_from_the_table_is_what_happens(decider):
 
 def test_deciding_costs_what_the_looks_before_the_last_took(decider):
     """Of every case that went from rung 0 straight to the last, by hand."""
-    table = decider.stages.table("grpo", decider.performer, "test")
+    table = decider.trained.tables["test"]
     for price in PRICES:
         decided = decider.decide("test", price)
         plans = [decider.plan(price, decider.known.about(kind)) for kind in table.questions]
         start = np.array([plan.start for plan in plans])
-        cases = decider.stages.splits["test"]
+        cases = decider.data.splits["test"]
         stayed = np.array([len(decider.answer(case, price).looks) == 1 for case in cases])
         assert (decided.rungs[stayed] == start[stayed]).all()
         asked = np.where(start == 2, 0, decider.known.forecast.flops)
@@ -61,7 +61,7 @@ def test_deciding_costs_what_the_looks_before_the_last_took(decider):
 
 
 def test_plans_are_written(decider):
-    rows = json.loads((decider.stages.run.folder / "allocator" / "escalate.json").read_text())
+    rows = json.loads((decider.data.run.folder / "allocator" / "escalate.json").read_text())
     kinds = [None, *decider.known.kinds]
     assert [(r["price"], r["question"]) for r in rows] == [(p, k) for p in PRICES for k in kinds]
     starts = [decider.plan(r["price"], decider.known.about(r["question"])).start for r in rows]
@@ -77,8 +77,8 @@ def test_validation_cases_are_decided_by_fits_that_had_not_seen_them(decider):
 
 
 def test_what_was_learnt_is_read_again_and_decides_alike(decider):
-    again = load_escalate(decider.stages, decider.performer)
-    cases = decider.stages.splits["test"]
+    again = load_cascade(decider.trained)
+    cases = decider.data.splits["test"]
     for price in (*PRICES, 0.07):
         for kind in ("diagnosis", "never asked"):
             plan = decider.plan(price, decider.known.about(kind))
@@ -89,5 +89,5 @@ def test_what_was_learnt_is_read_again_and_decides_alike(decider):
 
 
 def test_time_of_deciding_is_not_negative(decider):
-    times = decider.look_ms(decider.stages.splits["test"], 0.1)
+    times = decider.look_ms(decider.data.splits["test"], 0.1)
     assert len(times) == 4 and (times >= 0).all()

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 
 from frugalpath.allocator.cascade_plan import ENOUGH, Experience, Plan, best_plan, best_threshold, stop_when_sure, walk
-from frugalpath.allocator.forecast import Forecast, Seen, common_answers, fit_forecast, fit_forecast_by_patient
+from frugalpath.allocator.forecast import Forecast, Observations, common_answers, fit_forecast, fit_forecast_by_patient
 
 FRESH = np.array([1.0, 3.0, 10.0])
 """FLOPs of an answer at each rung; a look before it saves half a unit."""
 COST = np.vstack([FRESH, *[np.where(np.arange(3) == j, 0.0, FRESH - 0.5) for j in range(3)]])
 
 
-def world(count: int = 600, seed: int = 0) -> tuple[Seen, np.ndarray]:
+def world(count: int = 600, seed: int = 0) -> tuple[Observations, np.ndarray]:
     """Easy cases, which every rung solves and is sure of; hard ones, which the last rung solves and the others guess
     with little confidence; hopeless ones of a kind of their own, which are sure of a wrong answer."""
     rng = np.random.default_rng(seed)
@@ -20,7 +20,7 @@ def world(count: int = 600, seed: int = 0) -> tuple[Seen, np.ndarray]:
     sure = np.where((easy | hopeless)[:, None], 0.95, 0.5) + rng.uniform(-0.04, 0.04, (count, 3))
     text = [["a", "a", "a"] if e or h else ["a", "b", "c"] for e, h in zip(easy, hopeless, strict=True)]
     kinds = ["colour" if h else "shape" for h in hopeless]
-    return Seen.of(sure, text, kinds), score.astype(float)
+    return Observations.of(sure, text, kinds), score.astype(float)
 
 
 def patients(count: int) -> list[str]:
@@ -65,7 +65,7 @@ def test_a_fit_that_has_not_seen_a_patient_does_not_hang_on_it():
 def test_what_was_not_asked_is_not_read(fitted):
     forecast, _ = fitted
     seen, _ = world(40, seed=2)
-    unknown = Seen(seen.confidence.copy(), seen.text.copy(), seen.questions)
+    unknown = Observations(seen.confidence.copy(), seen.text.copy(), seen.questions)
     unknown.confidence[:, 2], unknown.confidence[:, 1] = np.nan, np.nan
     unknown.text[:, 1:] = "z"
     looked = np.tile([True, False, False], (40, 1))
@@ -153,7 +153,7 @@ def test_a_kind_that_a_fold_lacks_is_no_error():
     seen.questions[:2] = "rare"
     forecast, fold = fit_forecast_by_patient(seen, score, patients(30))
     assert np.isfinite(forecast.weights).all()
-    unknown = Seen(seen.confidence, seen.text, np.array(["new"] * 30))
+    unknown = Observations(seen.confidence, seen.text, np.array(["new"] * 30))
     looked = np.tile([True, False, False], (30, 1))
     assert np.isfinite(forecast.expected(unknown, 0, looked, fold)).all()
     assert fit_forecast(seen, score, ["shape"], ["shape: a"]).weights.shape[0] == 1
@@ -165,7 +165,7 @@ def test_an_answer_that_is_often_wrong_makes_it_go_on():
     wrong = rng.random(400) < 0.5
     score = np.stack([~wrong, ~wrong, np.ones(400, dtype=bool)], 1).astype(float)
     text = [["no", "no", "yes"] if w else ["yes"] * 3 for w in wrong]
-    seen = Seen.of(np.full((400, 3), 0.8), text, ["shape"] * 400)
+    seen = Observations.of(np.full((400, 3), 0.8), text, ["shape"] * 400)
     assert common_answers(seen) == ["shape: no", "shape: yes"] and common_answers(seen, 401) == []
     forecast, fold = fit_forecast_by_patient(seen, score, patients(400))
     flops = np.tile(COST, (400, 1, 1))
@@ -179,7 +179,7 @@ def test_a_kind_of_question_has_a_plan_of_its_own_where_there_are_enough():
     easy = np.arange(n) % 2 == 0
     score = np.stack([easy, easy, np.ones(n, dtype=bool)], 1).astype(float)
     kinds = ["easy" if e else "hard" for e in easy]
-    seen = Seen.of(np.full((n, 3), 0.8), [["same"] * 3] * n, kinds)
+    seen = Observations.of(np.full((n, 3), 0.8), [["same"] * 3] * n, kinds)
     forecast, fold = fit_forecast_by_patient(seen, score, patients(n))
     flops = np.tile(COST * 1e6, (n, 1, 1))
     known = Experience(forecast, fold, seen, score, flops)
@@ -196,13 +196,13 @@ def test_the_answer_that_is_most_likely_right_is_kept():
     first = rng.random(600) < 0.5
     score = np.stack([first, first, ~first], 1).astype(float)
     sure = np.stack([np.where(first, 0.99, 0.4), np.where(first, 0.99, 0.4), np.full(600, 0.9)], 1)
-    seen = Seen.of(sure, [["a", "a", "b"]] * 600, ["shape"] * 600)
+    seen = Observations.of(sure, [["a", "a", "b"]] * 600, ["shape"] * 600)
     forecast, fold = fit_forecast_by_patient(seen, score, patients(600))
     everything = np.ones((600, 3), dtype=bool)
     assert (score[np.arange(600), forecast.best(seen, everything, fold)] == 1).all()
     alone = np.tile([False, True, False], (600, 1))
     np.testing.assert_array_equal(forecast.best(seen, alone, fold), 1)
-    unseen = Seen(np.where(alone, sure, np.nan), seen.text, seen.questions)
+    unseen = Observations(np.where(alone, sure, np.nan), seen.text, seen.questions)
     np.testing.assert_array_equal(forecast.best(unseen, alone, fold), 1)
     flops = np.tile(COST * 1e6, (600, 1, 1))
     rungs, *_ = walk(Plan(0, False), forecast, seen, fold, flops, COST / 10, 0.0)

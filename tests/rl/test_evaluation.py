@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
-from frugalpath.allocator.base import Decider, Decisions
+from frugalpath.allocator.base import Allocator, Decisions, TrainedRun
 from frugalpath.allocator.score_table import ScoreTable
 from frugalpath.bootstrap import Bootstrap
 from frugalpath.evaluation.latency import TIMED, measure, measured_once
@@ -188,11 +188,14 @@ def test_the_rules_of_the_operating_price(options, price):
     assert found["rule"] == ("price" if "price" in options else options["operating"])
 
 
-class Fixed(Decider):
+class Fixed(Allocator):
     """Chooses the middle budget; dearer to decide at a high price."""
 
     form = "fixed"
-    ladder = list(BUDGETS)
+
+    def __init__(self):
+        data = SimpleNamespace(run=SimpleNamespace(ladder=list(BUDGETS), allocator=AllocatorOptions()))
+        super().__init__(TrainedRun(data, None, None))
 
     def choose(self, cases, price):
         return np.ones(len(cases), int), np.full(len(cases), 1.0 + (price > 0.1))
@@ -203,8 +206,7 @@ class Fixed(Decider):
 
 def test_what_was_timed_is_kept_beside_the_tables(make_performer, cases, tmp_path):
     decider, performer = Fixed(), make_performer()
-    run = SimpleNamespace(allocator=AllocatorOptions())
-    decider.stages = SimpleNamespace(run=run, is_main=True)
+    run = decider.data.run
     many = [cases[i % len(cases)] for i in range(4)]
 
     def timed(prices, text="x"):

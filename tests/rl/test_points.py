@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from frugalpath.allocator.score_table import chosen
 from frugalpath.bootstrap import Bootstrap
-from frugalpath.evaluation.frontier import chosen, mixed, oracle_rungs, pick_price, point
+from frugalpath.evaluation.frontier import mixed, oracle_rungs, pick_price, point
 
 quick = settings(max_examples=50, deadline=None)
 

@@ -14,7 +14,8 @@ import pytest
 from frugalpath.envs.case import Case
 from frugalpath.errors import InputError
 from frugalpath.evaluation.report.writing import missing_slides
-from frugalpath.recipe.data import check_questions, load_features, load_rewards
+from frugalpath.recipe.data import check_questions, load_rewards
+from frugalpath.recipe.features import load_features
 from frugalpath.recipe.run import EncoderConfig
 from frugalpath.recipe.sft import Stage
 from frugalpath.slides.store import Features, read_features, write_features

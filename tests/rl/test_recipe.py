@@ -10,9 +10,10 @@ import pytest
 import yaml
 
 from frugalpath.errors import InputError
+from frugalpath.recipe.cache_key import grpo_key
 from frugalpath.recipe.run import AllocatorOptions, parse_recipe
 from frugalpath.recipe.sft import Stage
-from frugalpath.rl.stages import Stages
+from frugalpath.rl.pipeline import check_answers
 
 RECIPES = sorted((Path(__file__).parents[2] / "configs" / "recipes").glob("*.yaml"))
 
@@ -342,9 +343,8 @@ def test_a_stage_that_is_not_known_is_named(recipe, stages, message):
 
 @pytest.mark.parametrize("kind", ["mae", "contrastive"])
 def test_grpo_does_not_start_from_what_cannot_answer(kind):
-    run = SimpleNamespace(sft=[Stage("align", "sft_align", {}), Stage(kind, "sft", {})])
     with pytest.raises(InputError, match=f"after the stage {kind} nothing answers questions yet"):
-        Stages.joint(SimpleNamespace(run=run))
+        check_answers([Stage("align", "sft_align", {}), Stage(kind, "sft", {})])
 
 
 @pytest.mark.parametrize(
@@ -401,7 +401,6 @@ def test_vllm_goes_with_qwen_and_where_it_runs_does_not_make_another_run(recipe)
     assert here.grpo.use_vllm and there.grpo.vllm_mode == "server"
     parts = []
     for run in (here, there):
-        stages = object.__new__(Stages)
-        stages.run, stages.bank = run, SimpleNamespace(missing=())
-        parts.append(stages.grpo_parts()["grpo"])
+        data = SimpleNamespace(run=run, bank=SimpleNamespace(missing=()), digest=str)
+        parts.append(grpo_key(data)["grpo"])
     assert parts[0] == parts[1] and parts[0]["use_vllm"]

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from frugalpath.allocator.score_table import COLUMNS, ScoreTable, score_table
+from frugalpath.allocator.score_table import COLUMNS, ScoreTable, TableKey, score_table
 from frugalpath.envs.case import case_columns, extra_columns
 from frugalpath.errors import InputError
+from frugalpath.recipe.cache_key import reward_digest
 from frugalpath.rewards.registry import get_rewards
 from frugalpath.rewards.scoring import Scorer
 
@@ -69,9 +71,59 @@ def test_a_table_answers_every_case_at_every_budget(performer, cases, tmp_path):
     alone = [[performer.answer([c], [b], 4)[0].text for b in (0, 4)] for c in cases[:4]]
     assert made.text == alone
     # The second time it is read, whatever the performer would say.
-    content = path.read_text().replace('"case0"', '"renamed"')
-    path.write_text(content)
-    assert score_table(performer, cases[:4], [0, 4], scorer, 4, path=path).ids[0] == "renamed"
+    written = path.read_text()
+    path.write_text(written.replace(json.dumps(made.text[0][1]), '"renamed"', 1))
+    assert score_table(performer, cases[:4], [0, 4], scorer, 4, path=path).text[0][1] == "renamed"
+
+
+def make_data(cases, base, rewards=("choice",), max_new_tokens=4):
+    run = SimpleNamespace(rewards=list(rewards), base=base)
+    return SimpleNamespace(run=run, splits={"val": cases}, max_new_tokens=max_new_tokens)
+
+
+def test_a_table_knows_what_it_was_made_of(performer, cases, tmp_path, monkeypatch):
+    """Labels mended in place, rows added, another reward file or length: new gold answers stood beside old scores."""
+    reward_file = tmp_path / "mine.py"
+    reward_file.write_text(
+        "def mine(completions, answer, **columns):\n    return [float(len(a) % 2) for a in answer]\n"
+    )
+    name, path, made = "mine.py:mine", tmp_path / "t.jsonl", []
+    answer = performer.answer
+
+    def counted(shown, *args):
+        made.append(len(shown))
+        return answer(shown, *args)
+
+    monkeypatch.setattr(performer, "answer", counted)
+
+    def again(members=tuple(cases[:4]), key=("sft",), max_new_tokens=4):
+        data = make_data(list(members), tmp_path, [name], max_new_tokens)
+        scorer = Scorer(get_rewards([name], base=tmp_path), 16)
+        made.clear()
+        stage = TableKey.of(data, {"stage": key}, data.splits["val"])
+        found = score_table(performer, data.splits["val"], [4], scorer, max_new_tokens, path=path, key=stage)
+        return found.score[:, 0].tolist(), sum(made)
+
+    first, answered = again()
+    assert answered == 4 and again() == (first, 0)
+    mended = [dataclasses.replace(cases[0], answer=cases[0].answer + "x"), *cases[1:4]]
+    assert again(mended) == ([1 - first[0], *first[1:]], 0), (
+        "a mended label is scored against the answer that is there"
+    )
+    assert again() == (first, 0)
+    assert again(max_new_tokens=3)[1] == 4 and again()[1] == 4, "answers of another length are other answers"
+    assert again(key=("grpo",))[1] == 4 and again()[1] == 4, "so are those of another performer"
+    assert again(cases[:5])[1] == 5, "and those to other cases"
+    asked = [dataclasses.replace(cases[0], prompt="Is it?"), *cases[1:5]]
+    assert again(asked)[1] == 5, "and those to other questions"
+
+
+def test_a_changed_reward_file_is_another_digest(tmp_path):
+    (tmp_path / "mine.py").write_text("def mine(completions, **columns):\n    return [1.0]\n")
+    run = SimpleNamespace(rewards=[{"name": "mine.py:mine"}], base=tmp_path)
+    before = reward_digest(run)
+    (tmp_path / "mine.py").write_text("def mine(completions, **columns):\n    return [0.0]\n")
+    assert reward_digest(run) != before
 
 
 def say(answer: str) -> str:

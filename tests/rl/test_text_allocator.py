@@ -12,17 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from frugalpath.allocator.text import SYSTEM, TURN, TextAllocator, text_decider
+from frugalpath.allocator.base import TrainedRun
+from frugalpath.allocator.objectives import Objective
+from frugalpath.allocator.text import BudgetWriter
 from frugalpath.envs.case import Case
 from frugalpath.errors import InputError
 from frugalpath.models.build import PerformerConfig, build_performer
 from frugalpath.models.performer import SlidePerformer
 from frugalpath.recipe.checkpoints import stage_seconds
 from frugalpath.recipe.grpo import FrugalConfig
-from frugalpath.recipe.run import AllocatorOptions, TextOptions
+from frugalpath.recipe.run import SYSTEM, TURN, AllocatorOptions, TextOptions
 from frugalpath.rewards.registry import get_rewards
 from frugalpath.rewards.scoring import Scorer
-from frugalpath.rl.text_allocator import TokenReward, text_config, train_text
+from frugalpath.rl.text_allocator import TokenReward, fit_text, text_config, train_text
 from frugalpath.sft.supervised import sft_config, train_sft
 from frugalpath.values import checked
 from tests.conftest import LADDER
@@ -95,11 +97,13 @@ def make_stages(cases, tmp_path):
         )
         split = {"train": shown, "val": shown[:4], "test": shown[4:]}
         scorer = Scorer(get_rewards(["tests.rl.test_text_allocator:sees_enough"]), LADDER[-1])
-        return SimpleNamespace(
-            run=run, splits=split, scorer=scorer, max_new_tokens=8, is_main=True, grpo_parts=lambda: {"seed": 0}
-        )
+        return SimpleNamespace(run=run, splits=split, scorer=scorer, max_new_tokens=8)
 
     return make
+
+
+def trained(data: SimpleNamespace, performer: SlidePerformer) -> TrainedRun:
+    return TrainedRun(data, performer, Objective("linear", LADDER, (0.1, 0.3, 1.0)), key={"seed": 0})
 
 
 def sees_enough(completions, tokens, **columns) -> list[float]:
@@ -113,7 +117,7 @@ def sees_enough(completions, tokens, **columns) -> list[float]:
 )
 def test_the_published_vectors(performer, cases, monkeypatch, native, answer, score, worth):
     """Methods 1.11."""
-    allocator = TextAllocator(performer, {"r": 4}, look=4, default=256)
+    allocator = BudgetWriter(performer, {"r": 4}, look=4, default=256)
     monkeypatch.setattr(performer, "native", lambda source: native)
     monkeypatch.setattr(performer, "room", lambda source: native)
     asked: list[int] = []
@@ -132,7 +136,7 @@ def test_the_published_vectors(performer, cases, monkeypatch, native, answer, sc
 
 
 def test_the_other_preset_has_a_price(performer, cases):
-    allocator = TextAllocator(performer, {"r": 4}, look=4, default=16)
+    allocator = BudgetWriter(performer, {"r": 4}, look=4, default=16)
 
     def answers(some, budgets):
         return [SimpleNamespace(score=1.0) for _ in some]
@@ -148,7 +152,7 @@ def test_the_adapter_learns_and_the_performer_stays_bit_for_bit(make_taught, mak
     answers = performer.answer(cases, [16, 4] * 4, 6)
     grpo = {"num_generations": 8, "max_steps": 12, "per_device_train_batch_size": 32, "learning_rate": 2e-3}
     stages = make_stages(text={"grpo": {**grpo, "save_strategy": "no"}})
-    allocator = train_text(stages, performer)
+    allocator = train_text(trained(stages, performer))
     folder = stages.run.folder
     taught, learnt = (
         torch.cat([v.flatten() for v in load(folder / name).values()]) for name in ("text_warm_start", "text")
@@ -165,7 +169,7 @@ def test_the_adapter_learns_and_the_performer_stays_bit_for_bit(make_taught, mak
     worth = [row["rewards/tokens/mean"] for row in log]
     assert len(log) == record["steps"] == 12 and np.mean(worth[-3:]) > worth[0], "4 tokens are worth more than 2 or 16"
     assert record["flops"] > 0
-    read = train_text(stages, make_taught())
+    read = train_text(trained(stages, make_taught()))
     assert read.ask(cases, 8) == allocator.ask(cases, 8), "a finished stage is read"
 
 
@@ -179,13 +183,11 @@ def test_a_resumed_stage_ends_where_the_whole_one_ends(make_taught, make_stages,
     for cut in (False, True):
         name = f"cut{cut}"
         if cut:
-            train_text(
-                make_stages(name, {"warm_start": HARDLY, "grpo": {"num_generations": 4, "max_steps": 2}}, beta=beta),
-                make_taught(),
-            )
+            half = {"warm_start": HARDLY, "grpo": {"num_generations": 4, "max_steps": 2}}
+            train_text(trained(make_stages(name, half, beta=beta), make_taught()))
             (make_stages(name).run.folder / "text" / "done.json").unlink()
         stages = make_stages(name, {"warm_start": HARDLY}, beta=beta)
-        train_text(stages, make_taught())
+        train_text(trained(stages, make_taught()))
         ends.append(load(stages.run.folder / "text"))
         log = json.loads((stages.run.folder / "text" / "done.json").read_text())["log"]
         assert [row["step"] for row in log if "reward" in row] == [1, 2, 3, 4]
@@ -201,10 +203,10 @@ def test_a_resumed_stage_ends_where_the_whole_one_ends(make_taught, make_stages,
 def test_it_decides_once_whatever_the_price(make_taught, make_stages, cases, monkeypatch):
     quick = {"warm_start": HARDLY, "grpo": {"num_generations": 4, "max_steps": 1}}
     stages, performer = make_stages(text=quick), make_taught()
-    decider = text_decider(stages, performer)
+    decider = fit_text(trained(stages, performer))
     assert decider.prices([0.0, 0.1, 1.0]) == [0.0] and decider.predicted("test") is None
     decisions = decider.decide("test", 0.3)
-    asked = decider.allocator.ask(cases[4:], 8)
+    asked = decider.writer.ask(cases[4:], 8)
     budgets = [a.budget for a in asked]
     assert decisions.price == 0.3 and [d["budget"] for d in decisions.details] == budgets
     answers = performer.answer(cases[4:], budgets, 8)
@@ -213,13 +215,13 @@ def test_it_decides_once_whatever_the_price(make_taught, make_stages, cases, mon
     assert decisions.flops.tolist() == [a.flops for a in answers]
     assert decisions.look.tolist() == [a.flops for a in asked]
     assert decisions.score.tolist() == sees_enough(None, decisions.visual)
-    prompt = decider.allocator.prompt(cases[4])
+    prompt = decider.writer.prompt(cases[4])
     assert decisions.look[0] > performer.shape.prefill(len(prompt)), "the whole pass of the allocator is paid for"
     rungs, flops = decider.choose(cases[4:], 0.3)
     assert rungs.tolist() == decisions.rungs.tolist() and flops.tolist() == decisions.look.tolist()
-    assert (decider.look_ms(decider.stages.splits["test"][:2], 0.1) > 0).all()
-    monkeypatch.setattr(TextAllocator, "ask", lambda *rest: pytest.fail("what was decided is kept"))
-    later = text_decider(make_stages(text=quick), make_taught()).decide("test", 0.3)
+    assert (decider.look_ms(decider.data.splits["test"][:2], 0.1) > 0).all()
+    monkeypatch.setattr(BudgetWriter, "ask", lambda *rest: pytest.fail("what was decided is kept"))
+    later = fit_text(trained(make_stages(text=quick), make_taught())).decide("test", 0.3)
     assert np.array_equal(later.score, decisions.score) and later.details == decisions.details
 
 
@@ -228,14 +230,14 @@ def test_it_learns_over_qwen_too(make_qwen, make_stages, image_cases):
     performer = make_qwen()
     before = performer.answer(image_cases, [4] * 6, 4)
     stages = make_stages(text={"warm_start": None, "grpo": {"num_generations": 4, "max_steps": 1}}, shown=image_cases)
-    decisions = text_decider(stages, performer).decide("val", 0.1)
+    decisions = fit_text(trained(stages, performer)).decide("val", 0.1)
     assert [d["budget"] for d in decisions.details] == [16, 10, 0, 16], "no more than the images give"
     assert decisions.visual.tolist() == [16, 10, 0, 8]
     assert [a.text for a in performer.answer(image_cases, [4] * 6, 4)] == [a.text for a in before]
 
 
 def test_rungs_are_the_nearest_by_doublings(make_performer, make_stages):
-    decider = text_decider(make_stages(text={"warm_start": None, "grpo": {"max_steps": 1}}), make_performer())
+    decider = fit_text(trained(make_stages(text={"warm_start": None, "grpo": {"max_steps": 1}}), make_performer()))
     assert decider._nearest([0, 1, 2, 3, 7, 9, 16, 300]).tolist() == [0, 0, 0, 1, 1, 2, 2, 2]
     (warning,) = decider.warnings()
     assert "writes no budget for 100% of the validation cases, which then get 16 tokens" in warning

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from frugalpath.allocator.value import ValueDecider, fit_value
+from frugalpath.allocator.value import ValueAllocator, fit_value
 from tests.rl.planted import PRICES, planted
 
 
@@ -14,20 +14,19 @@ def world(make_performer, cases, tmp_path):
     return planted(make_performer, cases, tmp_path)
 
 
-def fit(world) -> ValueDecider:
-    stages, performer, allocator = world
-    return fit_value(stages, performer, allocator, stages.table("grpo", performer, "val"))
+def fit(world) -> ValueAllocator:
+    return fit_value(*world)
 
 
 def test_what_is_decided_from_the_table_is_decided_for_the_cases(world):
     decider = fit(world)
     for price in PRICES:
         decided = decider.decide("test", price)
-        rungs, look = decider.choose(decider.stages.splits["test"], price)
+        rungs, look = decider.choose(decider.data.splits["test"], price)
         np.testing.assert_array_equal(rungs, decided.rungs)
         np.testing.assert_allclose(look, decided.look)
     assert (decider.decide("test", 3.0).rungs == 0).all(), "at a high price the smallest"
-    assert list(decider.rung_cost) == world[0].rung_cost(world[1])
+    assert decider.objective == world[0].objective
 
 
 def test_a_fit_is_read_again(world):
@@ -39,4 +38,4 @@ def test_a_fit_is_read_again(world):
 def test_a_look_costs_its_network(world):
     decider = fit(world)
     decided = decider.decide("test", 0.1)
-    np.testing.assert_array_equal(decided.look, [decider.allocator.flops(n) for n in (1, 1, 1, 2)])
+    np.testing.assert_array_equal(decided.look, [decider.network.flops(n) for n in (1, 1, 1, 2)])

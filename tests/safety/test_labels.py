@@ -14,10 +14,10 @@ from torch import nn
 
 from frugalpath.envs.files import inspect_files
 from frugalpath.evaluation.report.pictures import read_whole
-from frugalpath.slides.encoder import PatchEncoder
 from frugalpath.slides.extraction import extract_slides
 from frugalpath.slides.images import slide_format
 from frugalpath.slides.options import ExtractOptions
+from frugalpath.slides.patch_encoder import PatchEncoder
 
 APERIO = "Aperio Image Library v11.2.1\n"
 RED, BLUE = (255, 0, 0), (0, 0, 255)

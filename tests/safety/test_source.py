@@ -9,7 +9,21 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("benchmarks", "envs", "models", "rewards", "rl", "sft", "slides")
+PACKAGES = (
+    "benchmarks",
+    "frugalpath",
+    "slides",
+    "envs",
+    "rewards",
+    "models",
+    "recipe",
+    "allocator",
+    "evaluation",
+    "sft",
+    "rl",
+    "deploy",
+    "doctor",
+)
 FILES = sorted(path for name in PACKAGES for path in (ROOT / name).rglob("*.py"))
 RUNS_CODE = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 # Rewards in worker processes: what is pickled goes through a pipe from this program to itself.

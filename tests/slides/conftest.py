@@ -12,7 +12,7 @@ import torch
 from scipy import ndimage
 from torch import nn
 
-from frugalpath.slides.encoder import PatchEncoder
+from frugalpath.slides.patch_encoder import PatchEncoder
 
 GLASS = 243
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from frugalpath.errors import InputError
-from frugalpath.slides.encoder import IMAGENET_MEAN, IMAGENET_STD, load_encoder, usable_device
+from frugalpath.slides.encoder import load_encoder
+from frugalpath.slides.patch_encoder import IMAGENET_MEAN, IMAGENET_STD, usable_device
 
 
 @pytest.fixture(scope="module")

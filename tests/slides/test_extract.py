@@ -234,7 +234,16 @@ def test_a_damaged_slide_does_not_hang_fastslide(make_slide, corrupt_tile, tmp_p
     folder = corrupt_tile(make_slide("damaged.tif"), 4, page=1).parent
     make_slide("good.tif")
     options = ["--backend", "auto", "--read_timeout", "1", "--tile_px", "64", "--min_tissue", "0"]
-    command = [sys.executable, "-m", "frugalpath.slides.extract", "--slides", str(folder), "--out", str(tmp_path / "o"), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "frugalpath.slides.extract",
+        "--slides",
+        str(folder),
+        "--out",
+        str(tmp_path / "o"),
+        *options,
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     statuses = {n: json.loads((tmp_path / f"o/status/{n}.json").read_text()) for n in ("damaged", "good")}
     assert statuses["damaged"]["status"] == "failed" and "damaged at level 1" in statuses["damaged"]["reason"]

@@ -9,9 +9,9 @@ from PIL import Image
 from torch import nn
 
 from frugalpath.errors import InputError
-from frugalpath.slides.encoder import PatchEncoder
 from frugalpath.slides.field_store import load_stored
 from frugalpath.slides.fields import encode_fields
+from frugalpath.slides.patch_encoder import PatchEncoder
 from frugalpath.slides.store import write_features
 
 STRIDE = 16

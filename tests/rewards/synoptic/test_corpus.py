@@ -6,8 +6,9 @@ import pytest
 from sklearn.metrics import cohen_kappa_score
 
 from frugalpath.rewards.synoptic.corpus import corpus_report, table_text
-from frugalpath.rewards.synoptic.parse import Report, parse_report
+from frugalpath.rewards.synoptic.parse import parse_report
 from frugalpath.rewards.synoptic.protocol import load_protocol
+from frugalpath.rewards.synoptic.report import Report
 from frugalpath.rewards.synoptic.score import score_case
 
 SIMULATOR, BIOPSY = load_protocol("simulator"), load_protocol("biopsy")

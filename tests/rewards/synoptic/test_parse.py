@@ -5,8 +5,9 @@ import time
 
 import pytest
 
-from frugalpath.rewards.synoptic.parse import MAX_CHARS, parse_report, read_record, split_outside
+from frugalpath.rewards.synoptic.parse import MAX_CHARS, parse_report, read_record
 from frugalpath.rewards.synoptic.protocol import load_protocol
+from frugalpath.rewards.synoptic.report import split_outside
 from frugalpath.rewards.synoptic.reward import synoptic
 
 SIMULATOR, BIOPSY = load_protocol("simulator"), load_protocol("biopsy")

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from sklearn.metrics import cohen_kappa_score
 
 from frugalpath.rewards.synoptic.corpus import corpus_report
-from frugalpath.rewards.synoptic.parse import Report, parse_report
+from frugalpath.rewards.synoptic.parse import parse_report
 from frugalpath.rewards.synoptic.protocol import load_protocol
+from frugalpath.rewards.synoptic.report import Report
 from frugalpath.rewards.synoptic.score import credit_of, score_case
 from frugalpath.rewards.synoptic.similarity import similarity
 
