@@ -30,6 +30,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_ours_in_bfloat16_is_no_further_from_float32_than_trl():
     done = run("--only", "llama 64x2", "--seeds", "3")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -44,6 +45,7 @@ def test_ours_in_bfloat16_is_no_further_from_float32_than_trl():
     assert found["n"] == 3 and "--only 'llama 64x2'" in found["command"]
 
 
+@pytest.mark.slow
 def test_a_setting_that_is_not_there_and_flex_without_a_gpu_are_refused():
     done = run("--only", "mamba")
     assert done.returncode and "no such setting; there are: llama 64x2" in done.stderr and not done.stdout
@@ -51,6 +53,7 @@ def test_a_setting_that_is_not_there_and_flex_without_a_gpu_are_refused():
     assert done.returncode == 2 and "add --device cuda" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("lora", "sharp"), [(False, 1.0), (True, 4.0)])
 def test_both_trainers_get_the_same_weights_prompts_images_and_completions(lora, sharp):
     """In float32 they agree, in bfloat16 they do not; two seeds have nothing in common."""

@@ -45,6 +45,7 @@ def rehearsed(tmp_path_factory) -> tuple[Path, int, str]:
     return out, process.returncode, printed
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_is_a_line_and_the_others_go_on(rehearsed):
     out, status, printed = rehearsed
     ends = [line for line in lines_of(out) if line["status"] != "measured"]
@@ -58,6 +59,7 @@ def test_a_part_that_fails_is_a_line_and_the_others_go_on(rehearsed):
     assert sorted(p.name for p in out.iterdir()) == ["gpu.jsonl", "gpu.log"], "nothing is left of the parts"
 
 
+@pytest.mark.slow
 def test_what_is_measured_says_where_and_agrees(rehearsed):
     measured = {}
     for line in lines_of(rehearsed[0]):
@@ -84,6 +86,7 @@ def test_what_is_measured_says_where_and_agrees(rehearsed):
         assert measured["encoding", f"{encoder} float32"]["min_cosine_to_float32"] == pytest.approx(1, abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_run_fills_the_page_and_a_rehearsal_does_not(rehearsed, tmp_path, monkeypatch):
     page = tmp_path / "gpu.md"
     page.write_text(f"before\n{table.BEGIN}\nNot measured.\n{table.END}\nafter\n")
@@ -123,6 +126,7 @@ def test_a_part_is_ended_at_its_limit(tmp_path):
     assert line["status"] == LATE and line["seconds"] < 5
 
 
+@pytest.mark.slow
 def test_parts_that_the_minutes_do_not_suffice_for_are_told(tmp_path):
     begun, not_begun = ended([PARTS[0], PARTS[1]], tmp_path, SPARE + SHORT + 0.5)
     assert begun["part"] == "environment" and not_begun["part"] == "exactness"
@@ -137,6 +141,7 @@ def test_parts_are_chosen_by_letter_or_name():
         chosen("a,x")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_leaves_its_lines_and_no_process(tmp_path):
     """While a part has a process of a launcher's launcher, which is in a session of its own."""
     process = start(tmp_path, "--parts", "environment,fsdp2")
@@ -154,6 +159,7 @@ def test_killed_at_any_moment_it_leaves_its_lines_and_no_process(tmp_path):
     assert found.endswith("\n") and [json.loads(line)["part"] for line in found.splitlines()] == 3 * ["environment"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif("FULL_REHEARSAL" not in os.environ, reason="takes minutes; FULL_REHEARSAL=1 runs it")
 @pytest.mark.timeout(500)
 def test_every_part_is_reported(tmp_path):

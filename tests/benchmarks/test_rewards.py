@@ -7,7 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.slow
 def test_the_benchmark_scores_varied_completions():
     done = subprocess.run(
         [sys.executable, "benchmarks/rewards.py", "--completions", "40", "--repeats", "2"],

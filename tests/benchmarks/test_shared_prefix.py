@@ -8,10 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 SMALL = "--hidden 64 --layers 1 --image-tokens 4 --text-tokens 24 --completion-tokens 3 --group 2 --steps 1 --cores 1"
 
 
+@pytest.mark.slow
 def test_both_trainers_are_timed_and_agree():
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "benchmarks/shared_prefix.py", *SMALL.split(), "--device", "cpu"],

@@ -26,6 +26,7 @@ TIMES = ("prepare_seconds", "prefill_seconds", "train_seconds")
 MEMORY = ("prefill_peak_mb", "train_peak_mb", "prefill_above_mb", "train_above_mb")
 
 
+@pytest.mark.slow
 def test_one_line_and_a_picture(tmp_path):
     options = [*TINY, "--paths", "locpath", "--sizes", "32", "--out", str(tmp_path / "made.png")]
     done = subprocess.run(
@@ -47,6 +48,7 @@ def test_one_line_and_a_picture(tmp_path):
     assert (tmp_path / "made.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_a_path_of_latents_gives_as_many_tokens_of_any_slide(tmp_path):
     asked = [("plain", 64), ("resampler", 32), ("resampler", 64), ("locpath", 64)]
     rows = [work(parse([*TINY, "--worker", path, str(n)])) for path, n in asked]
@@ -63,6 +65,7 @@ def test_a_path_of_latents_gives_as_many_tokens_of_any_slide(tmp_path):
     draw(rows, tmp_path / "made.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", list(PATHS))
 def test_the_formula_counts_what_torch_counts(path, tmp_path):
     """Within 0.2 %, once the masked half of attention among the text, which torch counts as well, is taken off."""
@@ -85,6 +88,7 @@ def test_a_coarse_slide_has_a_64th_of_the_patches():
     assert made.features.shape[1] == fine.features.shape[1]
 
 
+@pytest.mark.slow
 def test_the_middle_of_a_given_slide_is_taken(tmp_path):
     fine = made_up(100)
     part = cut(fine, 9)

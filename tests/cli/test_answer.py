@@ -16,6 +16,8 @@ import frugalpath.deploy.answer
 from frugalpath.rewards.answer import extract_answer
 from tests.cli.conftest import ROOT, call, command
 
+pytestmark = pytest.mark.slow
+
 
 def report(recipe: Path) -> dict:
     return json.loads((recipe.parent / "run" / "report" / "summary.json").read_text())
@@ -133,14 +135,17 @@ def test_a_deployed_run_answers_a_manifest(finished, deployed, sources, answer, 
     [
         ([], ["one of --image/--slide, --manifest and --split"]),
         (["--split", "test", "--image", "a.png", "--question", "?"], ["one of --image/--slide"]),
-        (["--slide", "a.svs", "--price", "-1", "--budget", "4"], ["--question", "give one", "must be 0 or more"]),
-        (["--split", "test", "--options", "a", "b", "--kind", "x"], ["--options: the cases", "--kind: the cases"]),
+        (["--slide", "a.svs", "--price", "-1", "--budget", "4"], ["--question", "give only one", "at least 0"]),
+        (
+            ["--split", "test", "--options", "a", "b", "--kind", "x"],
+            ["--options: cases of --split", "--kind: cases of --split"],
+        ),
         (["--split", "test", "--budget", "99"], ["0..16"]),
         (["--image", "nowhere.png", "--question", "?"], ["nowhere.png: cannot be read"]),
         (["--manifest", "nowhere.jsonl"], ["no manifest nowhere.jsonl"]),
         (["--slide", "README.md", "--question", "?"], ["README.md", "nothing is left to show"]),
         (["--split", "test", "--set", "encoder.mpp=1.0"], ["other settings (encoder.mpp)"]),
-        (["--split", "test", "--output_dir", "nowhere"], ["no grpo/done.json", "python rl/grpo.py --config"]),
+        (["--split", "test", "--output_dir", "nowhere"], ["no grpo/done.json", "frugalpath grpo --config"]),
     ],
 )
 def test_bad_arguments_are_status_2(finished, answer, monkeypatch, extra, messages):
@@ -157,10 +162,10 @@ def test_what_is_missing_is_named_with_its_command(finished, deployed, answer, t
     question = ["--output_dir", folder, "--slide", ROOT / "README.md", "--question", "?"]
     (folder / "report" / "summary.json").unlink()
     status, _, err = answer(finished[0], *question)
-    assert status == 2 and "give --price or --budget" in err and "rl/pareto.py --config" in err
+    assert status == 2 and "give --price or --budget" in err and "frugalpath pareto --config" in err
     (folder / "allocator" / "decider.json").unlink()
     status, _, err = answer(finished[0], *question, "--price", 0.1)
-    assert status == 2 and "no allocator/decider.json" in err and "rl/pareto.py --config" in err
+    assert status == 2 and "no allocator/decider.json" in err and "frugalpath pareto --config" in err
 
 
 def test_the_code_of_the_docs_runs(finished, deployed, sources, tmp_path, monkeypatch, capsys):
@@ -181,7 +186,7 @@ def test_the_code_of_the_docs_runs(finished, deployed, sources, tmp_path, monkey
 
 @pytest.mark.parametrize("page", ["README.md", "docs/pareto.md"])
 def test_commands_of_the_docs_are_understood(page):
-    found = re.findall(r"^ *python deploy/answer.py (.*?)(?:  #.*)?$", (ROOT / page).read_text(), re.M)
+    found = re.findall(r"^ *frugalpath answer (.*?)(?:  #.*)?$", (ROOT / page).read_text(), re.M)
     assert found
     for text in found:
         args, rest = frugalpath.deploy.answer.parse(shlex.split(text))

@@ -6,7 +6,11 @@ import json
 
 import pytest
 
-from tests.cli.conftest import call, write_recipe
+import frugalpath.rl.allocate
+import frugalpath.rl.grpo
+from tests.cli.conftest import write_recipe
+
+pytestmark = pytest.mark.slow
 
 QUICK = {"evaluation": {"bootstrap": 20, "sft_continued": False, "linear_probe": False}, "max_steps": 4}
 
@@ -16,10 +20,10 @@ QUICK = {"evaluation": {"bootstrap": 20, "sft_continued": False, "linear_probe":
     [("sequential", {"grpo_performer", "grpo"}), ("alternating", {"grpo"})],
     ids=["sequential", "alternating"],
 )
-def test_every_mode_ends_in_the_same_outputs(tmp_path, slides, mode, stages):
+def test_every_mode_ends_in_the_same_outputs(tmp_path, slides, called, mode, stages):
     recipe = write_recipe(tmp_path, slides, mode=mode, alternate_every=2, **QUICK)
-    done = call("rl/grpo.py", recipe)
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, _, err = called(frugalpath.rl.grpo.main, "--config", recipe)
+    assert status == 0, err[-3000:]
     run = tmp_path / "run"
     assert (run / "grpo" / "model.safetensors").is_file() and (run / "tables" / "grpo.test.jsonl").is_file()
     assert (run / "grpo" / "allocator" / "model.safetensors").is_file()
@@ -37,13 +41,13 @@ def test_every_mode_ends_in_the_same_outputs(tmp_path, slides, mode, stages):
         assert weights[0] == weights[1]
 
 
-def test_a_budget_is_written_after_the_performer_learnt(tmp_path, slides):
+def test_a_budget_is_written_after_the_performer_learnt(tmp_path, slides, called):
     """The published recipe: SFT, GRPO of the performer, then of an adapter that writes budgets."""
     taught = {"max_steps": 10, "learning_rate": 1e-2, "per_device_train_batch_size": 8}
     text = {"warm_start": taught, "look": 4, "grpo": {"max_steps": 2, "num_generations": 4}}
     recipe = write_recipe(tmp_path, slides, mode="sequential", allocator={"form": "text", "text": text}, **QUICK)
-    done = call("rl/grpo.py", recipe)
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, _, err = called(frugalpath.rl.grpo.main, "--config", recipe)
+    assert status == 0, err[-3000:]
     run = tmp_path / "run"
     adapter = run / "text" / "adapter_model.safetensors"
     trained = adapter.stat().st_mtime_ns
@@ -56,6 +60,6 @@ def test_a_budget_is_written_after_the_performer_learnt(tmp_path, slides):
     assert all(2 <= case["budget"] <= 49 and "asked" in case for case in cases)
     record = json.loads((run / "grpo" / "done.json").read_text())
     assert record["steps"] == 0 and not record["log"], "no network learns in its place"
-    again = call("rl/allocate.py", recipe)
-    assert again.returncode == 0 and f"written to {run / 'text'}" in again.stdout, again.stderr[-2000:]
+    status, told, err = called(frugalpath.rl.allocate.main, "--config", recipe)
+    assert status == 0 and f"written to {run / 'text'}" in told, err[-2000:]
     assert adapter.stat().st_mtime_ns == trained

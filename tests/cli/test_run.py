@@ -24,6 +24,7 @@ import frugalpath.sft.train
 from frugalpath.allocator.score_table import ScoreTable
 from tests.cli.conftest import ENVIRONMENT, RECIPE, ROOT, call, command, write_recipe
 
+pytestmark = pytest.mark.slow
 POINT = {"accuracy", "ci95", "tokens", "flops", "flops_stage1", "latency_ms", "n"}
 MEASURED = ("static", "allocator", "random")
 
@@ -94,21 +95,28 @@ def test_report_tells_how_the_allocator_behaves(finished):
     assert [row["step"] for row in summary["training"]] == list(range(1, 9))
     assert {"reward", "entropy", "allocator/chosen_tokens", "rewards/choice/mean"} < set(summary["training"][0])
     commands = [row["command"] for row in summary["reproduce"]]
-    assert f"python deploy/answer.py --config {recipe} --split test --budget 4" in commands
+    assert f"frugalpath answer --config {recipe} --split test --budget 4" in commands
     assert len(commands) == 3 + len(summary["allocator"]) + 1
-    for word in ("area_over_static", "to decide", "rank correlation", "predicted scores", "bits of", "median ms"):
+    for word in (
+        "area_over_static",
+        "for the decision",
+        "rank correlation",
+        "predicted scores",
+        "mutual information",
+        "median ms",
+    ):
         assert word in done.stdout
     assert "NaN" not in (recipe.parent / "run" / "report" / "summary.json").read_text()
 
 
-def test_a_run_is_transferred_to_other_cases(finished, fields, tmp_path):
+def test_a_run_is_transferred_to_other_cases(finished, fields, tmp_path, called):
     recipe, _ = finished
     folder = recipe.parent / "run" / "transfer_recipe"
     kept = {f: f.stat().st_mtime_ns for f in (recipe.parent / "run" / "allocator").iterdir()}
     questions = {"question": "diagnosis", "prompt": "What is the diagnosis?"}
     other = write_recipe(tmp_path, tmp_path, cases={**fields, **questions})
-    done = call("rl/pareto.py", recipe, "--transfer", str(other))
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, told, err = called(frugalpath.rl.pareto.main, "--config", recipe, "--transfer", other)
+    assert status == 0, err[-3000:]
     summary, own = json.loads((folder / "summary.json").read_text()), read_summary(recipe)
     rows = [json.loads(line) for line in (folder / "cases.jsonl").read_text().splitlines()]
     assert summary["n"] == len(rows) == 6 and {row["answer"] for row in rows} <= {"dark", "light"}
@@ -127,17 +135,17 @@ def test_a_run_is_transferred_to_other_cases(finished, fields, tmp_path):
     assert summary["operating"] == own["operating"] and summary["headline"]["price"] == own["headline"]["price"]
     assert summary["headline"]["best_static_budget"] == own["headline"]["best_static_budget"]
     assert summary["transfer"]["recipe"] == str(other)
-    assert (folder / "pareto.png").stat().st_size > 5000 and "area_over_static" in done.stdout
+    assert (folder / "pareto.png").stat().st_size > 5000 and "area_over_static" in told
     assert kept == {f: f.stat().st_mtime_ns for f in kept}, "nothing was fitted"
 
 
 def test_a_transfer_fits_nothing(finished, fields, tmp_path, called):
     run = shutil.copytree(finished[0].parent / "run", tmp_path / "run", ignore=shutil.ignore_patterns("transfer*"))
     other = write_recipe(tmp_path / "other", tmp_path, cases={**fields, "question": "diagnosis"})
-    source = ["--config", finished[0], "--output_dir", run, "--set", "allocator.form=escalate"]
+    source = ["--config", finished[0], "--output_dir", run, "--set", "allocator.form=cascade"]
     (run / "allocator" / "decider.json").unlink()
     status, _, err = called(frugalpath.rl.pareto.main, *source, "--transfer", other)
-    assert status == 2 and "allocator/decider.json" in err and "rl/pareto.py --config" in err
+    assert status == 2 and "allocator/decider.json" in err and "frugalpath pareto --config" in err
     assert not list(run.glob("transfer*")) and not list((run / "allocator").glob("esc*"))
     assert called(frugalpath.rl.pareto.main, *source)[0] == 0
     kept = {f: f.stat().st_mtime_ns for f in (run / "allocator").iterdir()}
@@ -155,18 +163,16 @@ def test_a_transfer_fits_nothing(finished, fields, tmp_path, called):
         ({"cases": {**RECIPE["cases"], "seed": 0}}, "trained or fitted on"),
     ],
 )
-def test_a_transfer_that_would_mislead_is_refused(finished, slides, tmp_path, monkeypatch, capsys, changes, message):
+def test_a_transfer_that_would_mislead_is_refused(finished, slides, tmp_path, called, changes, message):
     recipe, _ = finished
     if "cases" in changes:  # other splits of the same slides
         changes = {"cases": {**changes["cases"], "folder": str(slides), "val_fraction": 0.05, "test_fraction": 0.9}}
     other = write_recipe(tmp_path, slides, **changes)
-    monkeypatch.setattr(sys, "argv", command("rl/pareto.py", recipe, "--transfer", str(other))[3:])
-    with pytest.raises(SystemExit) as stopped:
-        frugalpath.rl.pareto.main()
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    status, _, err = called(frugalpath.rl.pareto.main, "--config", recipe, "--transfer", other)
+    assert status == 2 and message in err
 
 
-def test_warm_start_alone(tmp_path, slides):
+def test_warm_start_alone(tmp_path, slides, called):
     recipe = write_recipe(tmp_path, slides)
     done = call("sft/train.py", recipe)
     assert done.returncode == 0, done.stderr
@@ -174,7 +180,9 @@ def test_warm_start_alone(tmp_path, slides):
     lines = [line for line in done.stdout.splitlines() if line.strip().endswith("validation cases")]
     assert [int(line.split()[0]) for line in lines] == [1, 4, 16]
     trained = (tmp_path / "run" / "sft" / "done.json").stat().st_mtime_ns
-    assert call("sft/train.py", recipe).stdout.splitlines()[-4:] == done.stdout.splitlines()[-4:]
+    status, again, err = called(frugalpath.sft.train.main, "--config", recipe)
+    assert status == 0, err
+    assert again.splitlines()[-4:] == done.stdout.splitlines()[-4:]
     assert (tmp_path / "run" / "sft" / "done.json").stat().st_mtime_ns == trained
 
 
@@ -186,25 +194,26 @@ def test_a_warm_start_without_training_is_refused(tmp_path, monkeypatch, capsys)
     assert stopped.value.code == 2 and "nothing is trained" in capsys.readouterr().err
 
 
-def test_second_call_trains_nothing(finished):
+def test_second_call_trains_nothing(finished, called):
     recipe, _ = finished
     before = (recipe.parent / "run" / "grpo" / "model.safetensors").stat().st_mtime_ns
     whole = read_summary(recipe)
     summary = results(whole)
-    again = call("rl/pareto.py", recipe)
-    assert again.returncode == 0, again.stderr[-2000:]
+    status, _, err = called(frugalpath.rl.pareto.main, "--config", recipe)
+    assert status == 0, err
     assert (recipe.parent / "run" / "grpo" / "model.safetensors").stat().st_mtime_ns == before
     assert results(read_summary(recipe)) == summary
     for key in ("latency", "operating_point", "frontier"):
         assert read_summary(recipe)[key] == whole[key], "what was timed is not timed again"
 
 
-def test_another_form_reports_on_the_same_training(finished, tmp_path):
+def test_another_form_reports_on_the_same_training(finished, tmp_path, called):
     recipe, _ = finished
     shutil.copytree(recipe.parent / "run", tmp_path / "run")
     own = shutil.copy(recipe, tmp_path)
-    done = call("rl/pareto.py", Path(own), "--output_dir", str(tmp_path / "run"), "--set", "allocator.form=escalate")
-    assert done.returncode == 0, done.stderr[-2000:]
+    form = ["--output_dir", tmp_path / "run", "--set", "allocator.form=escalate"]
+    status, _, err = called(frugalpath.rl.pareto.main, "--config", own, *form)
+    assert status == 0, err
     before, after = read_summary(recipe), read_summary(Path(own))
     assert [p["accuracy"] for p in after["static"]] == [p["accuracy"] for p in before["static"]]
     assert len(after["allocator"]) == len(json.loads((tmp_path / "run" / "allocator" / "escalate.json").read_text()))
@@ -215,18 +224,17 @@ def test_a_run_that_was_never_trained_is_not_trained_by_its_report(tmp_path, sli
     recipe = write_recipe(tmp_path, slides)
     status, out, err = called(script.main, "--config", recipe)
     assert status == 2 and out == ""
-    assert f"no grpo/done.json; run: python rl/grpo.py --config {recipe}" in err
+    assert f"no grpo/done.json; run: frugalpath grpo --config {recipe}" in err
     assert not (tmp_path / "run").exists()
 
 
-def test_other_settings_are_refused(finished):
-    recipe, _ = finished
-    done = call("rl/grpo.py", recipe, "--set", "sft.max_steps=7")
-    assert done.returncode == 2
-    assert "other settings (sft)" in done.stderr and "output_dir" in done.stderr
+def test_other_settings_are_refused(finished, called):
+    status, _, err = called(frugalpath.rl.grpo.main, "--config", finished[0], "--set", "sft.max_steps=7")
+    assert status == 2
+    assert "other settings (sft)" in err and "output_dir" in err
 
 
-def test_killed_run_resumes_to_the_same_result(finished, slides, tmp_path):
+def test_killed_run_resumes_to_the_same_result(finished, slides, tmp_path, called):
     recipe = write_recipe(tmp_path, slides)
     folder = tmp_path / "run" / "grpo"
     with (tmp_path / "log").open("w") as log:
@@ -240,17 +248,17 @@ def test_killed_run_resumes_to_the_same_result(finished, slides, tmp_path):
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert not (folder / "done.json").exists(), "the run ended before it was killed"
-    done = call("rl/grpo.py", recipe)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert f"{folder}: goes on after step " in done.stdout
+    status, told, err = called(frugalpath.rl.grpo.main, "--config", recipe)
+    assert status == 0, err[-3000:]
+    assert f"{folder}: goes on after step " in told
     steps = json.loads((folder / "done.json").read_text())["log"]
     assert [row["step"] for row in steps if "loss" in row] == list(range(1, 9))
     assert results(read_summary(recipe)) == results(read_summary(finished[0]))
 
 
-def test_two_processes_give_the_same_evaluation(finished, slides, tmp_path):
+def test_two_processes_give_the_same_evaluation(slides, tmp_path, called):
     """Two processes train, and they evaluate what one process trained to the same figures."""
-    recipe = write_recipe(tmp_path, slides, per_device_train_batch_size=4)
+    recipe = write_recipe(tmp_path, slides, per_device_train_batch_size=4, max_steps=2)
     launch = [
         sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ROOT / "configs/accelerate/cpu.yaml"),
         "--main_process_port", "0",
@@ -266,14 +274,14 @@ def test_two_processes_give_the_same_evaluation(finished, slides, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     two = read_summary(recipe)
     assert "num_processes 2" in two["command"]
-    one = call("rl/pareto.py", recipe)
-    assert one.returncode == 0, one.stderr[-2000:]
-    assert "gain_over_sft" in one.stdout and "report:" in one.stdout
+    status, one, err = called(frugalpath.rl.pareto.main, "--config", recipe)
+    assert status == 0, err
+    assert "gain_over_sft" in one and "report:" in one
     assert results(read_summary(recipe)) == results(two)
     tables = tmp_path / "run" / "tables"
     for name in ("grpo.test.jsonl", "grpo.val.jsonl"):
         (tables / name).rename(tables / f"two.{name}")
-    assert call("rl/pareto.py", recipe).returncode == 0
+    assert called(frugalpath.rl.pareto.main, "--config", recipe)[0] == 0
     for name in ("grpo.test.jsonl", "grpo.val.jsonl"):
         again, before = (ScoreTable.load(tables / file) for file in (name, f"two.{name}"))
         # Rows share batches with others, which rounds probabilities otherwise.
@@ -295,11 +303,11 @@ def test_two_processes_give_the_same_evaluation(finished, slides, tmp_path):
         ({"per_device_train_batch_size": 6}, "multiple of 4"),
     ],
 )
-def test_bad_recipe_is_one_message_and_status_2(tmp_path, slides, finished, changes, message):
-    done = call("rl/grpo.py", write_recipe(tmp_path, slides, **changes))
-    assert done.returncode == 2, done.stderr[-2000:]
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
+def test_bad_recipe_is_one_message_and_status_2(tmp_path, slides, finished, called, changes, message):
+    status, _, err = called(frugalpath.rl.grpo.main, "--config", write_recipe(tmp_path, slides, **changes))
+    assert status == 2, err
+    assert message in err
+    assert "Traceback" not in err
 
 
 def write_images(folder: Path, rows: int = 12) -> list[dict]:

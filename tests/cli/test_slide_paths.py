@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import RECIPE, ROOT, call, write_recipe
+import frugalpath.rl.grpo
+from tests.cli.conftest import RECIPE, ROOT, write_recipe
 from tests.models.test_slide_paths import PATHS
 
+pytestmark = pytest.mark.slow
 REAL = ROOT.parent / "shared" / "data" / "slides"
 STAGE = {"per_device_train_batch_size": 8, "save_strategy": "no", "logging_steps": 2}
 SHORT = {
@@ -51,7 +53,7 @@ def answers(folder: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("name", ["locpath", "pathalign"])
-def test_cases_of_simulated_slides(name, slides, tmp_path):
+def test_cases_of_simulated_slides(name, slides, tmp_path, called):
     cases = {
         **RECIPE["cases"],
         "folder": str(slides),
@@ -60,8 +62,8 @@ def test_cases_of_simulated_slides(name, slides, tmp_path):
         "test_fraction": 0.4,
     }
     path = recipe(tmp_path, name, cases, ["case_diagnosis", "which_slide"], "report")
-    done = call("rl/grpo.py", path)
-    assert done.returncode == 0, done.stderr[-3000:]
+    status, _, err = called(frugalpath.rl.grpo.main, "--config", path)
+    assert status == 0, err[-3000:]
     run = tmp_path / "run"
     first = {"locpath": "sft_mae", "pathalign": "sft_contrastive"}[name]
     assert all((run / stage / "done.json").is_file() for stage in (first, "sft_align", "sft", "grpo"))
@@ -120,10 +122,11 @@ def real_cases(tmp_path_factory) -> dict:
 
 
 @pytest.mark.parametrize("name", ["locpath", "pathosynvlm", "pathalign"])
-def test_real_slides_from_file_to_answer(name, real_cases, tmp_path, tmp_path_factory):
+def test_real_slides_from_file_to_answer(name, real_cases, tmp_path, tmp_path_factory, called):
     features = tmp_path_factory.getbasetemp() / "real_features"
     encoder = {"mpp": 8.0, "cells": 7, "folder": str(features), "slide": {"qc": False, "max_tiles": 4}}
-    done = call("rl/grpo.py", recipe(tmp_path, name, real_cases, ["lung"], "caption", encoder=encoder))
-    assert done.returncode == 0, done.stderr[-3000:]
+    path = recipe(tmp_path, name, real_cases, ["lung"], "caption", encoder=encoder)
+    status, _, err = called(frugalpath.rl.grpo.main, "--config", path)
+    assert status == 0, err[-3000:]
     rows = answers(tmp_path)
     assert len(rows) == 2 and all(row["tokens"] >= 2 and row["completion"] for row in rows)

@@ -11,7 +11,10 @@ import pytest
 
 from tests.cli.conftest import ENVIRONMENT, RECIPE, ROOT, command, write_recipe
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
+]
 START = "from tests.rl.vllm_worker import exact; exact(); import frugalpath.rl.grpo; frugalpath.rl.grpo.main()"
 
 

@@ -337,6 +337,7 @@ def test_files_found_together_are_those_found_one_by_one(home, allow_outside):
     assert not FoundFiles([], home).keys()
 
 
+@pytest.mark.slow
 def test_processes_find_what_threads_find(home, monkeypatch, tmp_path):
     (tmp_path / "broken.png").write_bytes((home / "a/0.png").read_bytes()[:90])
     (tmp_path / "empty.png").touch()

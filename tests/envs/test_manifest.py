@@ -20,6 +20,7 @@ from frugalpath.envs.boxes import boxes_from_mask, to_frame
 from frugalpath.envs.checks import check_cases
 from frugalpath.envs.files import inspect_files
 from frugalpath.envs.manifest import build, read_manifest
+from frugalpath.envs.registry import load_cases
 from frugalpath.envs.rows import read_rows
 from frugalpath.errors import InputError
 
@@ -78,6 +79,23 @@ def test_jsonl_parquet_and_json_say_the_same(home):
     assert jsonl == read_manifest(home / "cases.parquet") == read_manifest(home / "cases.json")
     assert jsonl[1].images == (str(home / "1.png"),)
     assert jsonl[2].extra == {"age": 62}
+
+
+def test_cases_are_loaded_by_path_or_by_the_name_of_an_environment(home, monkeypatch):
+    image(home / "0.png")
+    path = write_jsonl(home, [row(0)])
+    assert load_cases(path) == load_cases(Path(path), seed=1) == read_manifest(path)
+    (home / "mine.py").write_text(
+        f"from frugalpath.envs.manifest import read_manifest\n\n\ndef cases(*, limit=None):\n"
+        f"    return read_manifest({path!r}, limit=limit)\n"
+    )
+    assert load_cases(f"{home / 'mine.py'}:cases", limit=1) == read_manifest(path)
+    monkeypatch.chdir(home)
+    for source in ("manifest", Path("simulator")):
+        with pytest.raises(InputError, match="'path'" if source == "manifest" else "no manifest simulator"):
+            load_cases(source)
+    with pytest.raises(InputError, match="no parameter 'sede'; did you mean 'seed'"):
+        load_cases(path, sede=1)
 
 
 def test_what_is_written_is_read_by_datasets_too(home):
@@ -281,7 +299,7 @@ def test_every_bad_row_is_reported_at_once(home):
         8: (row(8, images=["../outside.png"]), "leads outside"),
         9: (row(9, task="quiz", options=None), "use one of choice"),  # and its image is missing
         10: (row(10, images=["1.png"], split="dev-set"), "`split` is 'dev-set'"),
-        11: ([1, 2], "a list stands where"),
+        11: ([1, 2], "a list where a row"),
         12: ({"id": "only"}, "`patient` is missing"),
         13: (row(12, id="c1"), "the id 'c1' was already given at"),
         14: (row(14, images=["2.png"], patient=""), "`patient` is empty"),
@@ -486,6 +504,7 @@ def test_a_cache_that_cannot_be_written_costs_only_time(home, monkeypatch, caplo
 # ---- the real sets
 
 
+@pytest.mark.slow
 @needs_data
 def test_real_sets_load():
     pcam = build(path=str(DATA / "tiles/pcam/manifest.csv"), prompt="?", val_fraction=0.15, duplicates="drop")

@@ -103,7 +103,7 @@ def test_copies_left_out_are_left_out_again(home, checks, caplog):
     first = read(home, duplicates="drop")
     assert len(first) == 11
     warned = [record.getMessage() for record in caplog.records]
-    assert "left out 1 copies" in warned[0]
+    assert "removed 1 copies" in warned[0]
     assert read(home, duplicates="drop") == first and len(checks) == 1
     assert [record.getMessage() for record in caplog.records] == warned * 2
 
@@ -326,6 +326,7 @@ def test_only_the_last_outcomes_are_kept(home, monkeypatch):
     cache.close()
 
 
+@pytest.mark.slow
 def test_processes_may_read_at_once(home, checks):
     script = f"from frugalpath.envs.manifest import build; print(len(build(path={str(home / 'cases.jsonl')!r})))"
     running = [

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 import numpy as np
 import openslide
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import ndimage
 from skimage.color import separate_stains
@@ -93,6 +93,7 @@ def test_cases_are_whole_and_checked(made):
     assert all(len(patients) == 1 for patients in by_slide.values())
 
 
+@pytest.mark.slow
 def test_the_same_seed_draws_the_same_slides(tmp_path, made):
     folder, _ = made
     again = build(folder=str(tmp_path / "again"), slides=2, workers=1, val_fraction=0.0, test_fraction=0.0)
@@ -216,6 +217,7 @@ def test_no_answer_leaks_through_the_look():
     assert all(look == looks[0] for look in looks)
 
 
+@pytest.mark.slow
 def test_amount_of_tumour_does_not_tell_its_size():
     by_size = defaultdict(list)
     for number in range(90):
@@ -228,6 +230,7 @@ def test_amount_of_tumour_does_not_tell_its_size():
     assert max(means) < 1.12 * min(means)
 
 
+@pytest.mark.slow
 def test_options_are_balanced():
     answers, options = defaultdict(Counter), {}
     for number, spec in enumerate(cohort(180, 3)):
@@ -390,7 +393,7 @@ def test_command_line_names_bad_input(tmp_path, monkeypatch, capsys):
     assert "mpp is 90" in capsys.readouterr().err
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@pytest.mark.slow
 @given(
     seed=st.integers(0, 2**31),
     size_mm=st.floats(0.4, 1.6),

@@ -113,6 +113,7 @@ def test_an_unclear_quadrant_is_not_reported():
     assert ask_case("case_synoptic", truths, 0.9) is None
 
 
+@pytest.mark.slow
 def test_cases_and_single_slides_share_a_folder(tmp_path):
     single = build(folder=str(tmp_path), slides=40, **SMALL)
     cases = build(folder=str(tmp_path), slides=40, slides_per_case=2, **SMALL)

@@ -155,7 +155,7 @@ def test_a_learner_that_looks_beats_every_constant_and_one_that_does_not_reaches
         ({"observation": np.full((COUNT, 1), np.nan)}, "observation: has values that are not finite"),
         ({"budgets": [4, 1, 16]}, r"budgets: \[4, 1, 16\] are not 3 ascending"),
         ({"price": (0.0, 1.0)}, "price: 0.0..1.0 is no price"),
-        ({"objective": "cheap"}, "objective: 'cheap' is not known"),
+        ({"objective": "cheap"}, "objective: 'cheap' is unknown"),
     ],
 )
 def test_what_does_not_fit_is_named(changes, problem):
@@ -194,6 +194,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_the_script_learns_a_budget_for_each_kind_of_question(tmp_path):
     """The kind tells which cases the smallest budget solves."""
     kinds = ["heavy" if i % 3 == 0 else "light" for i in range(COUNT)]
@@ -206,11 +207,13 @@ def test_the_script_learns_a_budget_for_each_kind_of_question(tmp_path):
     assert found["oracle"] > found["static"] + 0.02 > found["random"] + 0.1
 
 
+@pytest.mark.slow
 def test_the_script_names_a_table_that_is_not_there(tmp_path):
     done = run(str(tmp_path / "none.jsonl"))
     assert done.returncode == 2 and "none.jsonl: no such score table" in done.stderr
 
 
+@pytest.mark.slow
 def test_without_gymnasium_the_remedy_is_named():
     code = "import sys; sys.modules['gymnasium'] = None; import examples.token_budget"
     root = Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks.fuzz import Child, mutate
@@ -27,7 +27,6 @@ NAMES = (
     "manifest_json", "manifest_jsonl", "manifest_parquet", "manifest_tsv", "protocol_yaml", "recipe_yaml", "report",
     "slide_jobs_csv", "slide_jobs_jsonl", "synoptic", "vocabulary",
 )  # fmt: skip
-FAST = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 SCALARS = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=20), st.sampled_from(["0.png", "../x", "a"])
 )
@@ -42,7 +41,7 @@ def test_every_parser_is_named():
 def test_changed_examples(name):
     target = targets()[name]
 
-    @settings(FAST, max_examples=5 if name == "recipe_yaml" else 25)
+    @settings(max_examples=5 if name == "recipe_yaml" else settings.default.max_examples)
     @given(st.integers(0, 2**32))
     def check(seed: int) -> None:
         with suppress(InputError):
@@ -56,7 +55,6 @@ COLUMNS = (
 )
 
 
-@FAST
 @given(st.lists(st.dictionaries(st.sampled_from(COLUMNS.split()), VALUES, max_size=12), max_size=4), st.integers(0, 7))
 def test_rows_of_any_values(rows, how):
     data = bytes([how]) + "\n".join(json.dumps(row) for row in rows).encode("utf-8", "replace")
@@ -86,7 +84,6 @@ FIELDS = st.dictionaries(
 )
 
 
-@FAST
 @given(st.lists(FIELDS, max_size=3), st.dictionaries(st.sampled_from(["layout", "extends", "title"]), VALUES))
 def test_protocols_of_any_values(fields, head):
     text = yaml.safe_dump({"title": "t", "version": 1, "source": "s", "fields": fields, **head})
@@ -103,7 +100,6 @@ ATTRS = st.dictionaries(
 )  # fmt: skip
 
 
-@FAST
 @given(SHAPES, SHAPES, DTYPES, DTYPES, ATTRS, st.booleans())
 def test_feature_files_of_any_shape(shape, places, kind, other, attrs, on_coords):
     path = folder() / "shaped.h5"
@@ -116,7 +112,6 @@ def test_feature_files_of_any_shape(shape, places, kind, other, attrs, on_coords
 
 
 @given(st.text() | st.binary().map(lambda data: data.decode("utf-8", "surrogateescape")))
-@FAST
 def test_yaml_of_any_text(text):
     with suppress(InputError):
         parse_yaml(text, "here")

@@ -24,6 +24,7 @@ from torch.testing import assert_close
 from frugalpath.slides.store import write_features
 from tests.conftest import grid_features, noise
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs" / "accelerate"
 TWO = {"cpu": [], **{name: ["--num_processes", "2"] for name in ("zero2", "zero3", "fsdp2")}}
@@ -69,7 +70,10 @@ TOWERS_OF = {"one_gpu": ("qwen", "gemma"), "zero3": ("qwen",), "fsdp2": ("qwen",
 """Which of them run under a launch: weights that are shared out are what could keep a tower from seeing."""
 BLIND = {"max_steps": 10, "text_only": 0.25, "ladder": [9]}
 """Supervised batches of which one process has all seen, or shows none, while the other still has some to see."""
-SAMPLED = {"max_steps": 4, "gold_rollout": False, "generation_kwargs": None, "budgets_per_image": 2}
+SAMPLED = {
+    "max_steps": 3, "max_completion_length": 12, "gold_rollout": False, "generation_kwargs": None,
+    "budgets_per_image": 2,
+}  # fmt: skip
 
 
 def ask(folder: Path, key: str, files: list[str]) -> Path:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from frugalpath.models.image_view import ImageView
-from frugalpath.models.qwen_vl import QwenSight, backbone
+from frugalpath.models.qwen_vl import QwenVisionAdapter, backbone
 
 
 @pytest.fixture
-def sight(qwen) -> QwenSight:
+def sight(qwen) -> QwenVisionAdapter:
     return qwen.processor.sight
 
 

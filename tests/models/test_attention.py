@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -27,7 +27,6 @@ def module(heads: int, kv_heads: int) -> torch.nn.Module:
     return made
 
 
-@settings(max_examples=40, deadline=None)
 @given(st.integers(1, 2), st.sampled_from([(1, 1), (4, 2)]), st.integers(1, 9), st.integers(1, 7), st.data())
 def test_a_prefix_is_causal_and_the_rest_follows_its_mask(count, heads, prefix, rest, data):
     """Against attention of all positions with one whole mask."""

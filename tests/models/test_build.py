@@ -9,11 +9,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from frugalpath.errors import InputError
-from frugalpath.models.build import PerformerConfig, build_performer, load_performer, lora_config, make_sight
+from frugalpath.models.build import PerformerConfig, build_performer, load_performer, lora_config, make_vision_adapter
 from frugalpath.models.performer import QwenPerformer, SlidePerformer
-from frugalpath.models.qwen_vl import VISION_MARKS, QwenSight
+from frugalpath.models.qwen_vl import VISION_MARKS, QwenVisionAdapter
 from frugalpath.models.tokenizer import IMAGE_TOKEN, train_tokenizer
-from frugalpath.models.vision_adapter import SlideSight, TextSight
+from frugalpath.models.vision_adapter import SlideVisionAdapter, TextVisionAdapter
 from frugalpath.models.vision_tower import is_frozen
 from tests.conftest import noise
 
@@ -23,7 +23,7 @@ SMALL = {"layers": 1, "hidden": 32, "heads": 2, "kv_heads": 1, "ffn": 48, "vocab
 
 @pytest.mark.parametrize("family", ["qwen", "slide", ""])
 def test_an_unknown_family_is_refused(family):
-    with pytest.raises(InputError, match=f"performer.family: '{family}' is not known; known are slide_vlm, qwen_vl"):
+    with pytest.raises(InputError, match=f"performer.family: '{family}' is unknown; use one of slide_vlm, qwen_vl"):
         PerformerConfig(family=family)
 
 
@@ -107,12 +107,12 @@ def test_a_folder_tells_its_family(qwen, performer, bank, tmp_path):
 
 def test_a_sight_follows_the_processor_or_the_model(qwen, performer):
     for made in (qwen, performer):
-        assert make_sight(made.model, made.processor) is made.processor.sight
-    assert isinstance(performer.processor.sight, SlideSight)
+        assert make_vision_adapter(made.model, made.processor) is made.processor.sight
+    assert isinstance(performer.processor.sight, SlideVisionAdapter)
     # A stock processor holds its parts under the same names.
     stock = SimpleNamespace(image_processor=Qwen2VLImageProcessorPil(), tokenizer=qwen.processor.tokenizer)
-    sight = make_sight(qwen.model, stock)
-    assert isinstance(sight, QwenSight) and sight.image_token_id == qwen.processor.image_token_id
+    sight = make_vision_adapter(qwen.model, stock)
+    assert isinstance(sight, QwenVisionAdapter) and sight.image_token_id == qwen.processor.image_token_id
     assert len(sight.view(noise(112, 84, 0))) == 12
 
 
@@ -121,13 +121,13 @@ def test_a_text_model_has_nothing_to_see():
         "qwen2", vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
     model = AutoModelForCausalLM.from_config(config)
-    assert isinstance(make_sight(model, train_tokenizer(["a"], 280)), TextSight)
+    assert isinstance(make_vision_adapter(model, train_tokenizer(["a"], 280)), TextVisionAdapter)
 
 
 def test_another_vision_language_model_is_refused():
     model = SimpleNamespace(config=SimpleNamespace(model_type="llava", vision_config={}))
-    with pytest.raises(InputError, match="the family llava is not known here; known are slide_vlm, qwen_vl"):
-        make_sight(model, SimpleNamespace())
+    with pytest.raises(InputError, match="the family llava is unknown here; use one of slide_vlm, qwen_vl"):
+        make_vision_adapter(model, SimpleNamespace())
 
 
 # Adapters.

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
@@ -11,7 +11,6 @@ from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTra
 
 from frugalpath.models.cost import DecoderShape, TowerShape
 
-quick = settings(max_examples=25, deadline=None)
 shapes = st.builds(
     DecoderShape,
     layers=st.integers(1, 4),
@@ -37,7 +36,6 @@ def token(shape: DecoderShape, context: float) -> float:
     return total
 
 
-@quick
 @given(shapes, st.integers(1, 30))
 def test_prefill_is_the_sum_over_layers_and_tokens(shape, n):
     # A causal pass does half of the n x n attention: token i (from 1) meets i keys, itself counted as a half.
@@ -45,7 +43,6 @@ def test_prefill_is_the_sum_over_layers_and_tokens(shape, n):
     assert shape.prefill(n) == pytest.approx(brute, rel=1e-12)
 
 
-@quick
 @given(shapes, st.integers(1, 20), st.integers(1, 30))
 def test_decode_is_the_sum_over_generated_tokens(shape, generated, n):
     # The first token comes with the prefill; step t reads a cache of n + t keys, its own among them.
@@ -53,7 +50,6 @@ def test_decode_is_the_sum_over_generated_tokens(shape, generated, n):
     assert shape.decode(generated, n) == pytest.approx(brute, rel=1e-12)
 
 
-@quick
 @given(shapes, st.integers(1, 10), st.integers(1, 10), st.integers(1, 30))
 def test_decoding_in_two_parts_costs_the_same(shape, first, second, n):
     whole = shape.decode(1 + first + second, n)
@@ -103,7 +99,6 @@ towers = st.builds(
 )
 
 
-@quick
 @given(towers, st.integers(1, 60))
 def test_seeing_is_the_sum_over_layers_and_patches(tower, tokens):
     n, d = tokens * tower.merge, tower.hidden

@@ -15,9 +15,9 @@ from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImagePr
 
 from frugalpath.errors import InputError
 from frugalpath.models.attention import SHARED_PREFIX, decoder
-from frugalpath.models.build import PerformerConfig, load_performer, lora_config, make_sight
+from frugalpath.models.build import PerformerConfig, load_performer, lora_config, make_vision_adapter
 from frugalpath.models.feature_cache import FeatureCache
-from frugalpath.models.gemma_vl import MARKS, GemmaPerformer, GemmaSight, gemma_backbone, vision_parts
+from frugalpath.models.gemma_vl import MARKS, GemmaPerformer, GemmaVisionAdapter, gemma_backbone, vision_parts
 from frugalpath.models.generation import generate
 from frugalpath.rl.packing import block_mask, pack, packed_mask, runs_of
 from frugalpath.rl.trainer import GroupTrainer
@@ -155,6 +155,7 @@ def test_completions_of_a_prompt_may_be_more_than_the_window(make_gemma, image_c
     assert free[0] == free[7], "greedy ones are all alike"
 
 
+@pytest.mark.slow
 @needs_features
 @torch.no_grad()
 @pytest.mark.parametrize("attention", ["sdpa", "eager", SHARED_PREFIX])
@@ -220,8 +221,8 @@ def test_what_it_cannot_do_is_refused(gemma, make_qwen, image_cases):
     with pytest.raises(InputError, match="leave shared_prefix and prefill_once on"):
         sight.fields(gemma.see(image_cases[0], 4))
     with pytest.raises(InputError, match="GemmaProcessor"):
-        make_sight(gemma.model, make_qwen().processor.tokenizer)
-    assert isinstance(make_sight(gemma.model, gemma.processor), GemmaSight)
+        make_vision_adapter(gemma.model, make_qwen().processor.tokenizer)
+    assert isinstance(make_vision_adapter(gemma.model, gemma.processor), GemmaVisionAdapter)
     gemma.model.requires_grad_(True)
     with pytest.raises(InputError, match="freeze_gemma"):
         sight.configure(gemma.model, True, None, sight.autocast)
@@ -258,6 +259,7 @@ print(performer.processor.sight.inputs(performer.model, [views])["mm_encoder_out
 """
 
 
+@pytest.mark.slow
 @needs_features
 def test_it_sees_without_torchvision(gemma, tmp_path):
     gemma.save(tmp_path)

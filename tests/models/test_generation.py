@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
 from transformers import GenerationConfig
@@ -227,7 +227,6 @@ def test_what_is_not_made_here_is_refused(qwen, image_cases, changes, message):
 lengths_lists = st.lists(st.integers(1, 60), max_size=40)
 
 
-@settings(max_examples=100, deadline=None)
 @given(lengths_lists, st.sampled_from([0.0, 0.25, 0.6]), st.one_of(st.none(), st.integers(1, 6)))
 def test_batches_of_like_length_cover_every_index_once(lengths, waste, cap):
     batches = list(by_length(lengths, waste, cap))

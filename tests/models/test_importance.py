@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -10,7 +10,6 @@ from frugalpath.models.compressors.base import Tokens
 from frugalpath.models.compressors.importance import ImportanceScorer
 
 DIM, HIDDEN = 6, 10
-quick = settings(max_examples=40, deadline=None)
 
 
 def slides(*counts: int, seed: int = 0) -> Tokens:
@@ -33,7 +32,6 @@ def scorer() -> ImportanceScorer:
     return ImportanceScorer(DIM, HIDDEN, most=9, width=16).eval()
 
 
-@quick
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=3), st.integers(1, 15), st.integers(0, 99))
 def test_exactly_as_many_as_fit_are_kept_and_padding_never_instead_of_tokens(scorer, counts, budget, seed):
     tokens = slides(*counts, seed=seed)
@@ -46,7 +44,6 @@ def test_exactly_as_many_as_fit_are_kept_and_padding_never_instead_of_tokens(sco
         assert at == sorted(set(at)), "tokens of the slide as they came, in their order"
 
 
-@quick
 @given(st.integers(1, 20), st.integers(1, 15), st.integers(0, 99), st.randoms(use_true_random=False))
 def test_the_order_of_tokens_and_neighbours_do_not_matter(scorer, n, budget, seed, random):
     tokens, question = slides(n, seed=seed), asked(1, seed)

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from frugalpath.envs.case import Case
@@ -32,10 +32,8 @@ fields = st.builds(
     keep=st.sampled_from([0.2, 0.6, 1.0]),
     seed=st.integers(0, 99),
 )
-quick = settings(max_examples=40, deadline=None)
 
 
-@quick
 @given(fields, st.integers(1, 60))
 def test_at_most_budget_tokens_with_places_inside_the_field(patches, budget):
     tokens, places = pool(*patches, budget)
@@ -45,7 +43,6 @@ def test_at_most_budget_tokens_with_places_inside_the_field(patches, budget):
     assert len(np.unique(places[:, :2], axis=0)) == len(places)
 
 
-@quick
 @given(fields, st.integers(1, 60))
 def test_every_patch_counts_once(patches, budget):
     features, cells = patches
@@ -58,7 +55,6 @@ def test_every_patch_counts_once(patches, budget):
     np.testing.assert_allclose((tokens * count[:, None]).sum(0) / count.sum(), features.mean(0), atol=1e-5)
 
 
-@quick
 @given(fields, st.integers(1, 60), st.randoms(use_true_random=False))
 def test_the_order_of_patches_does_not_matter(patches, budget, random):
     features, cells = patches
@@ -72,7 +68,6 @@ def test_the_order_of_patches_does_not_matter(patches, budget, random):
     np.testing.assert_array_equal(places_again, places)
 
 
-@quick
 @given(fields)
 def test_a_field_that_fits_is_returned_as_it_is(patches):
     features, cells = patches
@@ -108,7 +103,6 @@ def test_a_budget_below_one_is_refused(budget):
         pool(*field(2, 2), budget)
 
 
-@quick
 @given(st.integers(1, 300), st.sampled_from([0.25, 0.5, 1.0, 2.0, 4.0]))
 def test_the_grid_uses_the_budget_up(budget, aspect):
     rows, columns = grid_shape(budget, aspect)
@@ -138,7 +132,6 @@ def nested(patches: tuple[np.ndarray, np.ndarray], budget: int) -> torch.Tensor:
     return Pool(patches[0].shape[1], nested=True)(as_tokens(patches), budget).rows()[0]
 
 
-@quick
 @given(fields, st.integers(1, 120), st.integers(1, 120))
 def test_nested_tokens_begin_with_those_of_a_smaller_budget(patches, one, other):
     small, large = (nested(patches, b) for b in sorted((one, other)))
@@ -146,7 +139,6 @@ def test_nested_tokens_begin_with_those_of_a_smaller_budget(patches, one, other)
     assert torch.equal(large[: len(small)], small)
 
 
-@quick
 @given(fields, st.integers(1, 400))
 def test_nested_grids_are_those_of_single_budgets_and_each_counts_every_patch(patches, budget):
     tokens, at = nested(patches, budget), 0
@@ -162,7 +154,6 @@ def test_nested_grids_are_those_of_single_budgets_and_each_counts_every_patch(pa
     assert at == len(tokens)
 
 
-@quick
 @given(fields)
 def test_no_more_nested_tokens_than_there_is_room_for(patches):
     n = len(patches[0])

@@ -12,7 +12,7 @@ from cachetools import LRUCache
 
 from frugalpath.models import qwen_vl
 from frugalpath.models.feature_cache import FeatureCache
-from frugalpath.models.qwen_vl import QwenSight, freeze_vision
+from frugalpath.models.qwen_vl import QwenVisionAdapter, freeze_vision
 from frugalpath.models.vision_adapter import read_prompt
 from tests.conftest import needs_features, noise
 from tests.models.conftest import views_of, watch
@@ -209,7 +209,7 @@ def test_memory_of_features_is_limited(qwen, sight, runs):
 # Features that outlive the run.
 
 
-def cached(performer, folder: Path, **options) -> tuple[QwenSight, list[int]]:
+def cached(performer, folder: Path, **options) -> tuple[QwenVisionAdapter, list[int]]:
     sight = performer.processor.sight
     sight.configure(performer.model, True, FeatureCache(folder, **options), nullcontext)
     return sight, watch(performer)

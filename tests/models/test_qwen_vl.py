@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
 from PIL import Image
@@ -46,7 +46,6 @@ def stock_positions(performer, ids: torch.Tensor, views) -> tuple[torch.Tensor, 
     return places[:, 0], int(delta) + len(ids)
 
 
-@settings(max_examples=100, deadline=None)
 @given(layout=layouts)
 def test_positions_are_those_of_the_stock_model(plain, layout):
     before, images, after = layout
@@ -167,6 +166,7 @@ print(out["image_grid_thw"].tolist(), out["input_ids"].shape[1])
 """
 
 
+@pytest.mark.slow
 def test_images_are_processed_without_torchvision(qwen, tmp_path):
     qwen.save(tmp_path)
     root = Path(__file__).parents[2]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -12,7 +12,6 @@ from frugalpath.models.compressors.base import Tokens
 from frugalpath.models.compressors.resampler import Resampler
 
 DIM, LATENTS, WIDTH = 10, 8, 16
-quick = settings(max_examples=25, deadline=None)
 
 
 def slides(*counts: int, seed: int = 0) -> Tokens:
@@ -40,7 +39,6 @@ def resampler() -> Resampler:
     return made.eval()
 
 
-@quick
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=3), st.integers(1, 12))
 def test_what_comes_out_is_as_large_whatever_comes_in(resampler, counts, budget):
     out = resampler(slides(*counts), budget)
@@ -50,7 +48,6 @@ def test_what_comes_out_is_as_large_whatever_comes_in(resampler, counts, budget)
     assert out.place.shape == (len(counts), n, 3) and (out.place == torch.tensor([0.5, 0.5, 1.0])).all()
 
 
-@quick
 @given(st.integers(1, 30), st.integers(0, 99), st.integers(1, 8), st.integers(1, 30))
 def test_order_neighbours_and_padding_change_nothing(resampler, n, seed, budget, more):
     alone = slides(n, seed=seed)

@@ -120,7 +120,7 @@ def test_a_damaged_index_is_named(index, tmp_path):
     known = json.loads((tmp_path / "index.json").read_text())
     known["items"].pop()
     (tmp_path / "index.json").write_text(json.dumps(known))
-    with pytest.raises(InputError, match=r"is not of this index\.json"):
+    with pytest.raises(InputError, match=r"does not belong to this index\.json"):
         RetrievalIndex.load(tmp_path)
     (tmp_path / "index.json").write_text("{")
     with pytest.raises(InputError, match="damaged"):
@@ -128,7 +128,7 @@ def test_a_damaged_index_is_named(index, tmp_path):
 
 
 def test_what_cannot_be_indexed_is_refused(embedder, index):
-    with pytest.raises(InputError, match="'slide0' stands more than once"):
+    with pytest.raises(InputError, match="'slide0' occurs more than once"):
         RetrievalIndex.build(embedder, items()[:1] * 2, rows(2))
     with pytest.raises(InputError, match="no slide"):
         RetrievalIndex.build(embedder, [], [])

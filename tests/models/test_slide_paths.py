@@ -153,13 +153,13 @@ def test_more_slides_than_markers_are_refused(make_performer, cases):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"compressors": ["pol"]}, "'pol' is not known; known are pool, keep, stm"),
+        ({"compressors": ["pol"]}, "'pol' is unknown; use one of pool, keep, stm"),
         ({"compressors": []}, "the list is empty"),
         ({"compressors": [{"name": "resampler", "latent": 3}]}, "resampler has no option 'latent'; it has heads"),
         ({"compressors": [RESAMPLER, "pool"]}, "without parameters .* come before the learned ones"),
-        ({"aligner": "film"}, "aligner: 'film' is not known; known are place, mlp, linear"),
-        ({"markers": "each"}, "markers: 'each' is not known"),
-        ({"fusion": "late"}, "fusion: 'late' is not known"),
+        ({"aligner": "film"}, "aligner: 'film' is unknown; use one of place, mlp, linear"),
+        ({"markers": "each"}, "markers: 'each' is unknown"),
+        ({"fusion": "late"}, "fusion: 'late' is unknown"),
         ({"compressors": [None]}, "None is neither a name nor a mapping"),
         ({"compressors": [{**RESAMPLER, "latents": "12"}]}, "resampler: latents '12': must be a number"),
         ({"compressors": [{"name": "keep", "most": 0}]}, "keep: most 0: must be at least 1"),

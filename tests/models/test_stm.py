@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from frugalpath.errors import InputError
@@ -15,7 +15,6 @@ from frugalpath.models.compressors.stm import SparseTokenMerger
 
 WIDTH = 6
 SIDE = 64.0
-quick = settings(max_examples=40, deadline=None)
 
 
 def slide(features: np.ndarray, at: np.ndarray, size: np.ndarray | None = None) -> Tokens:
@@ -54,7 +53,6 @@ mergers = st.builds(
 )
 
 
-@quick
 @given(slides, mergers, st.integers(1, 60))
 def test_sizes_and_means_are_kept_within_the_budget(tokens, merger, budget):
     out = merger(tokens, budget)
@@ -70,7 +68,6 @@ def test_sizes_and_means_are_kept_within_the_budget(tokens, merger, budget):
     np.testing.assert_allclose(whole, (tokens.features * tokens.size[..., None]).sum(1) / tokens.size.sum(), atol=1e-4)
 
 
-@quick
 @given(slides, mergers, st.integers(1, 60), st.randoms(use_true_random=False))
 def test_the_order_of_patches_does_not_matter_in_any_bit(tokens, merger, budget, random):
     order = list(range(tokens.size.shape[1]))
@@ -80,7 +77,6 @@ def test_the_order_of_patches_does_not_matter_in_any_bit(tokens, merger, budget,
     assert torch.equal(first, second) and torch.equal(first, again)
 
 
-@quick
 @given(st.integers(2, 14), st.integers(2, 14), st.integers(0, 999), st.integers(2, 30), st.floats(-1, 0.6))
 def test_a_single_outlier_stays_alone_at_every_budget_above_one(rows, columns, seed, budget, likeness):
     rng = np.random.default_rng(seed)

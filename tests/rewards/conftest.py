@@ -1,11 +1,6 @@
 import textwrap
 
 import pytest
-from hypothesis import HealthCheck, settings
-
-# The wall time of one example says more about the machine than about a reward; speed is tested by itself.
-settings.register_profile("any-machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("any-machine")
 
 
 @pytest.fixture

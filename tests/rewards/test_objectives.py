@@ -67,5 +67,5 @@ def test_what_cannot_be_scored_is_never_better(objective, score, price):
 
 
 def test_an_unknown_objective_is_named():
-    with pytest.raises(InputError, match="objective: 'cheap' is not known; known are linear, birr, visionthink, dual"):
+    with pytest.raises(InputError, match="objective: 'cheap' is unknown; use one of linear, birr, visionthink, dual"):
         worth("cheap", SCORE, TOKENS, COST, 0.1)

@@ -65,7 +65,7 @@ def test_a_hackable_reward_is_marked(tmp_path, capsys):
     assert findings["failed"]  # gold does not score 1 under `talk`
     assert "c0" in findings["problems"][0] and "talk" in findings["problems"][0]
     _print_rewards(findings)
-    assert "earns much without looking" in capsys.readouterr().out
+    assert "scores high without the image" in capsys.readouterr().out
     shaping = [{"name": "own.py:talk", "scores": False}]
     findings = check_rewards(cases, get_rewards(["choice", *shaping], base=tmp_path))
     assert not findings["failed"] and findings["rewards"]["talk"]["gold"] == 0
@@ -125,6 +125,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path):
     path = tmp_path / "reports.jsonl"
     path.write_text("".join(json.dumps({"report": text}) + "\n" for text in REPORTS))
@@ -136,6 +137,7 @@ def test_command_line(tmp_path):
     assert wrong.returncode == 2 and "--protocol" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_a_reward_that_breaks_its_contract_is_one_line_and_status_2(tmp_path):
     (tmp_path / "own.py").write_text(
         "def few(completions):\n    return [1.0]\ndef words(completions):\n    return ['1' for _ in completions]\n"

@@ -113,6 +113,7 @@ def test_values_are_those_of_the_process_in_order(make, n):
     assert values == [None if i % 3 == 2 else 12.0 * i for i in range(n)]
 
 
+@pytest.mark.slow
 def test_built_in_rewards_have_the_same_values():
     texts = ["<answer>a</answer>", [{"role": "assistant", "content": "<answer>b</answer>"}], "", "<answer>a"]
     columns = {"answer": ["a"] * 4, "options": [["a", "b"]] * 4, "task": ["choice", "choice", "choice", "open"]}
@@ -154,6 +155,7 @@ def test_a_copy_runs_in_workers_too(make):
     assert copy(["a"], deed=[""]) == [1.0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deed", ["loop", "sleep", "regular expression", "sum"])
 @pytest.mark.parametrize("thread", [False, True])
 def test_the_time_limit_stops_what_hangs_in_any_thread(make, deed, thread):
@@ -205,6 +207,7 @@ def test_workers_that_died_between_batches_are_replaced(make):
     assert make("do")(TEXTS, deed=[""] * 7) == [float(i) for i in range(7)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deed", ["fail", "odd", "exit", "sum", "sleep"])
 def test_on_error_none_finds_the_one_bad_row_of_eight(make, deed, caplog):
     reward = make("do", on_error="none", timeout=2)
@@ -257,6 +260,7 @@ def test_what_workers_cannot_do_is_told_with_the_recipe(user_file, monkeypatch):
     assert get_reward("__main__:scored_here")(["a"]) == [0.0]
 
 
+@pytest.mark.slow
 def test_a_file_that_only_the_trainer_can_import_is_told(user_file):
     path = user_file(f"import os\nassert os.getpid() == {os.getpid()}, 'not here'\ndef f(completions): return [0.0]")
     try:
@@ -294,6 +298,7 @@ def runs(pid):
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("deed", ["", "sum", "sleep"])
 @pytest.mark.parametrize("killed", [False, True])
 def test_no_worker_outlives_the_run(path, tmp_path, deed, killed):

@@ -37,6 +37,7 @@ def texts(found) -> str:
     return "\n".join(text.decode() for row in values for text in row)
 
 
+@pytest.mark.slow
 def test_figures_are_logged_and_no_words(make_performer, make_trainer, events, cases, tmp_path):
     make_trainer(make_performer(), report_to="tensorboard", logging_steps=1).train()
     found = events(tmp_path)

@@ -28,6 +28,7 @@ def run(folder: Path, resume: str | None = None, **changes: Any) -> list[float]:
     return [entry["dual_cost/price"] for entry in log]
 
 
+@pytest.mark.slow
 def test_the_price_moves_with_the_log_and_goes_on_after_a_checkpoint(tmp_path):
     prices = run(tmp_path / "whole")
     assert prices == pytest.approx([0.2, 0.3, 0.4, 0.5])

@@ -13,6 +13,7 @@ from tests.conftest import LADDER
 from tests.rl.conftest import assert_same_weights, even_tokens, whole_and_resumed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("loss_type", "beta", "iterations"),
     [("grpo", 0.0, 1), ("dapo", 0.0, 2), ("dr_grpo", 0.05, 2), ("bnpo", 0.05, 1)],
@@ -63,7 +64,7 @@ def test_rollouts_that_fail_leave_the_model_in_training(make_performer, make_tra
 
     trainer = make_trainer(make_performer())
     trainer.model.train()
-    monkeypatch.setattr("frugalpath.rl.trainer.generate", broken)
+    monkeypatch.setattr("frugalpath.rl.rollout_trainer.generate", broken)
     with pytest.raises(ConnectionError):
         trainer._generate_and_score_completions([trainer.train_dataset[0]] * 8)
     assert trainer.model.training
@@ -74,7 +75,7 @@ def test_a_system_message_goes_with_the_question(make_performer, make_trainer):
     performer.system = "You are a pathologist."
     trainer = make_trainer(performer, max_steps=1)
     trainer.train()
-    written = performer.processor.tokenizer.decode(trainer._prompts[0].ids)
+    written = performer.processor.tokenizer.decode(trainer._batch.prompts[0].ids)
     assert written.count("You are a pathologist.") == 1
 
 
@@ -151,11 +152,13 @@ def test_a_batch_that_splits_an_image_is_refused(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_a_resumed_run_ends_where_the_whole_run_ends(make_performer, make_trainer, tmp_path):
     ends = whole_and_resumed(lambda **own: make_trainer(make_performer(), **own), tmp_path, 2, save_steps=2)
     assert_same_weights(*ends)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", [4, 6])
 def test_an_epoch_has_the_same_order_in_a_resumed_run(make_performer, make_trainer, tmp_path, at):
     """An epoch is four steps."""
@@ -163,6 +166,7 @@ def test_an_epoch_has_the_same_order_in_a_resumed_run(make_performer, make_train
     assert_same_weights(*ends)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_the_last_step_is_not_trained_on(make_performer, make_trainer, tmp_path):
     """An epoch is four steps."""
     whole, resumed = whole_and_resumed(
@@ -173,6 +177,7 @@ def test_a_checkpoint_of_the_last_step_is_not_trained_on(make_performer, make_tr
     assert_same_weights(whole, resumed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

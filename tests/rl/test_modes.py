@@ -13,6 +13,7 @@ from frugalpath.recipe.checkpoints import Clock, last_whole
 from frugalpath.recipe.grpo import FrugalConfig
 from frugalpath.rewards.registry import get_rewards
 from frugalpath.rewards.scoring import Scorer
+from frugalpath.rl.rollout import Rollout
 from tests.conftest import LADDER
 from tests.rl.conftest import assert_same_weights, whole_and_resumed
 
@@ -45,10 +46,13 @@ def equal(one: dict, other: dict) -> bool:
     return all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"beta": 0.05}, {"steps_per_generation": 2, "gradient_accumulation_steps": 1}]
 )
-def test_in_turns_one_learns_and_the_other_stays_bit_for_bit(make_performer, make_trainer, tmp_path, changes):
+def test_in_turns_one_learns_and_the_other_stays_bit_for_bit(
+    make_performer, make_trainer, tmp_path, changes, monkeypatch
+):
     performer = make_performer()
     performer.save(tmp_path / "start")
     performer = type(performer).load(tmp_path / "start", performer.bank, show_options=False)
@@ -56,8 +60,8 @@ def test_in_turns_one_learns_and_the_other_stays_bit_for_bit(make_performer, mak
         changes = {**changes, "per_device_train_batch_size": 4}
     trainer = make_trainer(performer, mode="alternating", alternate_every=2, max_steps=6, **changes)
     forwards: list[int] = []
-    own = trainer._forwards
-    trainer._forwards = lambda *batch: forwards.append(trainer.state.global_step) or own(*batch)
+    own = Rollout.forwards
+    monkeypatch.setattr(Rollout, "forwards", lambda *a: forwards.append(trainer.state.global_step) or own(*a))
     watch = Watch(trainer)
     trainer.add_callback(watch)
     trainer.train()
@@ -76,6 +80,7 @@ def test_in_turns_one_learns_and_the_other_stays_bit_for_bit(make_performer, mak
     assert learnt <= {3, 4} and learnt
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["alternating", "sequential"])
 def test_a_resumed_run_ends_where_the_whole_run_ends(make_performer, make_trainer, tmp_path, mode):
     options = {"save_steps": 1, "mode": mode, "alternate_every": 2}
@@ -155,7 +160,7 @@ def test_the_allocator_learns_from_the_frozen_performer_and_resumes(
 
 def test_bad_modes_are_refused(tmp_path):
     options = {"output_dir": str(tmp_path), "num_generations": 2, "per_device_train_batch_size": 8, "bf16": False}
-    with pytest.raises(ValueError, match="mode 'jointly' is not known; known are joint, alternating, sequential"):
+    with pytest.raises(ValueError, match="mode 'jointly' is unknown; use one of joint, alternating, sequential"):
         FrugalConfig(**options, mode="jointly")
     with pytest.raises(ValueError, match="alternate_every is 0 steps"):
         FrugalConfig(**options, mode="alternating", alternate_every=0)

@@ -66,7 +66,7 @@ def log_probs(made: tuple[Any, dict[str, Any]]) -> tuple[torch.Tensor, torch.Ten
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     visual = {k: batch[k] for k in ("pixel_values", "image_grid_thw", "num_images", "mm_token_type_ids") if k in batch}
     if isinstance(trainer, Ours):
-        trainer._rows = batch["prompt_index"].tolist()
+        trainer._batch.rows = batch["prompt_index"].tolist()
     with torch.no_grad():
         logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
             trainer.model, ids, mask, batch["completion_ids"].shape[1], compute_entropy=True, **visual
@@ -80,6 +80,7 @@ def test_no_loss_of_trl_is_left_out():
     assert set(re.findall(r"\"(\w+)\"", " ".join(told))) == set(LOSSES)
 
 
+@pytest.mark.slow
 def test_log_probabilities_are_those_of_trl(pair):
     """To 1e-5, as TRL's head sums in float32; tests/rl/test_packing.py compares logits in float64, to 1e-9."""
     (_, batch), (_, own) = pair
@@ -96,6 +97,7 @@ def test_log_probabilities_are_those_of_trl(pair):
             assert (batch["ref_per_token_logps"] - logps).abs().max() > 0.1, "adapters are off in the reference"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("loss_type", "level"), LEVELS)
 def test_loss_and_gradients_are_those_of_trl(pair, loss_type, level):
     losses, gradients = [], []
@@ -120,6 +122,7 @@ def test_loss_and_gradients_are_those_of_trl(pair, loss_type, level):
         assert (ours[name] - gradient).norm().item() < 1e-5 * scale, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [
@@ -156,6 +159,7 @@ def test_training_takes_the_steps_of_trl(stock_logs, tmp_path, changes):
     assert_same(train(Ours, str(tmp_path), **changes), stock_logs(**changes), silent="silent" in changes)
 
 
+@pytest.mark.slow
 def test_the_order_of_rows_does_not_matter_within_a_step(tmp_path, monkeypatch):
     """TRL's own shuffle, which tears groups apart."""
     changes = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "rows": "images"}
@@ -165,6 +169,7 @@ def test_the_order_of_rows_does_not_matter_within_a_step(tmp_path, monkeypatch):
     assert_same(ours, stock, silent=True)
 
 
+@pytest.mark.slow
 def test_equal_rows_side_by_side_are_one_prompt(tmp_path):
     """Two groups of a question that the training set has twice."""
     rows = make_rows("images").to_list()
@@ -174,10 +179,11 @@ def test_equal_rows_side_by_side_are_one_prompt(tmp_path):
         trainer = make_trainer(kind, str(tmp_path), dataset=dataset, shuffle_dataset=False, silent=3)
         trainer.train()
         logs.append(steps(trainer))
-    assert len(trainer._prompts) == 3
+    assert len(trainer._batch.prompts) == 3
     assert_same(logs[1], logs[0], silent=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cut", [1, 2, 4])
 def test_micro_batches_do_not_matter(stock_logs, tmp_path, cut):
     """With a micro-batch of texts among them, over which stock stumbles."""
@@ -185,6 +191,7 @@ def test_micro_batches_do_not_matter(stock_logs, tmp_path, cut):
     assert_same(train(Ours, str(tmp_path), **changes), stock_logs(silent=3), silent=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "switch",
     ["shared_prefix", "see_once", "prefetch_images", "skip_zero_advantage", "reuse_old_logps", None],
@@ -199,6 +206,7 @@ def marked(completions: list, completion_ids: list, **columns: Any) -> list[floa
     return [sum(t % 2 == 0 for t in ids) / len(ids) + (row % 4) / 3 for row, ids in enumerate(completion_ids)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("once", [True, False])
 def test_training_on_what_the_model_writes_takes_the_steps_of_trl(tmp_path, once):
     # Equal completions teach nothing: it is the penalty that moves the adapters here.
@@ -207,6 +215,7 @@ def test_training_on_what_the_model_writes_takes_the_steps_of_trl(tmp_path, once
     assert_same(ours, train(GRPOTrainer, str(tmp_path / "stock"), **changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dr_grpo", "dapo"])
 def test_leaving_out_silent_groups_changes_no_step(stock_logs, tmp_path, loss_type):
     changes = {"loss_type": loss_type, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "silent": 3}
@@ -215,6 +224,7 @@ def test_leaving_out_silent_groups_changes_no_step(stock_logs, tmp_path, loss_ty
     assert_same(train(Ours, str(tmp_path), **changes), stock, silent=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("silent", [5, 10])
 def test_weights_move_on_where_nothing_is_taught(tmp_path, silent):
     """By momentum and by weight decay."""
@@ -234,6 +244,7 @@ def test_weights_move_on_where_nothing_is_taught(tmp_path, silent):
             assert (ours[name] - weight).norm() <= 1e-3 * (weight - start[name]).norm(), name
 
 
+@pytest.mark.slow
 def test_evaluation_between_the_steps_of_a_generation_changes_none(stock_logs, tmp_path):
     changes = {**OFF_POLICY, "evaluate": True, "eval_strategy": "steps", "eval_steps": 1}
     for skip in (True, False):
@@ -241,6 +252,7 @@ def test_evaluation_between_the_steps_of_a_generation_changes_none(stock_logs, t
         assert_same(ours, stock_logs(**changes))
 
 
+@pytest.mark.slow
 def test_bfloat16_is_close(stock_logs, tmp_path):
     """Grad norms differ by 0.3 % here, as sums in another order are rounded to 8 bits."""
     ours, stock = train(Ours, str(tmp_path), bf16=True), stock_logs(bf16=True)
@@ -249,6 +261,7 @@ def test_bfloat16_is_close(stock_logs, tmp_path):
     assert any(a["grad_norm"] != pytest.approx(b["grad_norm"], rel=1e-3) for a, b in zip(stock, exact, strict=True))
 
 
+@pytest.mark.slow
 @needs_features
 @pytest.mark.parametrize("kept", [None, "float32", "bfloat16"])
 def test_a_cache_of_features_changes_no_step(stock_logs, tmp_path, kept):
@@ -267,6 +280,7 @@ def test_a_cache_of_features_changes_no_step(stock_logs, tmp_path, kept):
     assert [row["grad_norm"] for row in steps(warm)] != [row["grad_norm"] for row in steps(cold)]
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_trl():
     """Among them: a process whose prompts need two forwards beside one that needs one, and groups that are torn."""
     settings = [

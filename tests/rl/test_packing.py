@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
@@ -98,7 +98,7 @@ def read_packed(model: Any, packed: PackedBatch, shape: tuple[int, int], **visua
     return packed.scatter(log_probs(out.logits, packed.input_ids), *shape)
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.mark.slow
 @given(members, st.integers(0, 99), st.sampled_from(list(TOLERANCE)), st.sampled_from(["sdpa", SHARED_PREFIX]))
 @torch.no_grad()
 def test_packed_rows_give_the_log_probabilities_of_separate_rows(spec, seed, dtype, attention):
@@ -134,7 +134,7 @@ def pixels(views: list, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {**fields, "pixel_values": fields["pixel_values"].to(dtype)} if fields else {}
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.mark.slow
 @given(shown, st.integers(0, 99), st.sampled_from(list(TOLERANCE)), st.sampled_from(["sdpa", SHARED_PREFIX]))
 @torch.no_grad()
 def test_packed_rows_of_images_give_the_log_probabilities_of_separate_rows(spec, seed, dtype, attention):
@@ -189,6 +189,7 @@ def test_eager_attention_gives_the_same():
     assert (eager - stock).abs().max() < 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_flex_attention_gives_the_same():
     """Not compiled, which would take 20 s."""
@@ -222,7 +223,6 @@ def test_rows_that_some_layer_does_not_see_whole_are_refused():
         check_window(model, 9)
 
 
-@settings(max_examples=50, deadline=None)
 @given(members, st.integers(0, 99))
 def test_a_row_holds_its_prompt_once(spec, seed):
     prompts, _, valid, groups, packed = packed_of(spec, seed)
@@ -256,7 +256,6 @@ def test_completions_go_on_from_the_largest_position_of_an_image():
     assert packed.position_ids[:, 0, 7:].tolist() == [[4, 5, 6, 4, 5]] * 3
 
 
-@settings(max_examples=50, deadline=None)
 @given(members, st.integers(0, 99))
 def test_scatter_puts_every_value_in_its_place(spec, seed):
     _, ids, valid, _, packed = packed_of(spec, seed)
@@ -271,7 +270,6 @@ def test_scatter_lets_gradients_through():
     assert torch.equal(values.grad, (packed.source[:, 1:] >= 0).float())
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 4), min_size=1, max_size=4), min_size=1, max_size=3), st.integers(0, 5))
 def test_a_suffix_sees_the_prefix_and_itself_only(suffixes, prefix):
     """`suffixes`: lengths of the suffixes of each row."""
@@ -294,7 +292,6 @@ def test_a_suffix_sees_the_prefix_and_itself_only(suffixes, prefix):
     assert flex.shape == (count, 1, length, length)
 
 
-@settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(0, 5), max_size=20))
 def test_groups_hold_the_rows_of_each_prompt_in_order(index):
     groups = groups_of(index)

@@ -26,6 +26,7 @@ def path(tmp_path):
     workers.stop()
 
 
+@pytest.mark.slow
 def test_a_run_with_workers_takes_the_same_steps_and_logs_them(make_performer, make_trainer, path):
     logs = {}
     for n in (0, 2):

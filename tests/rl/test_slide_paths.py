@@ -36,13 +36,13 @@ def test_packed_rows_give_the_log_probabilities_of_separate_ones(name, make_perf
     trainer.model.train()
     batch = next(iter(trainer.get_train_dataloader()))
     inputs = trainer._generate_and_score_completions(batch)
-    trainer._rows = inputs["prompt_index"].tolist()
+    trainer._batch.rows = inputs["prompt_index"].tolist()
     ids, mask = inputs["completion_ids"], inputs["completion_mask"].bool()
     whole = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
     packed, _, _ = trainer._get_per_token_logps_and_entropies(
         trainer.model, torch.cat([inputs["prompt_ids"], ids], 1), whole, ids.shape[1]
     )
-    prompts = [trainer._prompts[row] for row in trainer._rows]
+    prompts = [trainer._batch.prompts[row] for row in trainer._batch.rows]
     rows = [torch.cat([p.ids, i[m]]) for p, i, m in zip(prompts, ids, mask, strict=True)]
     seen = performer.processor.sight.inputs(performer.model, [p.views for p in prompts])
     logits = performer.model(
@@ -56,6 +56,7 @@ def test_packed_rows_give_the_log_probabilities_of_separate_ones(name, make_perf
         assert torch.allclose(packed[at][mask[at]], expected, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, {"r": 2}])
 @pytest.mark.parametrize("name", LEARNED)
 def test_a_path_learns_from_its_rollouts(name, lora, make_performer, make_trainer, open_gates):

@@ -146,6 +146,7 @@ def test_the_other_preset_has_a_price(performer, cases):
     assert linear(texts, index=[0, 0, 0]) == pytest.approx([0.9, 0.6, -0.4])
 
 
+@pytest.mark.slow
 def test_the_adapter_learns_and_the_performer_stays_bit_for_bit(make_taught, make_stages, cases):
     performer = make_taught()
     before = copy.deepcopy(performer.model.state_dict())
@@ -177,6 +178,7 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beta", [0.0, 0.05])
 def test_a_resumed_stage_ends_where_the_whole_one_ends(make_taught, make_stages, beta):
     ends = []
@@ -200,6 +202,7 @@ def test_a_resumed_stage_ends_where_the_whole_one_ends(make_taught, make_stages,
         torch.testing.assert_close(ends[1][key], value, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_decides_once_whatever_the_price(make_taught, make_stages, cases, monkeypatch):
     quick = {"warm_start": HARDLY, "grpo": {"num_generations": 4, "max_steps": 1}}
     stages, performer = make_stages(text=quick), make_taught()
@@ -254,5 +257,5 @@ def test_arguments_of_the_stage(make_stages):
     with pytest.raises(InputError, match=r"allocator.text: unknown key 'loook'; did you mean 'look'"):
         checked(AllocatorOptions, {"text": {"loook": 4}}, "allocator")
     wrong = checked(AllocatorOptions, {"form": "text", "text": {"preset": "dual"}}, "allocator")
-    assert "allocator.text.preset: 'dual' is not known" in " ".join(wrong.problems())
+    assert "allocator.text.preset: 'dual' is unknown" in " ".join(wrong.problems())
     assert isinstance(wrong.text, TextOptions)

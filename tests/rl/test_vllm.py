@@ -37,12 +37,14 @@ def apart(logs: list[dict[str, float]]) -> list[float]:
     return [row["sampling/sampling_logp_difference/mean"] for row in logs]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "rows"), [("colocate", "mixed"), ("colocate", "text"), ("server", "mixed")])
 def test_it_writes_by_the_policy_that_is_trained(mode, rows):
     """Of prompts with no, one and two images; in this process before and after the weights moved."""
     assert max(apart(worker(mode=mode, rows=rows))) < BANNED
 
 
+@pytest.mark.slow
 def test_what_a_trained_tower_saw_before_is_forgotten():
     settings = {"mode": "colocate", "rows": "images", "freeze": False}
     assert max(apart(worker(**settings))) < BANNED

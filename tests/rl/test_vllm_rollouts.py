@@ -94,7 +94,7 @@ def test_images_are_handed_over_so_that_as_many_tokens_are_counted(record, tmp_p
     token, size = trainer.processing_class.image_token_id, trainer.processing_class.image_processor.size
     trainer.model.train()
     trainer._generate_and_score_completions(next(iter(trainer.get_train_dataloader())))
-    own = [p.ids.tolist() for p in trainer._prompts]
+    own = [p.ids.tolist() for p in trainer._batch.prompts]
     handed = [prompt for prompts, _ in record.batches for prompt in prompts]
     assert {len(p["images"]) for p in handed} == {0, 1, 2}
     if mode == "colocate":
@@ -128,6 +128,7 @@ def test_an_image_token_is_banned_beside_what_the_recipe_asks_for(record, tmp_pa
     assert asked == {"logit_bias": {7: 1.5}, "min_tokens": 2}, "the recipe's own stay as they were"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("frozen", [True, False])
 def test_what_the_tower_saw_is_forgotten_when_it_is_trained(record, tmp_path, mode, frozen):
@@ -169,10 +170,11 @@ def test_a_text_model_is_handed_its_prompts_as_they_are(record, tmp_path):
     trainer = make_group_trainer(GroupTrainer, str(tmp_path), text_only=True, max_steps=1, **WANTED)
     trainer.train()
     ((prompts, params),) = record.batches
-    assert [p["ids"] for p in prompts[::4]] == [p.ids.tolist() for p in trainer._prompts]
+    assert [p["ids"] for p in prompts[::4]] == [p.ids.tolist() for p in trainer._batch.prompts]
     assert "logit_bias" not in params and record.calls.count("reset_encoder_cache") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_the_joint_step_writes_by_vllm_at_the_drawn_budgets(
     record, make_qwen, make_trainer, image_cases, seen, tmp_path, mode
@@ -210,6 +212,7 @@ def test_budgets_below_the_limits_of_the_checkpoint_are_refused_before_vllm_star
     make_trainer(performer, shown=image_cases)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", [1, 3, 4, 9, 16, 64, 256])
 @pytest.mark.parametrize("shape", [(112, 112), (150, 60), (30, 600), (1000, 700)])
 def test_a_view_within_the_limits_is_left_alone_by_the_stock_processor(qwen, tmp_path, budget, shape):
@@ -231,7 +234,7 @@ def test_a_model_in_memory_cannot_be_loaded_by_vllm(record, make_qwen, make_trai
 
 
 def test_slide_models_are_refused_before_vllm_starts(record, make_performer, make_trainer):
-    with pytest.raises(InputError, match="does not see as a SlideSight does"):
+    with pytest.raises(InputError, match="does not see as a SlideVisionAdapter does"):
         make_trainer(make_performer(), use_vllm=True)
     assert not record.calls
 

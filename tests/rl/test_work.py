@@ -11,7 +11,7 @@ from datasets import Dataset
 from PIL import Image
 from trl import GRPOTrainer
 
-import frugalpath.rl.trainer
+import frugalpath.rl.rollout_trainer
 from frugalpath.errors import InputError
 from frugalpath.models.qwen_vl import backbone
 from frugalpath.rl.trainer import GroupTrainer
@@ -32,7 +32,7 @@ def watched(folder: Any, **changes: Any) -> tuple[Any, Watch, list[dict[str, Any
 
     def generate(inputs: list) -> dict[str, Any]:
         out = stock(inputs)
-        batches.append({**out, "prompts": trainer._prompts})
+        batches.append({**out, "prompts": trainer._batch.prompts})
         return out
 
     trainer._generate_and_score_completions = generate
@@ -51,6 +51,7 @@ def packed_tokens(batch: dict[str, Any], taught: bool = False) -> int:
     return total
 
 
+@pytest.mark.slow
 def test_an_update_reads_each_prompt_once(tmp_path):
     _, watch, batches = watched(tmp_path)
     assert len(batches) == 5 and all(len(b["prompts"]) == 4 for b in batches)
@@ -62,6 +63,7 @@ def test_an_update_reads_each_prompt_once(tmp_path):
     assert sum(p.tokens for p in seen.scored) > 2 * sum(p.tokens for p in watch.scored)
 
 
+@pytest.mark.slow
 def test_the_old_pass_is_the_first_update(tmp_path):
     """Half of the rows are trained on in the second of two steps, so that half of the old pass is needed."""
     found = {}
@@ -78,6 +80,7 @@ def test_the_old_pass_is_the_first_update(tmp_path):
         assert old == whole
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("skip", [True, False])
 def test_groups_without_advantage_are_not_read(tmp_path, skip):
     _, watch, batches = watched(tmp_path, silent=3, skip_zero_advantage=skip)
@@ -93,6 +96,7 @@ def test_groups_without_advantage_are_not_read(tmp_path, skip):
     assert sum(teaching) < read <= sum(teaching) + shortest
 
 
+@pytest.mark.slow
 @needs_features
 @pytest.mark.parametrize(
     "changes",
@@ -130,11 +134,12 @@ def test_a_frozen_tower_may_see_with_every_update(tmp_path):
     assert sum(watch.tower) == 4 * sum(SHOWN) * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, OFF_POLICY, {"num_iterations": 2}], ids=str)
 def test_a_prompt_is_tokenized_once_for_its_completions(tmp_path, monkeypatch, changes):
     calls = []
-    stock = frugalpath.rl.trainer.read_prompt
-    monkeypatch.setattr("frugalpath.rl.trainer.read_prompt", lambda *a, **o: calls.append(1) or stock(*a, **o))
+    stock = frugalpath.rl.rollout_trainer.read_prompt
+    monkeypatch.setattr("frugalpath.rl.rollout_trainer.read_prompt", lambda *a, **o: calls.append(1) or stock(*a, **o))
     _, _, batches = watched(tmp_path, max_steps=4, **changes)
     assert len(calls) == 4 * len(batches)
 
@@ -158,6 +163,7 @@ def rollout(kind: type, folder: Any, **changes: Any) -> tuple[Any, list[list[int
     return trainer, [r[m.bool()].tolist() for r, m in zip(out["completion_ids"], out["completion_mask"], strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"lora": True}, {"text_only": True}, {"attention": "eager"}], ids=str)
 def test_what_is_written_is_what_trl_writes(tmp_path, changes):
     _, stock = rollout(GRPOTrainer, tmp_path, **changes)
@@ -172,7 +178,7 @@ def test_generation_reads_each_prompt_once(tmp_path):
     trainer = make_trainer(GroupTrainer, str(tmp_path), max_steps=1)
     watch = Watch(trainer)
     trainer.train()
-    prompts = sum(map(len, trainer._prompts))
+    prompts = sum(map(len, trainer._batch.prompts))
     written = [p.tokens for p in watch.passes if not p.scored]
     # Further passes read one token a completion.
     assert prompts <= sum(written) <= prompts + 16 * 7
@@ -195,12 +201,15 @@ def test_an_image_token_is_never_written(tmp_path):
         with torch.no_grad():
             head[image] = 20 * head[200]
             trainer._tokenize_prompts([[{"role": "user", "content": "Tumour?"}]])
-            last = trainer.model(input_ids=trainer._prompts[0].ids[None], output_hidden_states=True).hidden_states[-1]
+            last = trainer.model(
+                input_ids=trainer._batch.prompts[0].ids[None], output_hidden_states=True
+            ).hidden_states[-1]
             head[image] = 20 * last[0, -1]
         tokens[free] = {t for row in trainer._generate_single_turn([], None, {}, 1)[0] for t in row}
     assert image in tokens[True] and image not in tokens[False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"beta": 0.05, **OFF_POLICY}], ids=str)
 def test_evaluation_scores_without_a_loss(tmp_path, changes):
     options = {"evaluate": True, "per_device_eval_batch_size": 8, **changes}
@@ -281,9 +290,9 @@ def test_prompts_that_others_make_are_refused(tmp_path, monkeypatch, more):
         (
             [{"prompt": [{"role": "user", "content": "A <|image_pad|>?"}]}] * 4,
             False,
-            r"'<\|image_pad\|>'.*take it out",
+            r"'<\|image_pad\|>'.*remove it",
         ),
-        ([{"prompt": "A <|image_pad|>?"}] * 4, False, r"1 places for images and 0 images.*take it out"),
+        ([{"prompt": "A <|image_pad|>?"}] * 4, False, r"1 places for images and 0 images.*remove it"),
         ([{"prompt": "Tumour?", "images": [noise(56, 56, 0)]}] * 4, False, "are texts, such as 'Tumour.'; give conv"),
         (None, True, "reads text only; use a vision-language model"),
     ],
@@ -299,7 +308,7 @@ def test_a_vision_language_model_of_another_family_is_refused(tmp_path):
     trainer = make_trainer(GRPOTrainer, str(tmp_path))
     trainer.model.config.model_type = "other_vl"
     with pytest.raises(
-        InputError, match=r"the family other_vl is not known here; known are .*qwen_vl, gemma_vl and text models"
+        InputError, match=r"the family other_vl is unknown here; use one of .*qwen_vl, gemma_vl and text models"
     ):
-        frugalpath.rl.trainer.make_sight(trainer.model, trainer.processing_class.tokenizer)
+        frugalpath.rl.rollout_trainer.make_vision_adapter(trainer.model, trainer.processing_class.tokenizer)
     assert backbone(trainer.model).visual is not None

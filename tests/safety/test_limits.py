@@ -182,7 +182,7 @@ def test_places_beyond_any_slide(stored):
         del file["coords"]
         file["coords"] = np.full((3, 2), np.nan)
 
-    with pytest.raises(InputError, match="no place on a slide"):
+    with pytest.raises(InputError, match="invalid positions"):
         read_features(stored(change))
 
 

@@ -58,6 +58,7 @@ def first_hits(model, tokenizer, slides, texts) -> tuple[float, float]:
     return sum(by_slide) / len(texts), sum(by_text) / len(texts)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("losses", "steps"), [(["itc"], 320), (["itc", "itm", "itg"], 200)])
 def test_retrieval_is_learned_and_holds_for_new_slides(tokenizer, tmp_path, losses, steps):
     slides, texts = pairs(192, 1)
@@ -97,6 +98,7 @@ def test_some_patches_are_drawn_anew_for_each_batch(tokenizer):
     assert not torch.equal(drawn[0], drawn[1])
 
 
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_as_if_it_had_not_stopped(tokenizer, tmp_path, two_threads):
     """To the bit, although the gradients of rows that are picked by number are summed by two threads."""
     slides, texts = pairs(48, 1)
@@ -137,7 +139,7 @@ def test_what_cannot_be_trained_is_refused_with_all_reasons(tokenizer, tmp_path)
 
 
 def test_a_key_that_is_not_known_is_named(tokenizer):
-    with pytest.raises(InputError, match=r"unknown key querys; known are .*queries"):
+    with pytest.raises(InputError, match=r"unknown key querys; use one of .*queries"):
         build_model(pairs(6, 0)[0], tokenizer, {"querys": 4})
     with pytest.raises(InputError, match="no slide"):
         build_model([], tokenizer, SHAPE)

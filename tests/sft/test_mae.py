@@ -56,6 +56,7 @@ def slides() -> list[torch.Tensor]:
     return smooth(32, seed=0)
 
 
+@pytest.mark.slow
 def test_hidden_tokens_of_other_slides_are_told_better_than_by_any_mean(slides, tmp_path):
     chain = ready(chain_of(), slides)
     before = {k: v.clone() for k, v in chain.state_dict().items()}
@@ -99,6 +100,7 @@ def test_hidden_features_do_not_reach_the_prediction(slides):
     assert told.shape == (1, 48, DIM) and weight.shape == (1, 48)
 
 
+@pytest.mark.slow
 def test_a_run_that_broke_off_goes_on_as_if_it_had_not(slides, tmp_path):
     def run(folder: str, steps: int, resume: str | None = None) -> Chain:
         torch.manual_seed(0)
@@ -144,6 +146,7 @@ def test_what_cannot_be_is_refused_with_the_remedy(slides, tmp_path, specs, chan
         train_mae(Chain(specs, DIM, 16), **given)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not TILES.is_dir(), reason="no real tiles here")
 def test_on_real_tissue_the_loss_falls_below_the_mean(tmp_path):
     """Maps of 6 x 6 features of real tiles, other tiles held out."""

@@ -99,7 +99,7 @@ def test_all_rows_that_cannot_be_used_are_named(tmp_path):
         from_manifest(tmp_path / "pairs.csv")
     told = error.value.problems
     assert len(told) == 3
-    for problem, part in zip(told, ("no `slide`", "x.svs is no feature file", "no such file"), strict=True):
+    for problem, part in zip(told, ("no `slide`", "x.svs is not a feature file", "no such file"), strict=True):
         assert "pairs.csv:" in problem and part in problem
 
 
@@ -165,10 +165,10 @@ def test_prompts_and_labels_that_do_not_fit_are_refused(
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (["--prompts", "p.yaml"], "--prompts goes with --labels"),
-        (["--labels", "l.csv"], "--prompts goes with --labels"),
-        (["--prompts", "p.yaml", "--config", "r.yaml"], "--config and --question belong together"),
-        (["--prompts", "p", "--labels", "l", "--config", "r", "--question", "q"], "give one of both"),
+        (["--prompts", "p.yaml"], "--prompts needs either --labels"),
+        (["--labels", "l.csv"], "--prompts needs either --labels"),
+        (["--prompts", "p.yaml", "--config", "r.yaml"], "--config and --question: give both or neither"),
+        (["--prompts", "p", "--labels", "l", "--config", "r", "--question", "q"], "--prompts needs either --labels"),
     ],
 )
 def test_prompts_need_labels(index, extra, message):

@@ -31,6 +31,7 @@ def run(cases, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_masked_reconstruction_trains_the_resampler_alone(run, make_performer):
     performer = make_performer(**PATHS["locpath"])
     _, record, moved = run(performer, "mae", share=0.5)
@@ -47,6 +48,7 @@ def test_slide_text_training_gives_the_compressor_its_weights(run, make_performe
     assert (saved["queries"], saved["width"], saved["shared_width"]) == (8, 16, 8)
 
 
+@pytest.mark.slow
 def test_frozen_language_needs_an_image(run, make_performer):
     trainer, _, moved = run(make_performer(), "align", max_steps=30)
     assert moved and all(".aligner." in name for name in moved)
@@ -60,7 +62,7 @@ def test_frozen_language_needs_an_image(run, make_performer):
     [
         ("mae", "pathalign", "the mae stage pre-trains a resampler"),
         ("contrastive", "resampler", "the contrastive stage trains a Q-Former"),
-        ("contrastive", "pathosynvlm", "trains on patches as they are"),
+        ("contrastive", "pathosynvlm", "trains on uncompressed patches"),
     ],
 )
 def test_a_stage_that_has_nothing_to_train_is_refused(run, make_performer, kind, path, message):
@@ -69,7 +71,7 @@ def test_a_stage_that_has_nothing_to_train_is_refused(run, make_performer, kind,
 
 
 def test_parts_that_a_performer_has_not_are_not_trained(run, qwen, make_performer):
-    with pytest.raises(InputError, match="names seeing, and the performer has none of it, so that nothing is trained"):
+    with pytest.raises(InputError, match="names seeing, none of which the performer has, so nothing is trained"):
         run(qwen, "align")
     with pytest.raises(InputError, match=r"sft\.case: learning_rate has no effect here; .* in learning_rates"):
         run(make_performer(), "case", learning_rate=1e-3)

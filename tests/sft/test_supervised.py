@@ -357,7 +357,7 @@ def test_published_rates_are_the_defaults():
         stage_rates("case", {"vision": 1e-3})
     with pytest.raises(InputError, match=r"seeing: '1e-3', lora: -1: write numbers of at least 0"):
         stage_rates("case", {"seeing": "1e-3", "lora": -1})
-    with pytest.raises(InputError, match=r"0\.1 is no mapping"):
+    with pytest.raises(InputError, match=r"0\.1 is not a mapping"):
         stage_rates("case", 0.1)
     with pytest.raises(InputError, match="every learning rate is 0"):
         stage_rates("align", {"seeing": 0})

@@ -133,6 +133,7 @@ def test_a_damaged_cache_is_ignored_with_a_warning(files, cache, damage, caplog,
     assert "cache of checked files" in caplog.text
 
 
+@pytest.mark.slow
 def test_processes_may_write_at_once(files, cache):
     """Four processes that begin with no cache each add their own files; nothing is lost."""
     script = (

@@ -58,7 +58,7 @@ def test_slides_that_cannot_be_counted_are_named(make_slide, monkeypatch, capsys
         main()
     assert stopped.value.code == 2
     told = capsys.readouterr()
-    assert "not one of 1 slides" in told.err and "not a slide" in told.out
+    assert "none of 1 slides" in told.err and "not a slide" in told.out
 
 
 @pytest.mark.parametrize("text", ["2", "2:", "x:64", "2:64.5", "99:64", "2:0"])

@@ -61,6 +61,7 @@ def test_what_is_written(extract, make_slide, tmp_path):
     assert not list(tmp_path.glob("out/**/.*"))  # no temporary file is left
 
 
+@pytest.mark.slow
 def test_a_level_within_the_tolerance_is_resampled(extract, make_slide):
     (status,) = extract(make_slide(mpp=2.02, downs=(1, 2)))
     assert (status.status, status.level) == ("done", 0)
@@ -90,6 +91,7 @@ def test_72_dpi_is_no_scale(extract, make_slide):
     assert "openslide.mpp-x = 352.7" in status.reason and "outside 0.05 to 20" in status.reason
 
 
+@pytest.mark.slow
 def test_bad_slides_do_not_stop_the_others(extract, make_slide, tmp_path, corrupt_tile):
     (tmp_path / "slides").mkdir()
     (tmp_path / "slides/broken.svs").write_bytes(b"II*\0 and nothing else")
@@ -116,12 +118,13 @@ def test_bad_slides_do_not_stop_the_others(extract, make_slide, tmp_path, corrup
     assert asked.status == "done"
 
 
+@pytest.mark.slow
 def test_special_stains_only_when_asked(extract, make_slide):
     path = make_slide()
     jobs = [SlideJob(path, "he", stain="HE"), SlideJob(path, "ihc", stain="CK7"), SlideJob(path, "unknown")]
     he, ihc, unknown = extract(*jobs)
     assert (he.status, ihc.status, unknown.status) == ("done", "skipped", "done")
-    assert "stain CK7 is not asked for" in ihc.reason and "--stains any" in ihc.reason
+    assert "stain CK7 is not selected" in ihc.reason and "--stains any" in ihc.reason
     he, ihc, unknown = extract(*jobs, stains=["H&E", "ck7"])
     assert ihc.status == "done" and he.again and unknown.again and not ihc.again
     assert [status.status for status in extract(*jobs, out="any", stains=["any"])] == ["done"] * 3
@@ -168,6 +171,7 @@ def test_a_second_run_does_nothing(extract, make_slide, tmp_path, monkeypatch):
     assert before == {file: file.stat().st_mtime_ns for file in tmp_path.glob("out/**/*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_what_changed_is_done_again(extract, make_slide):
     path = make_slide("a.tif", mpp=1.0)
     extract(path)
@@ -200,6 +204,7 @@ def test_half_a_status_file_counts_as_none(extract, make_slide, tmp_path):
     assert status.status == "done" and not status.again
 
 
+@pytest.mark.slow
 def test_shares_are_disjoint_and_complete(make_slide, tmp_path, encoder):
     jobs = [make_slide(f"{i}.tif", height=600, width=600) for i in range(5)]
     shares = [
@@ -225,6 +230,7 @@ def test_fastslide_that_fails_is_replaced(extract, make_slide, monkeypatch):
     assert status.status == "failed"
 
 
+@pytest.mark.slow
 def test_a_damaged_slide_does_not_hang_fastslide(make_slide, corrupt_tile, tmp_path):
     """fastslide 0.8 never returns from a tile that is no JPEG: OpenSlide takes over and tells what is wrong.
 
@@ -251,6 +257,7 @@ def test_a_damaged_slide_does_not_hang_fastslide(make_slide, corrupt_tile, tmp_p
     assert (statuses["good"]["status"], statuses["good"]["backend"]) == ("done", "openslide"), done.stderr[-2000:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -346,6 +353,7 @@ def command(*arguments: str) -> dict:
     return {"args": list(arguments), "cwd": ROOT, "env": environment, "text": True}
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes(make_slide, tmp_path):
     jobs = [make_slide(f"{i}.tif", height=800, width=800) for i in range(6)]
     arguments = ["--slides", str(tmp_path / "slides"), "--out", str(tmp_path / "out"), "--device", "cpu"]
@@ -385,6 +393,7 @@ extract.main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", "auto"])
 def test_two_processes(make_slide, tmp_path, device):
     """By torchrun and by accelerate launch: each has a share, also on a machine without an accelerator."""

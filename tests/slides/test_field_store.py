@@ -129,7 +129,7 @@ def test_a_field_that_is_damaged_in_one_shard_is_read_from_another(tmp_path):
     raw = bytearray(bad.read_bytes())
     raw[-1] ^= 1
     bad.write_bytes(raw)
-    with pytest.raises(InputError, match=rf"{bad.name}: damaged, .* delete the file and give the command again"):
+    with pytest.raises(InputError, match=rf"{bad.name}: damaged, .* delete the file and run the command again"):
         open_store(tmp_path).read(key_of(1))
     assert holds(open_store(tmp_path), 0), "the other field of the shard"
     fill(tmp_path, [1])
@@ -200,6 +200,7 @@ with open_store(sys.argv[1]) as store:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_writer_leaves_whole_shards(tmp_path):
     writer = subprocess.Popen(
         [sys.executable, "-c", WRITER, str(tmp_path), str(ROOT)], stdout=subprocess.PIPE, cwd=ROOT, text=True

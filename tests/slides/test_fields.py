@@ -222,5 +222,5 @@ def test_features_that_16_bits_do_not_hold_are_refused(picture, tmp_path):
             return grid.mean((1, 2)), grid
 
     encoder = PatchEncoder("huge", Huge(), dim=3, stride=STRIDE, fingerprint="huge@1")
-    with pytest.raises(InputError, match=r"a.png: the features that huge gives of it are no numbers of 16 bits"):
+    with pytest.raises(InputError, match=r"a.png: the features that huge gives of it do not fit into 16 bits"):
         encode_fields([picture("a.png")], tmp_path / "store", encoder, progress=False)

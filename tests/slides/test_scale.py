@@ -77,5 +77,5 @@ def test_contradictions_are_noted():
 
 @pytest.mark.parametrize("power", ["0", "-40", "1000", "x"])
 def test_odd_objective_powers(power):
-    with pytest.raises(SlideError, match="no magnification"):
+    with pytest.raises(SlideError, match="not a valid magnification"):
         find_scale(properties(power=power))

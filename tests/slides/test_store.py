@@ -60,6 +60,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, features):
     assert len(list(tmp_path.iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_left_is_removed(tmp_path, features):
     host = platform.node()
     gone = subprocess.Popen([sys.executable, "-c", ""])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from frugalpath.slides.tiling import blocks, cap, make_grid, select, tissue_fraction
@@ -34,7 +34,6 @@ def test_tiles_reach_all_of_the_slide(width, height, level0_mpp, origin, tile_px
     assert (grid.rows - 1) * grid.step < height <= grid.rows * grid.step * (1 + 1e-9)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 40), st.integers(1, 40), st.floats(0.3, 30), st.floats(8, 400), st.integers(0, 2**32 - 1))
 def test_all_tissue_is_counted_once(height, width, mask_ratio, step, seed):
     mask = np.random.default_rng(seed).random((height, width)) < 0.4

@@ -16,7 +16,7 @@ def test_contradictions_of_entries_are_named_with_their_number():
 def test_problems_of_a_record():
     record = {"diagnosis": "normal", "grade": "2", "margin_status": "zzz", "colour": 1}
     problems = " / ".join(check_record(record, SIMULATOR))
-    assert "'colour' is no field" in problems and "does not apply" in problems and "'zzz' is not one of" in problems
+    assert "'colour' is not a field" in problems and "does not apply" in problems and "'zzz' is not one of" in problems
     assert any("not answered" in p for p in check_record({"diagnosis": "carcinoma"}, SIMULATOR, complete=True))
     assert check_record({"diagnosis": "carcinoma"}, SIMULATOR) == []
 

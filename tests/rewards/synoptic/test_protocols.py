@@ -6,7 +6,7 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from frugalpath.errors import InputError
@@ -93,7 +93,6 @@ def test_every_protocol_cites_its_source(name):
 def test_reports_survive_a_round_trip_and_score_one(name, layout):
     protocol = load_protocol(name)
 
-    @settings(max_examples=25)
     @given(record=records(protocol), headings=st.booleans())
     def check(record, headings):
         report = parse_report(render_report(record, protocol, layout, headings), protocol)
@@ -388,7 +387,7 @@ def test_validator_messages_can_be_read():
         "stage": "II",
     }  # fmt: skip
     assert check_record(record, protocol) == [
-        "'stage' is no field of Breast resection, invasive carcinoma",
+        "'stage' is not a field of Breast resection, invasive carcinoma",
         "Overall grade: '2' does not agree with the other fields, which give 3",
         "DCIS extent: answered with 12, but it does not apply to this case",
         "Margin status: 'near' is not one of all negative, involved",
@@ -416,10 +415,10 @@ FIELD = "fields:\n  - {id: a, name: A, type: categorical, values: {x: [y], z: []
     [
         (HEAD + "colour: red\n" + FIELD % "", "unknown key 'colour'"),
         (HEAD + FIELD % ", size: 3", "field 'a': unknown key 'size'"),
-        (HEAD + FIELD % ", applies_if: {b: x}", "field 'a' looks at 'b', which is no field"),
-        (HEAD + FIELD % ", applies_if: {a: w}", "field 'a' names 'w', which is no value of 'a'"),
-        (HEAD + FIELD % ", derive: [{value: w}]", "field 'a' names 'w', which is no value of 'a'"),
-        (HEAD + FIELD % ", groups: {g: [w]}", "field 'a' names 'w', which is no value of 'a'"),
+        (HEAD + FIELD % ", applies_if: {b: x}", "field 'a' looks at 'b', which is not a field"),
+        (HEAD + FIELD % ", applies_if: {a: w}", "field 'a' names 'w', which is not a value of 'a'"),
+        (HEAD + FIELD % ", derive: [{value: w}]", "field 'a' names 'w', which is not a value of 'a'"),
+        (HEAD + FIELD % ", groups: {g: [w]}", "field 'a' names 'w', which is not a value of 'a'"),
         (HEAD + FIELD % ", groups: {g: x}", "field 'a': `groups` must be a mapping of lists"),
         (HEAD + FIELD % ", aliases: b", "field 'a': `aliases` must be a list, not 'b'"),
         (HEAD + FIELD % ", weight: much", "field 'a': `weight` must be a number"),

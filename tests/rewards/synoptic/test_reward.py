@@ -3,10 +3,12 @@
 import time
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from frugalpath.rewards.synoptic.reward import synoptic
+from frugalpath.errors import InputError
+from frugalpath.rewards.synoptic.protocol import load_protocol
+from frugalpath.rewards.synoptic.reward import score_report, synoptic
 
 GOLD = [
     "Diagnosis: carcinoma",
@@ -73,7 +75,6 @@ def test_the_answer_stands_in_one_block(form):
     assert synoptic([form.format("\n".join(GOLD))], answer=["\n".join(GOLD)], protocol=["simulator"]) == [0.0]
 
 
-@settings(max_examples=60)
 @given(st.text(), st.sampled_from(["simulator", "biopsy"]))
 def test_any_text_is_scored(text, protocol):
     gold = BENIGN if protocol == "simulator" else "Breast, biopsy;\n  Fibroadenoma"
@@ -96,3 +97,21 @@ def test_hostile_text_takes_little_time(part, size):
 
 def test_huge_numbers_are_no_values():
     assert score('{"diagnosis": "carcinoma", "tumour_size_mm": ' + "9" * 4000 + "}") == pytest.approx(1 / 6)
+
+
+def test_one_report_is_scored_by_itself():
+    other = WHOLE.replace("Grade: 2", "Grade: 1")
+    found = score_report(other, WHOLE, "simulator")
+    assert found.penalised() == score(other) and not found.cells["grade"].right and found.cells["necrosis"].right
+    record = {"diagnosis": "carcinoma", "Grade": 2, "necrosis": "present"}
+    for text in (WHOLE, f"<think></think><answer>{WHOLE}</answer>"):
+        assert score_report(text, record, load_protocol("simulator")).case_score == 1.0
+
+
+@pytest.mark.parametrize(
+    ("gold", "protocol", "message"),
+    [(WHOLE, "none", "none"), ("Grade: purple", "simulator", "gold report: .*purple"), ({}, "simulator", "no field")],
+)
+def test_a_gold_report_that_cannot_be_read_is_an_error(gold, protocol, message):
+    with pytest.raises(InputError, match=message):
+        score_report(WHOLE, gold, protocol)

@@ -116,9 +116,9 @@ def test_removed_keys_at_their_defaults_are_passed_over_with_a_warning(tmp_path,
     with caplog.at_level(logging.WARNING):
         run = read(tmp_path, share="equal", fit_splits=12, look_state=None, look_confidence=None, width=32)
     assert run.allocator.width == 32
-    told = [record.getMessage() for record in caplog.records if "no effect any more" in record.getMessage()]
+    told = [record.getMessage() for record in caplog.records if "no longer has an effect" in record.getMessage()]
     keys = ("fit_splits", "look_confidence", "look_state", "share")
-    assert told == [f"allocator.{key} has no effect any more; leave it out" for key in keys]
+    assert told == [f"allocator.{key} no longer has an effect; remove it" for key in keys]
 
 
 @pytest.mark.parametrize(
@@ -126,14 +126,27 @@ def test_removed_keys_at_their_defaults_are_passed_over_with_a_warning(tmp_path,
     [
         (
             {"share": "attention"},
-            r"allocator.share: 'attention' was removed before 0.1.0, .*even shares at equal cost",
+            r"allocator.share: 'attention' was removed before 0.1.0, .*equal shares at equal cost",
         ),
-        ({"share": "split", "fit_splits": 24}, "allocator.share: 'split' was removed .*take the key out"),
-        ({"look_state": 4, "look_confidence": None}, "allocator.look_state: 4 was removed .*about what it brought"),
-        ({"look_confidence": 1}, "allocator.look_confidence: 1 was removed .*set allocator.form to escalate"),
+        ({"share": "split", "fit_splits": 24}, "allocator.share: 'split' was removed .*remove the key"),
+        (
+            {"look_state": 4, "look_confidence": None},
+            "allocator.look_state: 4 was removed .*about as much as it gained",
+        ),
+        ({"look_confidence": 1}, "allocator.look_confidence: 1 was removed .*set allocator.form to cascade"),
     ],
 )
 def test_removed_keys_that_ask_for_something_are_refused(tmp_path, allocator, message):
     with pytest.raises(InputError, match=message) as error:
         read(tmp_path, **allocator)
     assert len(error.value.problems) == 1 and "6926608" in str(error.value)
+
+
+def test_the_former_name_of_a_form_works_with_a_warning(tmp_path, caplog):
+    with caplog.at_level(logging.WARNING):
+        run = read(tmp_path, form="escalate")
+    assert run.allocator.form == "cascade"
+    assert "allocator.form: escalate is called cascade now; write that" in caplog.text
+    (tmp_path / "run" / "allocator").mkdir(parents=True)
+    (tmp_path / "run" / "allocator" / "decider.json").write_text('{"form": "escalate"}')
+    assert kept_form(run) == "cascade"

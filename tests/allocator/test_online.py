@@ -76,6 +76,7 @@ def test_single_draws_without_a_score_are_left_out_of_values():
     assert found["loss"] == pytest.approx(known["loss"]) and found["score"] == pytest.approx(known["score"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rloo", "grpo"])
 def test_a_policy_is_learnt_from_draws_for_every_price(kind):
     learner = make("policy", kind=kind)
@@ -92,6 +93,7 @@ def test_a_policy_is_learnt_from_draws_for_every_price(kind):
         assert worth(price) > best - 0.35 * (best - constant) - 0.005, price
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["value", "policy"])
 def test_dual_meets_its_target_cost(form):
     rate = {"value": 5e-3, "policy": 2e-3}[form]
@@ -141,6 +143,7 @@ def test_metrics_tell_the_ways_of_collapse():
     assert "image_information" not in learner.update(look, question, rungs, scores.gather(1, rungs))
 
 
+@pytest.mark.slow
 def test_the_joint_step_trains_and_resumes_a_policy(make_performer, make_trainer, tmp_path):
     starts = []
 

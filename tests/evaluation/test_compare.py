@@ -42,14 +42,14 @@ def test_differences_are_paired_by_case(tmp_path):
 
 def test_runs_of_one_name_are_refused(tmp_path):
     runs = [read_run(write_run(tmp_path / parent / "run", [1.0] * 4)) for parent in "ab"]
-    with pytest.raises(InputError, match=r"two folders have one name \(run, run\)"):
+    with pytest.raises(InputError, match=r"two folders have the same name \(run, run\)"):
         compare(runs)
 
 
 def test_a_report_of_an_earlier_version_is_refused(tmp_path):
     file = write_run(tmp_path / "a", [1.0] * 4) / "report" / "summary.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "headline": {}}))
-    with pytest.raises(InputError, match=r"summary\.json: an earlier version wrote it"):
+    with pytest.raises(InputError, match=r"summary\.json: written by an earlier version"):
         read_run(tmp_path / "a")
 
 
@@ -57,7 +57,9 @@ def test_runs_on_other_cases_are_refused(tmp_path):
     first, second = (read_run(write_run(tmp_path / name, [1.0] * 4)) for name in "ab")
     other = copy.deepcopy(second)
     other["cases"]["c9"] = other["cases"].pop("c0")
-    with pytest.raises(InputError, match="b: 2 test cases are not those of a, such as c0; compare runs on the same"):
+    with pytest.raises(
+        InputError, match="b: 2 test cases differ from those of a, such as c0; compare runs on the same"
+    ):
         compare([first, other])
 
 
@@ -75,4 +77,4 @@ def test_an_unfinished_run_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["compare.py", "--runs", str(tmp_path / "none"), "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
         frugalpath.evaluation.compare.main()
-    assert stopped.value.code == 2 and "finish the run with rl/grpo.py" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "run `frugalpath grpo`" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from frugalpath.allocator.score_table import ScoreTable
 from frugalpath.bootstrap import Bootstrap
 from frugalpath.envs.case import Case
 from frugalpath.evaluation.latency import Latency
-from frugalpath.evaluation.run import Outcome, Preferred
+from frugalpath.evaluation.run import EvaluationResult, Preferred
 
 LADDER = [1, 4, 16]
 N = 120
@@ -21,7 +21,7 @@ LOOK = 0.5
 
 
 @pytest.fixture
-def outcome() -> Outcome:
+def outcome() -> EvaluationResult:
     """A third of the cases needs 1 token, a third 4, a third 16; the allocator knows which at price 0.1."""
     need = np.arange(N) % 3
     budgets = [0, *LADDER]
@@ -37,7 +37,7 @@ def outcome() -> Outcome:
     curve = [Decisions.from_table(p, table, r, look) for p, r in rungs.items()]
     operating = {"rule": "price", "tolerance": 0.01, "price": 0.1, "val": []}
     times = {b: np.linspace(b, b + 2, 5) for b in LADDER}
-    return Outcome(
+    return EvaluationResult(
         ladder=LADDER,
         cases=[
             Case(n, p, "choice", "?", "x", images=(n,), question=q)

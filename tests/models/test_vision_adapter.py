@@ -10,9 +10,9 @@ from frugalpath.models.qwen_vl import VISION_MARKS
 from frugalpath.models.tokenizer import IMAGE_TOKEN, train_tokenizer
 from frugalpath.models.vision_adapter import (
     Prompt,
-    Sight,
-    SlideSight,
-    TextSight,
+    SlideVisionAdapter,
+    TextVisionAdapter,
+    VisionAdapter,
     images_of,
     lay_out,
     read_prompt,
@@ -83,7 +83,7 @@ def test_ids_and_positions_are_those_of_the_processor(performer, qwen, cases, im
 def test_an_image_token_in_a_text_is_refused(request, family, role, image_cases, cases):
     made = request.getfixturevalue(family)
     (view,) = made.see((image_cases if family == "qwen" else cases)[0], 4)
-    message = rf"2 places for images and 1 images.*'{IMAGE_TOKEN.replace('|', '[|]')}'.*take it out"
+    message = rf"2 places for images and 1 images.*'{IMAGE_TOKEN.replace('|', '[|]')}'.*remove it"
     texts = {"user": "What is", "system": "Answer."}
     texts[role] += f" {IMAGE_TOKEN} this"
     messages = [{"role": "system", "content": texts["system"]}, *ask(texts["user"], view)]
@@ -95,7 +95,7 @@ def test_an_image_token_in_a_text_is_refused(request, family, role, image_cases,
 
 @pytest.mark.parametrize("family", ["performer", "qwen"])
 def test_an_image_token_in_a_plain_text_is_refused(request, family):
-    with pytest.raises(InputError, match="take it out"):
+    with pytest.raises(InputError, match="remove it"):
         read(request.getfixturevalue(family), f"What is {IMAGE_TOKEN} this?")
 
 
@@ -111,12 +111,12 @@ def test_a_plain_text_is_tokenized_as_it_is(request, family):
 def test_a_text_model_reads_conversations():
     tokenizer = train_tokenizer(["tumour"], 280)
     messages = [{"role": "user", "content": "tumour?"}]
-    prompt = read_prompt(tokenizer, TextSight(), messages)
+    prompt = read_prompt(tokenizer, TextVisionAdapter(), messages)
     expected = "<|im_start|>user\ntumour?<|im_end|>\n<|im_start|>assistant\n"
     assert prompt.ids.tolist() == tokenizer(expected)["input_ids"]
-    assert read_prompt(tokenizer, TextSight(), "tumour?").ids.tolist() == tokenizer("tumour?")["input_ids"]
+    assert read_prompt(tokenizer, TextVisionAdapter(), "tumour?").ids.tolist() == tokenizer("tumour?")["input_ids"]
     # It has no image token, so that none stands for an image.
-    assert IMAGE_TOKEN in tokenizer.decode(read_prompt(tokenizer, TextSight(), f"a {IMAGE_TOKEN}").ids)
+    assert IMAGE_TOKEN in tokenizer.decode(read_prompt(tokenizer, TextVisionAdapter(), f"a {IMAGE_TOKEN}").ids)
 
 
 TEMPLATE = (
@@ -155,7 +155,7 @@ def test_a_prompt_is_laid_out_from_its_ids(qwen, image_cases):
 
 
 def test_stored_features_are_handed_on(bank):
-    sight = SlideSight(3)
+    sight = SlideVisionAdapter(3)
     views = [bank.see("field0", 4), bank.see("field1", 1)]
     assert [sight.view(v) for v in views] == views
     fields = sight.fields(views)
@@ -174,17 +174,17 @@ def test_stored_features_are_handed_on(bank):
 @pytest.mark.parametrize("image", ["field.png", noise(28, 28, 0), np.zeros(3)])
 def test_images_that_are_not_encoded_are_refused(image):
     with pytest.raises(InputError, match=f"is a {type(image).__name__}; slide_vlm reads stored features"):
-        SlideSight(3).view(image)
+        SlideVisionAdapter(3).view(image)
 
 
 def test_a_text_model_refuses_images():
     with pytest.raises(InputError, match="use a vision-language model"):
-        read_prompt(train_tokenizer(["a"], 280), TextSight(), ask("What?", noise(28, 28, 0)))
-    assert TextSight().fields([]) == {} and TextSight().inputs(None, [[]]) == {}
+        read_prompt(train_tokenizer(["a"], 280), TextVisionAdapter(), ask("What?", noise(28, 28, 0)))
+    assert TextVisionAdapter().fields([]) == {} and TextVisionAdapter().inputs(None, [[]]) == {}
 
 
 def test_a_sight_of_no_family_sees_nothing():
-    sight = Sight(None)
+    sight = VisionAdapter(None)
     with pytest.raises(NotImplementedError):
         sight.view("image")
     with pytest.raises(NotImplementedError):

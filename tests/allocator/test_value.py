@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 
 from frugalpath.allocator.value import ValueAllocator, fit_value
-from tests.rl.planted import PRICES, planted
+from tests.allocator.planted import PRICES, planted
+
+
+@pytest.fixture(scope="module")
+def shared(make_performer, cases, tmp_path_factory):
+    return planted(make_performer, cases, tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture
-def world(make_performer, cases, tmp_path):
-    return planted(make_performer, cases, tmp_path)
+def world(shared, tmp_path, monkeypatch):
+    trained, network = shared
+    monkeypatch.setattr(trained.data.run, "folder", tmp_path)
+    return trained, copy.deepcopy(network)
 
 
 def fit(world) -> ValueAllocator:

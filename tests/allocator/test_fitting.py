@@ -24,6 +24,7 @@ def batch() -> list[torch.Tensor]:
     ]
 
 
+@pytest.mark.slow
 def test_a_saved_learner_goes_on_as_if_it_had_not_stopped(performer, make_learner, batch, tmp_path):
     learner, other, fresh = (make_learner(performer) for _ in range(3))
     for _ in range(3):
@@ -40,6 +41,7 @@ def test_a_saved_learner_goes_on_as_if_it_had_not_stopped(performer, make_learne
     assert not torch.equal(fresh.allocator.state_dict()["see.weight"], unstopped["see.weight"])
 
 
+@pytest.mark.slow
 def test_an_update_pulls_the_prediction_to_the_score(performer, make_learner, batch):
     learner = make_learner(performer, learning_rate=1e-2)
     look, question, _, _ = batch
@@ -129,6 +131,7 @@ def test_a_fit_is_repeatable():
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 def test_a_fit_stops_before_it_learns_noise_by_heart():
     """Scores that nothing tells: the held-out loss soon rises, and the predictions stay near the mean of each rung."""
     generator = torch.Generator().manual_seed(0)

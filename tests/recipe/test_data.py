@@ -90,6 +90,7 @@ def test_cases_with_nothing_left_are_named_with_their_slides(stored, tmp_path):
     assert torn.startswith("case torn: ") and REASONS["text"] in torn
 
 
+@pytest.mark.slow
 def test_strict_makes_every_failure_an_error(stored, tmp_path):
     cases = [case(name, stored["a"], stored[name]) for name in ("gone", "empty")]
     with pytest.raises(InputError) as caught:
@@ -106,6 +107,7 @@ def test_files_of_two_encoders_in_equal_number_are_refused(stored, tmp_path):
         load([case("one", stored["a"], stored["wide"])], tmp_path)
 
 
+@pytest.mark.slow
 def test_slides_that_cannot_be_extracted_are_left_out(tmp_path, caplog):
     sound = write_slide(tmp_path / "sound.tif", tissue_image(300, 300))
     blank = write_slide(tmp_path / "blank.tif", np.full((300, 300, 3), 243, np.uint8))

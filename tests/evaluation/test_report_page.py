@@ -75,6 +75,7 @@ def rows(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / "cases.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_all_of_a_summary_is_told(folder, summary):
     page = Elements((folder / "report.html").read_text())
     sections = {"frontier", "points", "budgets", "measures", "cases", "training", "attribution", "questions", "run"}
@@ -160,7 +161,7 @@ def test_the_headline_says_which_side_it_is_on(summary):
     told = headline(summary)
     assert told["title"].startswith("25 % of the cost of the largest budget")
     assert "1.2 points below the best static budget, 256 tokens [−3.0, +0.4]." in told["text"]
-    assert "same mean budget, which pays for no look, reaches 0.800 at 12 % of the largest budget's" in told["text"]
+    assert "same mean budget, which pays for no probe, reaches 0.800 at 12 % of the largest budget's" in told["text"]
     assert "3.1 points above it [+1.0, +5.0]." in told["text"]
     head["accuracy_lost"] = {"value": -0.01, "ci95": [-0.02, 0.0]}
     assert "1.0 points above the best static budget" in headline(summary)["text"]

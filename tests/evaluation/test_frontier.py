@@ -2,15 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from frugalpath.allocator.score_table import chosen
 from frugalpath.bootstrap import Bootstrap
 from frugalpath.evaluation.frontier import mixed, oracle_rungs, pick_price, point
-
-quick = settings(max_examples=50, deadline=None)
 
 
 def test_a_point_holds_the_means():
@@ -46,7 +44,6 @@ tables = st.tuples(st.integers(1, 8), st.integers(1, 5)).flatmap(
 )
 
 
-@quick
 @given(tables)
 def test_the_oracle_takes_the_cheapest_of_the_best(table):
     score, flops = table

@@ -72,6 +72,7 @@ def make(performer, cases, tmp_path):
     return decider
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["value", "policy"])
 def test_a_fitted_allocator_spends_where_it_helps(make, performer, cases, form):
     _, decider = make(form=form)
@@ -88,6 +89,7 @@ def test_a_fitted_allocator_spends_where_it_helps(make, performer, cases, form):
     assert collapse(decider) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["value", "policy"])
 def test_a_finished_fit_is_read_again(make, tmp_path, form):
     _, first = make(form=form)
@@ -102,6 +104,7 @@ def test_a_finished_fit_is_read_again(make, tmp_path, form):
         make(form=form, fit_learning_rate=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["value", "policy"])
 def test_dual_settles_the_price_on_validation_cases(make, form):
     _, decider = make(form=form, objective="dual", target=0.56)
@@ -110,6 +113,7 @@ def test_dual_settles_the_price_on_validation_cases(make, form):
     assert cost == pytest.approx(0.56, abs=0.06)
 
 
+@pytest.mark.slow
 def test_prices_at_which_nothing_is_worth_its_cost_are_told(make, performer):
     run, decider = make(form="value")
     run.run.evaluation.prices = [2.0, 5.0]

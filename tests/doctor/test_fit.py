@@ -84,6 +84,7 @@ def test_ledger_counts_what_lives_and_forgets_what_is_gone():
     assert ledger.now == 600 and len(view) == 10 and len(three) == 50
 
 
+@pytest.mark.slow
 def test_layers_that_are_not_traced_are_added_by_the_line():
     deep = Subject.of(PerformerConfig(**{**TINY, "layers": DEPTH + 4}), 24)
     found, whole = trace(deep, UPDATE, False), _update(deep, UPDATE, False, None)
@@ -92,6 +93,7 @@ def test_layers_that_are_not_traced_are_added_by_the_line():
         assert moment.peak == pytest.approx(whole.moments[name].peak, rel=1e-2), name
 
 
+@pytest.mark.slow
 def test_a_gemma_is_traced_at_few_layers_too():
     deep = Subject.of(PerformerConfig(**{**TINY, "layers": DEPTH + 5}, family="gemma_vl"), 24)
     writing = Writing(2, 4, 48, 16, Seen(16, 16), False, True, None)
@@ -153,6 +155,7 @@ def test_features_are_kept_as_the_families_keep_them(tmp_path):
     assert held(None, "--vision_cache", str(cache), family="qwen_vl") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     [
@@ -171,17 +174,20 @@ def test_an_update_takes_more_of_whatever_grows(subject, more):
     assert after > before
 
 
+@pytest.mark.slow
 def test_checkpointing_keeps_less():
     deep = Subject.of(PerformerConfig(**{**TINY, "layers": 3}), 24)
     assert trace(deep, replace(UPDATE, checkpointing=True), False).kept < trace(deep, UPDATE, False).kept / 2
 
 
+@pytest.mark.slow
 def test_bfloat16_keeps_less():
     deep = Subject.of(PerformerConfig(**TINY), 24)
     long = replace(UPDATE, rows=16, length=128, scored=16 * 16)
     assert trace(deep, replace(long, bf16=True), False).kept < trace(deep, long, False).kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("performer", "gpu"),
     [
@@ -201,6 +207,7 @@ def test_every_family_has_all_phases(tmp_path, performer, gpu):
     assert all(p.parts["optimizer"] > 0 for p in phases[:3])
 
 
+@pytest.mark.slow
 def test_each_knob_that_is_named_lowers_the_peak(tmp_path):
     sft = {"max_steps": 4, "per_device_train_batch_size": 32}
     run = recipe(tmp_path, performer=TINY, sft=sft, ladder=[1, 4, 64])
@@ -226,6 +233,7 @@ def test_knobs_are_settings_that_the_recipe_takes(tmp_path):
                 recipe(tmp_path, *extra, performer=TINY)
 
 
+@pytest.mark.slow
 def test_several_processes_divide_what_they_say(tmp_path):
     run = recipe(tmp_path, performer=TINY)
     subject = Subject.of(run.performer, 24)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -21,7 +21,6 @@ from frugalpath.evaluation.frontier import (
     pareto,
 )
 
-quick = settings(max_examples=50, deadline=None)
 N = 40
 BOOTSTRAP = Bootstrap([f"p{i // 2}" for i in range(N)], resamples=60)
 
@@ -51,7 +50,6 @@ def test_points_of_equal_cost_leave_the_mean_defined(log):
     assert twice.mean(0.1, 1.0, log) == pytest.approx(once.mean(0.1, 1.0, log))
 
 
-@quick
 @given(points)
 def test_frontiers_are_what_the_points_buy(found):
     cost, accuracy = found
@@ -72,7 +70,6 @@ def test_frontiers_are_what_the_points_buy(found):
     assert (mixed >= step - 1e-12).all(), "to mix never buys less"
 
 
-@quick
 @given(points, st.booleans(), st.booleans())
 def test_the_mean_of_a_frontier_is_its_integral(found, mixed, log):
     front = Frontier.of(*found, mixed=mixed)
@@ -93,7 +90,6 @@ def test_means_of_known_shapes():
     assert np.isnan(Frontier.of(cost, accuracy, True).mean(3, 3))
 
 
-@quick
 @given(points)
 def test_the_hull_is_part_of_the_pareto_points(found):
     cost, accuracy = found
@@ -103,7 +99,6 @@ def test_the_hull_is_part_of_the_pareto_points(found):
     assert (np.diff(accuracy[best]) > 0).all() and (np.diff(cost[best]) > 0).all()
 
 
-@quick
 @given(points)
 def test_the_hypervolume_is_the_area_under_the_best_accuracy(found):
     cost, accuracy = found
@@ -135,7 +130,7 @@ def test_there_is_no_area_without_a_common_range():
     assert found["hypervolume"]["adaptive"]["value"] == 0
 
 
-@quick
+@pytest.mark.slow
 @given(st.integers(0, 10**6), st.floats(0.01, 0.3), st.floats(0.5, 0.99))
 def test_a_frontier_equals_itself_and_a_better_or_cheaper_one_is_above(seed, gain, cheaper):
     static = planted(seed)
@@ -152,7 +147,6 @@ def test_a_frontier_equals_itself_and_a_better_or_cheaper_one_is_above(seed, gai
     assert saving["hypervolume"]["difference"]["value"] > 0
 
 
-@quick
 @given(st.integers(0, 10**6), st.integers(0, 3))
 def test_a_further_setting_never_lowers_a_frontier(seed, left_out):
     whole = planted(seed)
@@ -201,6 +195,7 @@ def test_what_is_lost_to_the_best_budget():
     }
 
 
+@pytest.mark.slow
 def test_intervals_cover_the_area_of_the_population():
     """Three settings a side, 60 data sets of 100 cases: the area with points chosen beforehand has no bias."""
     rates, cost = np.array([0.5, 0.7, 0.8]), np.array([1.0, 2.0, 4.0])
@@ -221,6 +216,7 @@ def test_intervals_cover_the_area_of_the_population():
     assert np.mean(inside) > 0.85
 
 
+@pytest.mark.slow
 def test_random_mixtures_do_not_pass_for_an_allocator():
     """Thirteen mixtures of five budgets that nothing chose: chosen on 600 cases and tested on 1,000, 40 data sets."""
     cost, rate = np.array([0.1, 0.14, 0.3, 0.5, 1.0]), np.array([0.7, 0.8, 0.88, 0.93, 0.96])

@@ -7,18 +7,25 @@ import json
 import numpy as np
 import pytest
 
+from frugalpath.allocator.base import TrainedRun
 from frugalpath.allocator.cascade import CascadeAllocator, fit_cascade, load_cascade
-from tests.rl.planted import BUDGETS, PRICES, planted
+from tests.allocator.planted import BUDGETS, PRICES, planted
+
+
+@pytest.fixture(scope="module")
+def trained(make_performer, cases, tmp_path_factory) -> TrainedRun:
+    return planted(make_performer, cases, tmp_path_factory.mktemp("run"))[0]
 
 
 @pytest.fixture(params=["all kinds alike", "by kind"])
-def decider(request, make_performer, cases, tmp_path, monkeypatch) -> CascadeAllocator:
+def decider(request, trained, tmp_path, monkeypatch) -> CascadeAllocator:
     if request.param == "by kind":
         monkeypatch.setattr("frugalpath.allocator.cascade_plan.ENOUGH", 1)
-    trained, _ = planted(make_performer, cases, tmp_path)
+    monkeypatch.setattr(trained.data.run, "folder", tmp_path)
     return fit_cascade(trained)
 
 
+@pytest.mark.slow
 def test_what_is_decided_from_the_table_is_what_happens(decider):
     cases = decider.data.splits["test"]
     looked = set()
@@ -42,6 +49,7 @@ def test_what_is_decided_from_the_table_is_what_happens(decider):
     assert len({r for r, _ in looked}) > 1, "prices matter"
 
 
+@pytest.mark.slow
 def test_deciding_costs_what_the_looks_before_the_last_took(decider):
     """Of every case that went from rung 0 straight to the last, by hand."""
     table = decider.trained.tables["test"]
@@ -69,6 +77,7 @@ def test_plans_are_written(decider):
     assert rows[-1]["start"] == 1, "at a high price the smallest"
 
 
+@pytest.mark.slow
 def test_validation_cases_are_decided_by_fits_that_had_not_seen_them(decider):
     before = decider.decide("val", 0.1).rungs
     decider.known.forecast.weights[-1] = np.nan
@@ -76,6 +85,7 @@ def test_validation_cases_are_decided_by_fits_that_had_not_seen_them(decider):
     assert decider.predicted("val") is None
 
 
+@pytest.mark.slow
 def test_what_was_learnt_is_read_again_and_decides_alike(decider):
     again = load_cascade(decider.trained)
     cases = decider.data.splits["test"]
@@ -88,6 +98,7 @@ def test_what_was_learnt_is_read_again_and_decides_alike(decider):
     assert all(t.startswith("~") for t in written), "rare answers may be of one patient alone"
 
 
+@pytest.mark.slow
 def test_time_of_deciding_is_not_negative(decider):
     times = decider.look_ms(decider.data.splits["test"], 0.1)
     assert len(times) == 4 and (times >= 0).all()

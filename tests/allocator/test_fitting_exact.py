@@ -124,6 +124,7 @@ def test_the_other_draws_are_a_better_baseline_than_none(toy):
 # Fits.
 
 
+@pytest.mark.slow
 def test_one_policy_is_right_at_every_price():
     look, question, scores = planted()
     allocator = make_policy()
@@ -137,6 +138,7 @@ def test_one_policy_is_right_at_every_price():
         assert (reward.max(-1).values - reward.gather(1, chosen[:, None])[:, 0]).mean() < 0.02, price
 
 
+@pytest.mark.slow
 def test_entropy_keeps_a_policy_from_collapsing():
     """A reward that is better by a hair at one rung: without a bonus the policy settles on it."""
     look, question, _ = planted(120)
@@ -161,6 +163,7 @@ def test_the_bonus_fades():
     assert loss[1] - loss[0] == pytest.approx(2 * (loss[2] - loss[1]), rel=1e-3) and loss[0] < loss[1]
 
 
+@pytest.mark.slow
 def test_choices_out_of_fold_hold_at_prices_between_those_of_the_grid():
     look, question, scores = planted(120)
     aim = ExpectedReward(LINEAR, (0.01, 1.0), entropy=0.01)
@@ -178,6 +181,7 @@ def test_choices_out_of_fold_hold_at_prices_between_those_of_the_grid():
     assert found > reward.mean(0).max() + 0.02, "better than the best static budget, out of fold"
 
 
+@pytest.mark.slow
 def test_a_price_is_settled_that_meets_a_target_cost():
     look, question, scores = planted()
     # The bonus keeps the policy from switching all at once, so that every cost between can be met.

@@ -42,17 +42,20 @@ def test_the_machine_alone(monkeypatch, capsys):
     assert "Does it fit" not in out
 
 
+@pytest.mark.slow
 def test_a_recipe_that_fits(path, monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "--config", path, "--memory", "40GB")
-    assert code == 0 and "36.0 GB of GPU memory? yes" in out and "turn first" not in out
+    assert code == 0 and "36.0 GB of GPU memory? yes" in out and "change first" not in out
     assert "GRPO step: about" in out and "data sheet of H100" in out
 
 
+@pytest.mark.slow
 def test_one_that_does_not(path, monkeypatch, capsys):
     code, out, _ = call(monkeypatch, capsys, "--config", path, "--memory", "0.001GB")
-    assert code == 1 and "NO:" in out and "turn first: " in out and "saves" in out
+    assert code == 1 and "NO:" in out and "change first: " in out and "saves" in out
 
 
+@pytest.mark.slow
 def test_json(path, monkeypatch, capsys):
     words = ("--config", path, "--memory", "1GB", "--tflops", "100", "--bandwidth", "1", "--mfu", "0.5", "--json")
     code, out, _ = call(monkeypatch, capsys, *words)
@@ -62,6 +65,7 @@ def test_json(path, monkeypatch, capsys):
     assert found["fit"]["assumed"]["flops"] == 1e14 and found["fit"]["step_seconds"] > 0
 
 
+@pytest.mark.slow
 def test_what_is_missing_is_named_with_its_remedy(tmp_path, monkeypatch, capsys):
     recipe = write_recipe(
         tmp_path,

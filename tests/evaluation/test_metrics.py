@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
@@ -29,7 +29,6 @@ from frugalpath.evaluation.metrics import (
 from frugalpath.evaluation.run import operating_price
 from frugalpath.recipe.run import AllocatorOptions, EvaluationOptions
 
-quick = settings(max_examples=30, deadline=None)
 N = 4000
 BUDGETS = [1, 4, 16]
 
@@ -64,7 +63,6 @@ def test_the_base_rate_has_no_skill_and_its_own_knowledge_is_counted():
     assert found["by_budget"]["1"]["brier_skill"] is None, "a base rate without error leaves nothing to gain"
 
 
-@quick
 @given(st.integers(0, 10**6), st.integers(1, 4))
 def test_the_rank_correlation_is_spearmans(seed, levels):
     rng = np.random.default_rng(seed)
@@ -232,6 +230,7 @@ def test_what_was_timed_is_kept_beside_the_tables(make_performer, cases, tmp_pat
     assert (timed([0.0], "other answers").answer[1] != first.answer[1]).any()
 
 
+@pytest.mark.slow
 def test_answers_and_deciding_are_timed_apart(make_performer, cases):
     decider = Fixed()
     many = [cases[i % len(cases)] for i in range(40)]
