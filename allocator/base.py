@@ -89,7 +89,7 @@ class TrainedRun:
         data: its cases.
         performer: the trained performer.
         objective: what the allocator maximises.
-        tables: the performer's answers to the cases of `val` and `test` at every budget; of none where the cases are new.
+        tables: the performer's answers to the cases of `val` and `test` at every budget; empty for new cases.
         key: what the joint stage depended on, see `frugalpath.recipe.cache_key`.
     """
 

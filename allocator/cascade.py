@@ -1,4 +1,4 @@
-"""The form `escalate`: budgets in sequence, stopped by the performer's own confidence; every look is paid for."""
+"""The form `cascade`: budgets in sequence, stopped by the performer's own confidence; every look is paid for."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Looks:
 class CascadeAllocator(Allocator):
     """Looks at one budget after another.
 
-    What consecutive prompts begin with is read once, see `frugalpath.models.reuse`; decisions count what is really read and
+    What consecutive prompts begin with is read once, see `models.reuse`; decisions count what is really read and
     written. It decides for the budget whose answer it keeps, which need not be the last; FLOPs of deciding are those
     of all looks beyond a fresh answer at that one.
 
@@ -46,7 +46,7 @@ class CascadeAllocator(Allocator):
         trained: the run. known: from its validation cases.
     """
 
-    form = "escalate"
+    form = "cascade"
 
     def __init__(self, trained: TrainedRun, known: Experience):
         super().__init__(trained)

@@ -16,7 +16,7 @@ import numpy as np
 
 from frugalpath.allocator.forecast import Forecast, Observations
 from frugalpath.allocator.score_table import chosen
-from frugalpath.files import whole
+from frugalpath.files import atomic_write
 
 ENOUGH = 100
 """Validation cases of a kind of question from which on it has a plan of its own."""
@@ -214,7 +214,7 @@ class Experience:
             "score": self.score,
             "flops": self.flops,
         }
-        with whole(path) as part, part.open("wb") as file:
+        with atomic_write(path) as part, part.open("wb") as file:
             np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod

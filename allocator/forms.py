@@ -23,7 +23,7 @@ LOADERS: dict[str, Callable[[TrainedRun], Allocator]] = {
     "value": load_value,
     "policy": load_policy,
     "text": load_text,
-    "escalate": load_cascade,
+    "cascade": load_cascade,
 }
 """How each form is read from the folder `allocator` of a run."""
 

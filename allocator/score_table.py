@@ -16,7 +16,7 @@ from tqdm import tqdm
 from frugalpath.distributed import map_over_processes
 from frugalpath.envs.case import Case
 from frugalpath.errors import InputError
-from frugalpath.files import whole
+from frugalpath.files import atomic_write
 from frugalpath.models.performer import Answer, Performer
 from frugalpath.recipe.cache_key import reward_digest
 from frugalpath.recipe.data import RunData, cases_digest, sha256_of
@@ -64,7 +64,7 @@ class ScoreTable:
 
     def save(self, path: str | Path) -> None:
         """Write as JSON lines, one case a line, atomically."""
-        with whole(path) as part, part.open("w") as file:
+        with atomic_write(path) as part, part.open("w") as file:
             file.write(
                 json.dumps({"budgets": self.budgets, **({"made_of": self.made_of} if self.made_of else {})}) + "\n"
             )

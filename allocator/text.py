@@ -26,7 +26,7 @@ from frugalpath.errors import InputError
 from frugalpath.files import write_text
 from frugalpath.models.build import LORA_TARGETS
 from frugalpath.models.performer import Performer, question_text
-from frugalpath.models.vision_adapter import Prompt, View
+from frugalpath.models.vision_adapter import Prompt, VisualInput
 from frugalpath.recipe.checkpoints import is_done
 from frugalpath.recipe.run import SYSTEM, TURN
 from frugalpath.rewards.answer import extract_answer
@@ -104,7 +104,7 @@ class BudgetWriter:
         """Tokens of a case's images and slides as they are, without any cap."""
         return sum(self.performer.native(source) for source in self.performer.sources(case))
 
-    def messages(self, case: Case, visual: Sequence[View] = ()) -> list[dict]:
+    def messages(self, case: Case, visual: Sequence[VisualInput] = ()) -> list[dict]:
         """The published conversation about a case of which so much is shown."""
         turn = TURN.format(
             current_token=sum(view.tokens for view in visual),

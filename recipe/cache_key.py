@@ -16,6 +16,7 @@ from frugalpath.recipe.checkpoints import CONTENTS
 from frugalpath.recipe.data import RunData, sha256_of
 from frugalpath.recipe.run import Run
 from frugalpath.slides.content import file_digests
+from frugalpath.user_code import current_name
 
 NEUTRAL = {
     "output_dir", "logging_dir", "run_name", "report_to", "disable_tqdm", "logging_steps", "save_steps",
@@ -84,7 +85,7 @@ def reward_digest(run: Run) -> str:
         named = [str(v) for v in params.values() if isinstance(v, str)] if isinstance(params, dict) else []
         module = str(name).rpartition(":")[0]
         if module and not module.endswith(".py"):
-            spec = find_spec(module)
+            spec = find_spec(current_name(module))
             module = spec.origin or "" if spec else ""
         files += [str(path) for n in (module, *named) if n and (path := _file(n, run.base)) is not None]
     digests, _ = file_digests(files)

@@ -1,6 +1,6 @@
-"""Keys of a recipe's `allocator` that were removed: at what used to be their default they are passed over.
+"""Read a recipe's file and command line, before its sections are checked.
 
-A recipe's file and command line, before its sections are read.
+Removed keys of `allocator` are ignored at their former default, and rejected otherwise.
 """
 
 from __future__ import annotations
@@ -18,41 +18,54 @@ from trl import TrlParser
 from frugalpath.errors import InputError, removed
 from frugalpath.parsing import read_yaml
 from frugalpath.recipe.grpo import FrugalConfig
-from frugalpath.values import fits, near, plain_types, read, told
+from frugalpath.values import collect_errors, fits, plain_types, read, suggest
 
 logger = logging.getLogger(__name__)
 
 FORMER: dict[str, Any] = {"share": "equal", "look_state": None, "look_confidence": None}
-"""Removed keys with their former defaults, which are still a part of what a finished stage is known by."""
+"""Removed keys with their former defaults, which are still part of the key of a finished stage."""
 
 PROBE = (
-    "what the performer says at a small budget cost about what it brought the network; take the key out, or set "
-    "allocator.form to escalate, which goes by the performer's own answers"
+    "the performer's answer at a small budget cost about as much as it gained the network; remove the key, or set "
+    "allocator.form to cascade, which uses the performer's own answers"
 )
 REASONS = {
-    "share": "shares by attention and a budget for each slide were no better than even shares at equal cost; take the "
-    "key out, and the slides of a case share its budget evenly",
+    "share": "shares by attention and a budget for each slide were no better than equal shares at equal cost; remove "
+    "the key, and the slides of a case share its budget equally",
     "look_state": PROBE,
     "look_confidence": PROBE,
 }
-"""What was measured of them, and what to do instead."""
+"""Why they were removed, and what to do instead."""
 
 IDLE = ("fit_splits",)
-"""Keys that only went with a removed one."""
+"""Keys that had an effect only with a removed one."""
+
+
+FORMER_FORMS = {"escalate": "cascade"}
+"""Names that forms of the allocator had, and have now."""
+
+
+def with_present_names(allocator: Any) -> Any:
+    """The `allocator` part with the present name of its form; a warning names it."""
+    form = allocator.get("form") if isinstance(allocator, dict) else None
+    if not isinstance(form, str) or form not in FORMER_FORMS:
+        return allocator
+    logger.warning("allocator.form: %s is called %s now; write that", form, FORMER_FORMS[form])
+    return {**allocator, "form": FORMER_FORMS[form]}
 
 
 def without_removed(allocator: Any, problems: list[str]) -> Any:
-    """The `allocator` part without removed keys; a warning tells of those that are as they were by default.
+    """Drop removed keys from the `allocator` section, with a warning for those at their former default.
 
     Args:
-        allocator: as the recipe has it; what is no mapping is left to whoever checks it.
-        problems: takes a line for every removed key with another value.
+        allocator: the section; anything but a mapping is returned as it is.
+        problems: receives a line for every removed key with another value.
     """
     if not isinstance(allocator, dict):
         return allocator
     for key, value in allocator.items():
         if key in IDLE or (key in FORMER and value == FORMER[key]):
-            logger.warning("allocator.%s has no effect any more; leave it out", key)
+            logger.warning("allocator.%s no longer has an effect; remove it", key)
         elif key in FORMER:
             problems.append(removed(f"allocator.{key}: {value!r}", REASONS[key]))
     return {key: value for key, value in allocator.items() if key not in (*FORMER, *IDLE)}
@@ -60,7 +73,7 @@ def without_removed(allocator: Any, problems: list[str]) -> Any:
 
 @dataclass
 class Recipe:
-    """What a run does, beside TRL's own GRPO arguments."""
+    """Settings of a run, besides TRL's GRPO arguments."""
 
     cases: dict[str, Any] = field(
         default_factory=dict,
@@ -73,10 +86,12 @@ class Recipe:
     )
     sft: Any = field(default_factory=dict, metadata={"help": "one stage or a list of them, see docs/training.md"})
     questions: list[str] | None = field(
-        default=None, metadata={"help": "kinds of question of GRPO and report; others are for stages of sft alone"}
+        default=None,
+        metadata={"help": "kinds of question used by GRPO and the report; others are used by sft stages only"},
     )
     balance: bool = field(
-        default=False, metadata={"help": "repeat training cases so that the answers of each choice question are even"}
+        default=False,
+        metadata={"help": "repeat training cases so that the answers of each choice question are balanced"},
     )
     rewards: list[Any] = field(default_factory=lambda: ["choice", {"name": "format", "weight": 0.2}])
     allocator: dict[str, Any] = field(default_factory=dict, metadata={"help": "keys of AllocatorOptions"})
@@ -89,7 +104,7 @@ class Recipe:
 KNOWN = frozenset(f.name for cls in (Recipe, FrugalConfig) for f in dataclasses.fields(cls))
 """Keys of the top level."""
 TYPES = {"balance": bool, "rewards": list[Any]}
-"""Types of those that are no section and no argument of the trainer."""
+"""Types of keys that are neither a section nor an argument of the trainer."""
 
 
 AT_START = (
@@ -97,19 +112,19 @@ AT_START = (
     "GOMP_", "MKL_", "OPENBLAS_", "NUMEXPR_", "PYTHON", "LD_", "HF_HOME", "HF_HUB_", "HF_DATASETS_",
     "TRANSFORMERS_OFFLINE",
 )  # fmt: skip
-"""How names of variables begin that libraries read as they are loaded, or devices are looked for."""
+"""Prefixes of variables that libraries read when they are loaded or look for devices."""
 
 
 class _Parser(TrlParser):
-    """TRL's, whose errors are told as all others are."""
+    """TRL's parser, which reports errors as InputError."""
 
     def error(self, message: str) -> NoReturn:
-        """Called where an argument of the command line cannot be read."""
+        """Raise InputError for an argument that cannot be read."""
         raise InputError(f"command line: {message}")
 
 
 def config_of(argv: list[str]) -> tuple[Path | None, list[str]]:
-    """The recipe's path, and the command line without it."""
+    """Split the recipe's path from the command line."""
     for at, argument in enumerate(argv):
         name, equals, value = argument.partition("=")
         if name == "--config":
@@ -119,10 +134,10 @@ def config_of(argv: list[str]) -> tuple[Path | None, list[str]]:
 
 
 def export(variables: dict[str, str], path: Path) -> None:
-    """Set variables of the recipe's `env`.
+    """Set the environment variables of the recipe's `env`.
 
     Raises:
-        InputError: one of them acts only where it is set before the program starts, and is not.
+        InputError: a variable must be set before the program starts, and is not.
     """
     late = {k: v for k, v in variables.items() if k.startswith(AT_START) and os.environ.get(k) != v}
     if late:
@@ -135,26 +150,26 @@ def export(variables: dict[str, str], path: Path) -> None:
 
 
 def content_of(path: Path | None, problems: list[str]) -> dict[str, Any]:
-    """Keys and values of a recipe's file, those left out that are told as problems."""
+    """Read the keys and values of a recipe's file, without those added to `problems`."""
     if path is None:
         return {}
     if not path.is_file():
         raise InputError(f"{path}: no such recipe; see configs/recipes")
     content = read_yaml(path)
     if not isinstance(content, dict):
-        raise InputError(f"{path}: a recipe is a mapping of keys to values")
+        raise InputError(f"{path}: expected a mapping of keys to values")
     variables = content.pop("env", None) or {}
     if not isinstance(variables, dict):
-        raise InputError(f"{path}: env: {variables!r} is no mapping of variables to values")
+        raise InputError(f"{path}: env: expected a mapping of variables to values, got {variables!r}")
     export({str(name): str(value) for name, value in variables.items()}, path)
     types = plain_types(FrugalConfig) | TYPES
     kept: dict[str, Any] = {}
     for key, value in content.items():
         if key not in KNOWN:
-            problems.append(f"{path}: unknown key {key!r}{near(key, KNOWN)}")
+            problems.append(f"{path}: unknown key {key!r}{suggest(key, KNOWN)}")
             continue
-        with told(problems):
-            # A switch that is written as text is read as on the command line.
+        with collect_errors(problems):
+            # A switch written as text is parsed as on the command line.
             as_it_is = key not in types or (isinstance(value, str) and not fits(0, types[key]) and key not in TYPES)
             kept[key] = value if as_it_is else read(value, types[key], f"{path}: {key}")
     return kept
@@ -163,20 +178,20 @@ def content_of(path: Path | None, problems: list[str]) -> dict[str, Any]:
 def parsed(
     content: dict[str, Any], argv: list[str], path: Path | None, problems: list[str]
 ) -> tuple[Recipe, FrugalConfig | None]:
-    """The recipe and the trainer's arguments; None, and problems, where these are wrong."""
+    """Parse the recipe and the trainer's arguments; these are None if there are problems."""
     parser = _Parser([Recipe, FrugalConfig])
     parser.set_defaults_with_config(**content)
     found, unknown = parser.parse_known_args(argv)
     if unknown:
         named = [a for a in unknown if a.startswith("--")] or unknown
-        problems += [f"command line: unknown argument {a}{near(a.lstrip('-'), KNOWN)}" for a in named]
+        problems += [f"command line: unknown argument {a}{suggest(a.lstrip('-'), KNOWN)}" for a in named]
     recipe, grpo = (
         {f.name: getattr(found, f.name) for f in dataclasses.fields(cls) if f.init} for cls in (Recipe, FrugalConfig)
     )
     if path is None and not recipe["set"] and not recipe["cases"]:
-        raise InputError([*problems, "give a recipe: --config configs/recipes/demo.yaml, or one of your own"])
+        raise InputError([*problems, "give a recipe: --config configs/recipes/demo.yaml, or your own"])
     if problems:
-        return Recipe(**recipe), None  # what was left out may be what the others go with
+        return Recipe(**recipe), None  # the other arguments may depend on those left out
     try:
         return Recipe(**recipe), FrugalConfig(**grpo)
     except (ValueError, TypeError) as error:

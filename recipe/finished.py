@@ -9,16 +9,17 @@ from typing import Any
 
 from frugalpath.errors import InputError, removed
 from frugalpath.recipe.checkpoints import DONE
+from frugalpath.recipe.file import FORMER_FORMS
 from frugalpath.recipe.run import FORMS, Run
 
 FITTED = "decider.json"
 """File of the folder `allocator` with what deciding takes that the network's own files do not hold."""
 TRAINED = f"grpo/{DONE}"
-NEEDED = {TRAINED: "rl/grpo.py", f"allocator/{FITTED}": "rl/pareto.py"}
+NEEDED = {TRAINED: "grpo", f"allocator/{FITTED}": "pareto"}
 """Last file of each part that answering takes, and what writes it."""
 SUMMARY = "report/summary.json"
 MARK = "frugalpath.json"
-"""File that makes a folder a published run, with the settings that it was trained by; see `frugalpath.deploy.publishing`."""
+"""File that makes a folder a published run, with the settings that it was trained by; see `deploy.publishing`."""
 EVALUATION = "evaluation.json"
 """What a published run has of its report."""
 
@@ -28,8 +29,11 @@ def settings(run: Run) -> dict[str, Any]:
     return {"encoder": vars(run.encoder), "performer": dataclasses.asdict(run.performer), "ladder": run.ladder}
 
 
-def check_finished(run: Run) -> None:
+def check_finished(run: Run, allocator: bool = True) -> None:
     """Refuse a run that has no trained performer and fitted allocator, or that other settings have made or reported.
+
+    Args:
+        allocator: whether it is to be there; otherwise the performer is enough.
 
     Raises:
         InputError: with what is missing and what writes it, or what differs.
@@ -37,9 +41,10 @@ def check_finished(run: Run) -> None:
     if (run.folder / MARK).is_file():
         _check_settings(run, json.loads((run.folder / MARK).read_text())["parts"])
     else:
-        _check_files(run, NEEDED)
+        _check_files(run, NEEDED if allocator else {TRAINED: NEEDED[TRAINED]})
         _check_settings(run, json.loads((run.folder / "grpo" / DONE).read_text())["parts"])
-    kept_form(run)
+    if allocator:
+        kept_form(run)
 
 
 def kept_form(run: Run) -> str:
@@ -50,15 +55,16 @@ def kept_form(run: Run) -> str:
     """
     path = run.folder / "allocator" / FITTED
     form = json.loads(path.read_text())["form"]
+    form = FORMER_FORMS.get(form, form)
     if form == "split":
         raise InputError(removed(f"{path}: form 'split'", "train again without allocator.share, in a new folder"))
     if form not in FORMS:
-        raise InputError(f"{path}: the form {form!r} is not known; known are {', '.join(FORMS)}")
+        raise InputError(f"{path}: the form {form!r} is unknown; use one of {', '.join(FORMS)}")
     if form != run.allocator.form:
         recipe = f"--config {run.path}" if run.path else "--config RECIPE"
         raise InputError(
             f"{path}: the last report was made with allocator.form {form}, the recipe has {run.allocator.form}; give "
-            f"--set allocator.form={form}, or make the report with the other: python rl/pareto.py {recipe}"
+            f"--set allocator.form={form}, or make the report with the other: frugalpath pareto {recipe}"
         )
     return form
 
@@ -78,7 +84,7 @@ def _check_files(run: Run, needed: Mapping[str, str]) -> None:
         script = NEEDED[TRAINED] if TRAINED in missing else next(iter(missing.values()))
         recipe = f"--config {run.path}" if run.path else "--config RECIPE"
         raise InputError(
-            f"{run.folder}: the run is not finished, it has no {', '.join(missing)}; run: python {script} {recipe}"
+            f"{run.folder}: the run is not finished, it has no {', '.join(missing)}; run: frugalpath {script} {recipe}"
         )
 
 
@@ -108,7 +114,7 @@ def operating_price(run: Run) -> float:
         recipe = f"--config {run.path}" if run.path else "--config RECIPE"
         raise InputError(
             f"{run.folder / SUMMARY}: there is no report to take the price from; give --price or --budget, or run: "
-            f"python rl/pareto.py {recipe}"
+            f"frugalpath pareto {recipe}"
         )
     return found["headline"]["price"]
 

@@ -90,7 +90,7 @@ class FrugalConfig(GroupConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.mode not in MODES:
-            raise ValueError(f"mode {self.mode!r} is not known; known are {', '.join(MODES)}")
+            raise ValueError(f"mode {self.mode!r} is unknown; use one of {', '.join(MODES)}")
         if self.alternate_every < 1:
             raise ValueError(f"alternate_every is {self.alternate_every} steps; a turn has at least 1")
         if self.mode == "alternating" and self.fp16:

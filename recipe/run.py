@@ -19,11 +19,20 @@ from trl import SFTConfig
 from frugalpath.errors import InputError, removed
 from frugalpath.models.build import PerformerConfig
 from frugalpath.parsing import parse_yaml
-from frugalpath.recipe.file import FORMER, Recipe, config_of, content_of, parsed, without_removed
+from frugalpath.recipe.file import (
+    FORMER,
+    FORMER_FORMS,
+    Recipe,
+    config_of,
+    content_of,
+    parsed,
+    with_present_names,
+    without_removed,
+)
 from frugalpath.recipe.grpo import FrugalConfig
 from frugalpath.recipe.sft import OWN, Stage, read_stages
 from frugalpath.rewards.cost import INSTEAD, OBJECTIVES, OF_GROUPS, REMOVED
-from frugalpath.values import checked, plain_types, told, typed
+from frugalpath.values import checked, collect_errors, plain_types, typed
 
 PRESETS = ("birr", "linear")
 """Presets that need to know of no other budget of the case."""
@@ -55,7 +64,7 @@ class TextOptions:
         if self.preset in REMOVED:
             found.append(removed(f"allocator.text.preset: {self.preset}", f"{INSTEAD} linear; write linear or birr"))
         elif self.preset not in PRESETS:
-            found.append(f"allocator.text.preset: {self.preset!r} is not known; known are {', '.join(PRESETS)}")
+            found.append(f"allocator.text.preset: {self.preset!r} is unknown; use one of {', '.join(PRESETS)}")
         if self.look is not None and self.look < 1:
             found.append(f"allocator.text.look: {self.look} tokens; it is shown at least 1")
         return found
@@ -74,7 +83,7 @@ TURN = (
 """The published turn of the user (methods 1.6)."""
 BUDGET_TEXTS = (SYSTEM, TURN)
 
-FORMS = ("value", "policy", "text", "escalate")
+FORMS = ("value", "policy", "text", "cascade")
 """Forms of the allocator; `frugalpath.rl.allocate.fit_allocator` has a branch for each."""
 ADVANTAGES = ("rloo", "grpo")
 """Values of `allocator.advantage`."""
@@ -125,7 +134,7 @@ class AllocatorOptions:
 
     Args:
         form: `value` predicts the score of every budget, `policy` is a policy given the price, `text` writes a budget,
-            `escalate` looks at one budget after another until the performer is sure enough; see docs/training.md.
+            `cascade` looks at one budget after another until the performer is sure enough; see docs/training.md.
         objective: what it maximises, a preset of `frugalpath.rewards.cost`.
         target: mean cost that the objective `dual` aims at, the largest budget = 1.
         look: budgets whose pooled tokens are the cheapest look.
@@ -163,9 +172,11 @@ class AllocatorOptions:
     def settings(self) -> dict[str, Any]:
         """What a trained allocator depends on.
 
-        Keys that are as they were before they existed are left out; removed ones are in it as they were by default.
+        Keys that are as they were before they existed are left out, removed ones are in it as they were by default,
+        and a form has the name that it had first.
         """
         own = {k: v for k, v in dataclasses.asdict(self).items() if k != "text"}
+        own["form"] = next((old for old, new in FORMER_FORMS.items() if new == self.form), self.form)
         if self.form != "policy":
             own = {k: v for k, v in own.items() if k not in ("price_range", "entropy", "entropy_decay", "advantage")}
         usual = {"form": "value", "objective": "linear", "target": None}
@@ -175,7 +186,7 @@ class AllocatorOptions:
         """What is wrong with it, one line each."""
         known = {"form": FORMS, "objective": OBJECTIVES, "advantage": ADVANTAGES}
         found = [
-            f"allocator.{key}: {getattr(self, key)!r} is not known; known are {', '.join(names)}"
+            f"allocator.{key}: {getattr(self, key)!r} is unknown; use one of {', '.join(names)}"
             for key, names in known.items()
             if getattr(self, key) not in names and (key != "objective" or self.objective not in REMOVED)
         ]
@@ -276,7 +287,7 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
     recipe, grpo = parsed(content, rest, path, problems)
     nested = {f.name: getattr(recipe, f.name) for f in dataclasses.fields(Recipe) if f.name != "set"}
     for item in recipe.set:
-        with told(problems):
+        with collect_errors(problems):
             _override(nested, item)
     ladder = nested["ladder"]
     whole = isinstance(ladder, list) and all(isinstance(b, int) and not isinstance(b, bool) for b in ladder)
@@ -286,22 +297,24 @@ def parse_recipe(argv: list[str] | None = None) -> Run:
         problems.append(
             "cases: `name` is missing; name an environment: manifest, mosaic, simulator or module:function"
         )
-    with told(problems):
+    with collect_errors(problems):
         performer = checked(PerformerConfig, nested["performer"], "performer")
-    with told(problems):
+    with collect_errors(problems):
         encoder = checked(EncoderConfig, nested["encoder"], "encoder")
-    with told(problems):
+    with collect_errors(problems):
         given = isinstance(nested["performer"], dict) and nested["performer"].get("checkpoint")
         # A checkpoint is taken as it is unless the recipe says how it is to be trained.
         sft = _stages(nested["sft"] or ([] if given else {}))
-    with told(problems):
-        allocator = checked(AllocatorOptions, without_removed(nested["allocator"], problems), "allocator")
+    with collect_errors(problems):
+        allocator = checked(
+            AllocatorOptions, without_removed(with_present_names(nested["allocator"]), problems), "allocator"
+        )
         problems += allocator.problems()
-    with told(problems):
+    with collect_errors(problems):
         evaluation = checked(EvaluationOptions, nested["evaluation"], "evaluation")
         if evaluation.operating not in OPERATING:
             problems.append(
-                f"evaluation.operating: {evaluation.operating!r} is not known; known are {', '.join(OPERATING)}"
+                f"evaluation.operating: {evaluation.operating!r} is unknown; use one of {', '.join(OPERATING)}"
             )
     if problems or grpo is None:
         raise InputError(problems)
@@ -337,8 +350,8 @@ def _stages(spec: Any) -> list[Stage]:
     problems: list[str] = []
     for stage in read_stages(spec):
         where = f"sft.{stage.kind}." if isinstance(spec, list) else "sft."
-        with told(problems):
-            types = plain_types(TrainingArguments if stage.wordless else SFTConfig) | OWN
+        with collect_errors(problems):
+            types = plain_types(TrainingArguments if stage.no_language_model else SFTConfig) | OWN
             taken = typed(stage.options, types, where)
             stages.append(dataclasses.replace(stage, options=taken))
     if problems:

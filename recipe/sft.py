@@ -57,7 +57,7 @@ class Stage:
     options: dict[str, Any]
 
     @property
-    def wordless(self) -> bool:
+    def no_language_model(self) -> bool:
         """Whether it leaves the language model as it was."""
         return self.kind in WORDLESS
 
@@ -80,7 +80,7 @@ def read_stages(spec: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> list[S
         options = dict(entry)
         kind = options.pop("stage", "warm_start")
         if kind not in STAGES:
-            raise InputError(f"sft: the stage {kind!r} is not known; known are {', '.join(STAGES)}")
+            raise InputError(f"sft: the stage {kind!r} is unknown; use one of {', '.join(STAGES)}")
         last = at + 1 == len(entries)
         repeated = sum(stage.kind == kind for stage in stages)
         stages.append(

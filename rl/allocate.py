@@ -1,6 +1,6 @@
 """Fit the allocator on the score table of a frozen performer.
 
-    python rl/allocate.py --config configs/recipes/<x>.yaml
+    frugalpath allocate --config configs/recipes/<x>.yaml
 
 The table is that of the validation cases, which the performer was not trained on. It is read from the run's folder,
 or made if it is not there yet. How long to fit is chosen by cross-validation over patients: a few hundred answers are

@@ -11,7 +11,7 @@ from trl.data_utils import prepare_multimodal_messages
 from trl.trainer.utils import RepeatSampler
 
 from frugalpath.errors import InputError
-from frugalpath.models.vision_adapter import Sight
+from frugalpath.models.vision_adapter import VisionAdapter
 from frugalpath.rl.packing import groups_of
 
 
@@ -61,7 +61,7 @@ class ShownOnce:
         sight: of the model that is shown them.
     """
 
-    def __init__(self, sight: Sight):
+    def __init__(self, sight: VisionAdapter):
         self.sight = sight
         self._asked: list[dict[str, Any]] = []
         self._shown: list[dict[str, Any]] = []

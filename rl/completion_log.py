@@ -20,6 +20,7 @@ from frugalpath.evaluation.report.pictures import as_seen, read_whole
 from frugalpath.models.feature_bank import VisualTokens
 from frugalpath.models.image_view import ImageView
 from frugalpath.models.vision_adapter import Prompt
+from frugalpath.rl.rollout import Rollout
 
 COLUMNS = ("budget", "tokens")
 """Columns of the rollouts that are logged beside completions."""
@@ -34,8 +35,7 @@ class CompletionLog(GRPOTrainer):
     only for steps that are logged.
     """
 
-    _prompts: list[Prompt]
-    _rows: list[int]
+    _batch: Rollout
     _fresh_rows: list[Prompt] | None = None
     """Prompt of each row of the last rollouts, until they are logged."""
 
@@ -46,7 +46,7 @@ class CompletionLog(GRPOTrainer):
                     self._log_completion_extra(column, [row[column] for row in inputs])
         output = super()._generate_and_score_completions(inputs)
         if self.log_completions and self.model.training:
-            self._fresh_rows = [self._prompts[i] for i in self._rows]
+            self._fresh_rows = [self._batch.prompts[i] for i in self._batch.rows]
         return output
 
     @cached_property

@@ -17,7 +17,9 @@ from frugalpath.allocator.online import AllocatorLearner
 from frugalpath.envs.case import Case
 from frugalpath.errors import InputError
 from frugalpath.models.performer import Performer
+from frugalpath.models.vision_adapter import Prompt
 from frugalpath.rewards.registry import RewardFunction
+from frugalpath.rl.rollout import Rollout
 from frugalpath.rl.trainer import GroupTrainer
 from frugalpath.sft.supervised import gold_ids
 
@@ -93,29 +95,28 @@ class FrugalTrainer(GroupTrainer):
         else:
             rungs = [len(self.learner.ladder) - 1] * len(first)
         rows: list[dict[str, Any]] = []
-        self._prompts = []
+        prompts: list[Prompt] = []
         for at, (row, rung) in enumerate(zip(first, rungs, strict=True)):
             case, budget = self.cases[row["index"]], self.learner.ladder[rung]
             prompt = self.performer.prompt(case, budget)
-            self._prompts.append(prompt)
+            prompts.append(prompt)
             extra = {"budget": budget, "tokens": prompt.visual, "max_budget": self.learner.ladder[-1]}
             shared = {"prompt": self.performer.messages(case, prompt.views), "views": prompt.views, **extra}
             rows += [{**member, **shared} for member in inputs[at * group : (at + 1) * group]]
-        self._rows = [at for at in range(len(first)) for _ in range(group)]
+        self._batch = Rollout(prompts, [at for at in range(len(first)) for _ in range(group)])
         return super()._generate_and_score_completions(rows)
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list, None, dict]:
         # The performer has read them, each case and budget once in the run.
-        ids = [p.ids.tolist() for p in self._prompts]
-        return [ids[i] for i in self._rows], None, {}
+        return self._batch.ids(), None, {}
 
     def _generate_single_turn(self, prompt_ids: list, *rest: Any) -> tuple[list, Any]:
         if not (self.args.gold_rollout and self.model.training):
             return super()._generate_single_turn(prompt_ids, *rest)
         group = self.num_generations
-        gold = [gold_ids(self._tokenizer, self.cases[row["index"]]) for row in self._inputs[::group]]
+        gold = [gold_ids(self._tokenizer, self.cases[row["index"]]) for row in self._batch.inputs[::group]]
         if self._prefills_once:
-            written = self._generate_once([group - 1] * len(self._prompts))
+            written = self._generate_once([group - 1] * len(self._batch.prompts))
             return [w for i, g in enumerate(gold) for w in (*written[i * (group - 1) :][: group - 1], g)], None
         completions, logps = super()._generate_single_turn(prompt_ids, *rest)
         completions[group - 1 :: group] = gold
@@ -167,7 +168,7 @@ class FrugalTrainer(GroupTrainer):
         """
         if gather(torch.tensor([errors], device=self.accelerator.device)).sum():
             return
-        case = self.cases[self._inputs[0]["index"]]
+        case = self.cases[self._batch.inputs[0]["index"]]
         weighed = zip(self.reward_func_names, self.score_weights.tolist(), strict=True)
         names = ", ".join(name for name, weight in weighed if weight)
         raise InputError(

@@ -1,7 +1,7 @@
 """Accuracy against cost of a finished run, with every control.
 
-    python rl/pareto.py --config configs/recipes/<x>.yaml
-    python rl/pareto.py --config configs/recipes/<x>.yaml --transfer configs/recipes/<other>.yaml
+    frugalpath pareto --config configs/recipes/<x>.yaml
+    frugalpath pareto --config configs/recipes/<x>.yaml --transfer configs/recipes/<other>.yaml
 
 Takes a run that rl/grpo.py has trained. Reads its score tables (and makes those that are missing) and writes
 `report/`: summary.json, cases.jsonl, pareto.png and report.html. All choices (best static budget, operating price) are
@@ -23,13 +23,13 @@ from frugalpath.allocator.forms import keep_allocator, load_allocator
 from frugalpath.allocator.score_table import ScoreTable
 from frugalpath.distributed import is_main
 from frugalpath.errors import entry
-from frugalpath.evaluation.cautions import cautions
+from frugalpath.evaluation.cautions import warnings_of
 from frugalpath.evaluation.controls import attribute, linear_probe
 from frugalpath.evaluation.metrics import field_results
 from frugalpath.evaluation.report.card import write_card
 from frugalpath.evaluation.report.console import print_outcome, print_summary
 from frugalpath.evaluation.report.writing import write_report
-from frugalpath.evaluation.run import Trial
+from frugalpath.evaluation.run import Evaluator
 from frugalpath.evaluation.transfer import transfer
 from frugalpath.recipe.data import load_data
 from frugalpath.recipe.finished import check_finished, check_trained
@@ -44,11 +44,11 @@ def evaluate(allocator: Allocator, controls: Mapping[str, Mapping[str, ScoreTabl
         allocator: fitted on the validation cases.
         controls: tables by split of the performer before GRPO: `base` (untrained), `sft`, and others.
     """
-    data, trial = allocator.data, Trial(allocator)
-    outcome = trial.on_test()
+    data, evaluator = allocator.data, Evaluator(allocator)
+    outcome = evaluator.on_test()
     stages = {name: tables for name, tables in controls.items() if name != "base"}
-    stages["grpo"] = {"val": trial.val, "test": outcome.whole}
-    found = attribute(trial.ladder, controls["base"]["test"], stages, outcome.bootstrap)
+    stages["grpo"] = {"val": evaluator.val, "test": outcome.whole}
+    found = attribute(evaluator.ladder, controls["base"]["test"], stages, outcome.bootstrap)
     summary = outcome.summary()
     gains = {
         f"gain_over_{name}": outcome.bootstrap.difference(found.scores["grpo"] - scores)
@@ -62,7 +62,7 @@ def evaluate(allocator: Allocator, controls: Mapping[str, Mapping[str, ScoreTabl
         "attribution": {**points, "grpo_allocator": summary["operating_point"]},
         "synoptic": field_results(outcome.cases, found.texts, run.evaluation.bootstrap, run.grpo.seed),
         "linear_probe": linear_probe(data, outcome.whole, outcome.decisions.rungs, best, outcome.bootstrap),
-        "warnings": [*cautions(outcome), *collapse(allocator)],
+        "warnings": [*warnings_of(outcome), *collapse(allocator)],
     }
     summary = write_report(data, allocator.performer, outcome, summary)
     keep_allocator(allocator)

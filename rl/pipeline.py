@@ -1,4 +1,4 @@
-"""What `rl/grpo.py` does after the supervised stages: GRPO of both policies, the fit of the allocator, the controls."""
+"""What follows the supervised stages of a run: GRPO of both policies, the fit of the allocator, the controls."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def fit_allocator(trained: TrainedRun, start: AllocatorNetwork) -> Allocator:
         return fit_policy(trained, start)
     if form == "value" and isinstance(start, ValueNetwork):
         return fit_value(trained, start)
-    if form == "escalate":
+    if form == "cascade":
         return fit_cascade(trained)
     raise TypeError(f"no allocator of the form {form} starts from a {type(start).__name__}")
 
@@ -101,7 +101,7 @@ def check_answers(sft: list[Any]) -> None:
     Raises:
         InputError: the last one teaches no answers.
     """
-    if sft and sft[-1].wordless:
+    if sft and sft[-1].no_language_model:
         raise InputError(
             f"sft: after the stage {sft[-1].kind} nothing answers questions yet, which GRPO starts from; "
             "add align, case or warm_start, or run sft/train.py alone"

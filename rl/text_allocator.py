@@ -32,6 +32,7 @@ from frugalpath.recipe.grpo import FrugalConfig
 from frugalpath.rewards.answer import Completion
 from frugalpath.rewards.cost import worth
 from frugalpath.rewards.format import format_reward
+from frugalpath.rl.rollout import Rollout
 from frugalpath.rl.trainer import GroupTrainer
 from frugalpath.sft.stages import trained as record_of
 from frugalpath.sft.supervised import BudgetCollator, StageTrainer, sft_config
@@ -56,22 +57,21 @@ class TextTrainer(GroupTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         rows: list[dict[str, Any]] = []
-        self._prompts, self._rows = [], []
+        batch = self._batch = Rollout()
         shared: dict[str, Any] = {}
         for at, row in enumerate(inputs):
             if not at or row["index"] != inputs[at - 1]["index"]:
                 case = self.cases[row["index"]]
                 prompt = self.allocator.prompt(case)
                 shared = {"prompt": self.allocator.messages(case, prompt.views), "views": prompt.views}
-                self._prompts.append(prompt)
-            self._rows.append(len(self._prompts) - 1)
+                batch.prompts.append(prompt)
+            batch.rows.append(len(batch.prompts) - 1)
             rows.append({**row, **shared})
         return super()._generate_and_score_completions(rows)
 
     def _tokenize_prompts(self, prompts: list) -> tuple[list, None, dict]:
         # The allocator has read them.
-        ids = [p.ids.tolist() for p in self._prompts]
-        return [ids[i] for i in self._rows], None, {}
+        return self._batch.ids(), None, {}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         # The reference that TRL keeps beside the adapter stays what the stage began with.

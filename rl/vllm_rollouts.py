@@ -13,7 +13,7 @@ from typing import Any
 from trl.import_utils import is_vllm_available
 
 from frugalpath.errors import InputError
-from frugalpath.models.vision_adapter import Sight
+from frugalpath.models.vision_adapter import VisionAdapter
 
 BANNED = -100.0
 """Logit bias that keeps a token from being written; servers take none beyond it."""
@@ -32,7 +32,7 @@ def require_vllm() -> None:
         )
 
 
-def require_servable(model: Any, sight: Sight | None, mode: str) -> None:
+def require_servable(model: Any, sight: VisionAdapter | None, mode: str) -> None:
     """Refuse a model that vLLM cannot write for, before it is started.
 
     Args:
@@ -64,7 +64,7 @@ class VLLMRollouts:
         sight: how the model takes in images.
     """
 
-    def __init__(self, stock: Any, sight: Sight):
+    def __init__(self, stock: Any, sight: VisionAdapter):
         self.stock, self.sight = stock, sight
         if sight.image_token_id is not None:
             own = stock.generation_kwargs
