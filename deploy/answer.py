@@ -1,15 +1,15 @@
-"""Answer a case, or many, with a finished run, at a price or at a fixed budget.
+"""Answer one or many cases with a trained run, at a price or at a fixed budget.
 
-    python deploy/answer.py --config RECIPE --image field.png --question "Is this metastasis?" --options normal metastasis
-    python deploy/answer.py --config RECIPE --slide a.svs b.svs --question "What is the diagnosis?" --budget 16
-    python deploy/answer.py --config RECIPE --manifest new.jsonl --price 0.1 --json --out answers.jsonl
-    python deploy/answer.py --config RECIPE --split test
-    python deploy/answer.py --model FOLDER --image field.png --question "Does this show metastasis?"
+    frugalpath answer --config RECIPE --image field.png --question "Is this metastasis?" --options normal metastasis
+    frugalpath answer --config RECIPE --slide a.svs b.svs --question "What is the diagnosis?" --budget 16
+    frugalpath answer --config RECIPE --manifest new.jsonl --price 0.1 --json --out answers.jsonl
+    frugalpath answer --config RECIPE --split test
+    frugalpath answer --model FOLDER --image field.png --question "Does this show metastasis?"
 
-Only the recipe and the run's folders `grpo`, `allocator` and `report` are needed, except for `--split`. Without
---price and --budget the price is the one that the report chose. Both stages are shown: the look that chooses a budget,
-and the answer. Features are read from the run's feature folder and added to it; where it is not there or may not be
-written, they are made anew in a temporary one. docs/pareto.md says how to choose a price and what to deploy.
+Needs only the recipe and the run's folders `grpo`, `allocator` and `report`, except with `--split`. Without --price
+and --budget, the price chosen by the report is used. The output shows both stages: the probe that chooses a budget,
+and the answer. Features are cached in the run's feature folder, or in a temporary folder if that one is missing or
+read-only. See docs/pareto.md for how to choose a price and what to deploy.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import sys
-import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -27,7 +25,16 @@ from pathlib import Path
 from accelerate import PartialState
 
 from frugalpath.allocator.base import Allocator
-from frugalpath.deploy.run import answer_all, closing, deployed, head, line, not_an_option, totals
+from frugalpath.deploy.run import (
+    answer_all,
+    closing,
+    deployed,
+    feature_folder,
+    head,
+    line,
+    not_an_option,
+    totals,
+)
 from frugalpath.envs.case import TASKS, Case
 from frugalpath.envs.new_cases import new_case, read_new_cases
 from frugalpath.errors import InputError, entry
@@ -42,79 +49,81 @@ from frugalpath.rewards.scoring import Scorer
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Own arguments, and those of the recipe."""
+    """Split the command line into the arguments of this command and those of the recipe."""
     # The name of the recipe's parser would show in its help; abbreviations could be keys of the recipe.
     parser = argparse.ArgumentParser(
-        prog="python deploy/answer.py",
+        prog="frugalpath answer",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="All other arguments are the recipe's: --config, --set section.key=value, --output_dir RUN ...",
+        epilog="All other arguments belong to the recipe: --config, --set section.key=value, --output_dir RUN ...",
     )
-    what = parser.add_argument_group("what to answer, one of three")
-    what.add_argument("--image", nargs="+", default=[], metavar="FILE", help="fields of view of one case")
+    what = parser.add_argument_group("input (--image/--slide, --manifest or --split)")
+    what.add_argument("--image", nargs="+", default=[], metavar="FILE", help="image files of one case")
     what.add_argument("--slide", nargs="+", default=[], metavar="FILE", help="slides or .h5 feature files of one case")
-    what.add_argument("--manifest", metavar="FILE", help="many cases, see docs/data.md; gold answers may be missing")
-    what.add_argument("--split", choices=("val", "test"), help="the recipe's own; the allocator was fitted on val")
+    what.add_argument("--manifest", metavar="FILE", help="file of cases, see docs/data.md; gold answers are optional")
+    what.add_argument("--split", choices=("val", "test"), help="cases of the recipe; the allocator was fitted on val")
     what.add_argument(
-        "--model", type=Path, metavar="FOLDER", help="written by deploy/publish.py, in place of --config"
+        "--model", type=Path, metavar="FOLDER", help="folder written by `frugalpath publish`, instead of --config"
     )
-    about = parser.add_argument_group("the question (of a manifest: for rows that do not say)")
-    about.add_argument("--question", metavar="TEXT", help="as the performer is asked")
+    about = parser.add_argument_group("question (defaults for manifest rows)")
+    about.add_argument("--question", metavar="TEXT", help="question text")
     about.add_argument("--options", nargs="+", metavar="TEXT", help="possible answers")
-    about.add_argument("--task", choices=TASKS, help="by default choice where there are options, else open")
-    about.add_argument("--kind", metavar="NAME", help="kind of question, for tables")
-    about.add_argument("--protocol", metavar="NAME", help="of a synoptic case")
-    about.add_argument("--root", metavar="FOLDER", help="where relative paths of a manifest start")
-    cost = parser.add_argument_group("what it may cost")
-    cost.add_argument("--price", type=float, metavar="LAMBDA", help="score per cost of the largest budget")
-    cost.add_argument("--budget", type=int, metavar="TOKENS", help="the same for every case, 0 shows no image")
+    about.add_argument("--task", choices=TASKS, help="default: choice if --options is given, else open")
+    about.add_argument("--kind", metavar="NAME", help="kind of question, used to group tables")
+    about.add_argument("--protocol", metavar="NAME", help="protocol of a synoptic case")
+    about.add_argument("--root", metavar="FOLDER", help="base folder of relative paths in the manifest")
+    cost = parser.add_argument_group("cost (--price or --budget)")
+    cost.add_argument(
+        "--price", type=float, metavar="LAMBDA", help="price of the largest budget, in units of the score"
+    )
+    cost.add_argument("--budget", type=int, metavar="TOKENS", help="fixed budget for every case; 0 shows no image")
     out = parser.add_argument_group("output")
-    out.add_argument("--json", action="store_true", help="a JSON object a case, the means of several at the end")
-    out.add_argument("--out", metavar="FILE", help="also write the rows there, as JSON lines")
+    out.add_argument("--json", action="store_true", help="print one JSON object per case, then the means")
+    out.add_argument("--out", metavar="FILE", help="also write the rows to this file, as JSON lines")
     return parser.parse_known_args(argv)
 
 
 def check(args: argparse.Namespace, recipe: Sequence[str]) -> None:
-    """Refuse arguments that do not go together, all at once."""
+    """Raise one InputError that lists all conflicting arguments."""
     single = bool(args.image or args.slide)
     problems = []
     if args.model is not None:
         if "--config" in recipe or "--output_dir" in recipe:
-            problems.append("--model: has its recipe with it; leave out --config and --output_dir")
+            problems.append("--model: the folder includes its recipe; remove --config and --output_dir")
         if args.split:
-            problems.append("--split: a published run has no cases; name a manifest")
+            problems.append("--split: a published run includes no cases; use --manifest")
         if not (args.model / MARK).is_file():
-            problems.append(f"--model: {args.model} was not written by deploy/publish.py")
+            problems.append(f"--model: {args.model} was not written by `frugalpath publish`")
     elif "--config" not in recipe:
-        problems.append("--config: name the recipe that the run was trained by, or --model a published one")
+        problems.append("--config: give the recipe that the run was trained with, or --model with a published run")
     if single + bool(args.manifest) + bool(args.split) != 1:
-        problems.append("say what to answer by one of --image/--slide, --manifest and --split")
+        problems.append("give exactly one of --image/--slide, --manifest and --split")
     if single and not (args.question or "").strip():
-        problems.append("--question: say what is asked of the image or slide")
+        problems.append("--question: missing; give the question about the image or slide")
     if args.split:
         idle = [k for k in ("question", "options", "task", "kind", "protocol") if getattr(args, k) is not None]
-        problems += [f"--{k}: the cases of --split have their own; leave it out" for k in idle]
+        problems += [f"--{k}: cases of --split have their own; remove it" for k in idle]
     if args.protocol is not None and args.manifest:
-        problems.append("--protocol: write it into the manifest, in the column `protocol`")
+        problems.append("--protocol: not allowed with --manifest; set the manifest's column `protocol`")
     if args.root is not None and not args.manifest:
-        problems.append("--root: belongs to --manifest")
+        problems.append("--root: only allowed with --manifest")
     if args.price is not None and args.budget is not None:
-        problems.append("--price and --budget: the allocator chooses at a price, a budget leaves no choice; give one")
+        problems.append("--price and --budget: give only one; a price lets the allocator choose, a budget is fixed")
     if args.price is not None and not (args.price >= 0 and math.isfinite(args.price)):
-        problems.append(f"--price: {args.price} must be 0 or more")
+        problems.append(f"--price: expected a number of at least 0, got {args.price}")
     if problems:
         raise InputError(problems)
 
 
 def check_budget(budget: int | None, ladder: Sequence[int]) -> None:
-    """Refuse a budget that the performer was not trained at."""
+    """Raise InputError if the budget is outside the range that the performer was trained on."""
     if budget is not None and not 0 <= budget <= ladder[-1]:
-        raise InputError(f"--budget: {budget} must be in 0..{ladder[-1]}, the largest budget of the run's ladder")
+        raise InputError(f"--budget: {budget} is outside 0..{ladder[-1]}, the largest budget of the run's ladder")
 
 
 def cases_of(args: argparse.Namespace, run: Run) -> list[Case]:
-    """The new cases that are asked about."""
+    """Build the cases that the arguments describe."""
     if not args.manifest:
         about = {"task": args.task, "options": args.options, "question": args.kind or "", "protocol": args.protocol}
         return [new_case(args.image, args.slide, args.question, **about)]
@@ -124,39 +133,35 @@ def cases_of(args: argparse.Namespace, run: Run) -> list[Case]:
 
 
 def prepare(args: argparse.Namespace, run: Run, stack: ExitStack) -> tuple[Allocator, Sequence[Case], Scorer | None]:
-    """The run's allocator, with the cases' features; the cases, and what scores those with a gold answer."""
+    """Load the run's allocator with the features of the cases, the cases, and a scorer if any have a gold answer."""
     if args.split:
         data = load_data(run)
         is_done(run.folder / "grpo", grpo_key(data))
         cases = data.splits[args.split]
         return deployed(run, cases, run.feature_folder), cases, data.scorer
     cases = cases_of(args, run)
-    folder = run.feature_folder
-    if not (folder.is_dir() and os.access(folder, os.W_OK)):
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="features-")))
+    folder = feature_folder(run, stack)
     gold = [c for c in cases if c.answer.strip()]
     scorer = Scorer(load_rewards(run, gold), run.ladder[-1]) if gold else None
     return deployed(run, cases, folder), cases, scorer
 
 
 def warn(messages: Iterable[str]) -> None:
-    """Tell on standard error, which leaves the rows alone."""
+    """Print warnings to standard error."""
     for message in messages:
         print(f"warning: {message}", file=sys.stderr)
 
 
 @entry
 def main() -> None:
-    """Answer, and print each answer as it comes."""
+    """Answer the cases and print each answer as soon as it is ready."""
     args, rest = parse(sys.argv[1:])
     check(args, rest)
     if args.model is not None:
         rest = ["--config", str(args.model / "recipe.yaml"), "--output_dir", str(args.model), *rest]
     run = parse_recipe(rest)
     if PartialState().num_processes > 1:
-        raise InputError(
-            "cases are answered one by one: start deploy/answer.py with python, not with accelerate launch"
-        )
+        raise InputError("cases are answered in one process: use `frugalpath answer`, not accelerate launch")
     check_finished(run)
     check_budget(args.budget, run.ladder)
     price = operating_price(run) if args.price is None and args.budget is None else args.price

@@ -1,11 +1,12 @@
-"""Publish a finished run: one folder with all that answering takes, which can go to a hub.
+"""Export a trained run to one self-contained folder, and optionally upload it to the Hugging Face Hub.
 
-    python deploy/publish.py --config RECIPE --to FOLDER [--merge]
-    python deploy/publish.py --config RECIPE --to FOLDER --push USER/NAME
-    python deploy/publish.py --to FOLDER --push USER/NAME                   # one that is written already
+    frugalpath publish --config RECIPE --to FOLDER [--merge]
+    frugalpath publish --config RECIPE --to FOLDER --push USER/NAME
+    frugalpath publish --to FOLDER --push USER/NAME                   # upload an existing folder
 
-A run with adapters keeps them as adapters over a base that is fetched by its name; `--merge` writes all weights.
-Nothing of the run's cases is in the folder. The repository is private unless `--public`. See docs/training.md.
+LoRA adapters are stored as adapters, and their base model is downloaded by name; `--merge` writes the full weights
+instead. The folder includes none of the run's cases. The repository is private unless `--public`. See
+docs/training.md.
 """
 
 from __future__ import annotations
@@ -26,36 +27,36 @@ from frugalpath.recipe.run import parse_recipe
 
 # Of the HTTP library, another one in each version of the hub's, and of the operating system.
 REFUSALS: tuple[Any, ...] = (*HfHubHTTPError.__bases__, HFValidationError)
-"""What the Hub's client raises: its own errors, those of the connection, and for a name that is none."""
+"""Errors of the Hub's client: its own, those of the connection, and the one for an invalid repository name."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """Own arguments; the recipe's follow."""
+    """Build the parser of this command's arguments; all others belong to the recipe."""
     made = argparse.ArgumentParser(
-        prog="python deploy/publish.py",
+        prog="frugalpath publish",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        epilog="All other arguments are the recipe's: --config, --set section.key=value, --output_dir RUN ...",
+        epilog="All other arguments belong to the recipe: --config, --set section.key=value, --output_dir RUN ...",
     )
-    made.add_argument("--to", type=Path, required=True, metavar="FOLDER")
-    made.add_argument("--merge", action="store_true", help="write all weights, no adapters")
-    made.add_argument("--base", metavar="NAME", help="name of the model under the adapters, if not the recipe's")
-    made.add_argument("--push", metavar="USER/NAME", help="also upload it to this model repository")
-    made.add_argument("--public", action="store_true", help="make a new repository public")
-    card = made.add_argument_group("the model card")
-    card.add_argument("--title", metavar="TEXT")
-    card.add_argument("--data", metavar="NAME", help="name of the data; by default the recipe's")
-    card.add_argument("--data-license", metavar="TEXT")
-    card.add_argument("--license", metavar="ID", help="of the model, as the Hub writes it, such as apache-2.0")
+    made.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="output folder")
+    made.add_argument("--merge", action="store_true", help="merge the adapters and write the full weights")
+    made.add_argument("--base", metavar="NAME", help="Hub name of the adapters' base model; default: the recipe's")
+    made.add_argument("--push", metavar="USER/NAME", help="also upload the folder to this model repository")
+    made.add_argument("--public", action="store_true", help="create the repository as public")
+    card = made.add_argument_group("model card")
+    card.add_argument("--title", metavar="TEXT", help="title of the card")
+    card.add_argument("--data", metavar="NAME", help="name of the data; default: the recipe's")
+    card.add_argument("--data-license", metavar="TEXT", help="license of the data")
+    card.add_argument("--license", metavar="ID", help="license of the model as a Hub identifier, such as apache-2.0")
     return made
 
 
 def push(folder: Path, repo: str, token: str, public: bool) -> str:
-    """Upload what publishing wrote into a folder, and nothing else; returns the address.
+    """Upload the files written by `publish`, and no others; return the repository's URL.
 
     Raises:
-        InputError: the Hub refuses, cannot be reached, or `repo` is no name of a repository.
+        InputError: the Hub refuses or cannot be reached, or `repo` is not a valid repository name.
     """
     files = uploads(folder)
     api = HfApi(token=token)
@@ -69,23 +70,23 @@ def push(folder: Path, repo: str, token: str, public: bool) -> str:
 
 @entry
 def main() -> None:
-    """Publish."""
+    """Run the command line."""
     args, rest = parser().parse_known_args(sys.argv[1:])
     token = get_token() if args.push else None
     if args.push and not token:
-        raise InputError("--push: there is no token of the Hub; run `hf auth login`, or set HF_TOKEN")
+        raise InputError("--push: no Hub token found; run `hf auth login` or set HF_TOKEN")
     if rest:
         if "--config" not in rest:
-            raise InputError("--config: name the recipe that the run was trained by")
+            raise InputError("--config: give the recipe that the run was trained with")
         run = parse_recipe(rest)
         if PartialState().num_processes > 1:
-            raise InputError(
-                "one process writes the folder: start deploy/publish.py with python, not accelerate launch"
-            )
+            raise InputError("the folder is written by one process: use `frugalpath publish`, not accelerate launch")
         about = About(args.title, args.data, args.data_license, args.license)
         publish(run, rest, args.to, about, args.merge, args.base)
     elif not args.push:
-        raise InputError("--config: name the recipe that the run was trained by, or --push what is published already")
+        raise InputError(
+            "--config: give the recipe that the run was trained with, or --push to upload an existing folder"
+        )
     files = uploads(args.to)
     size = sum((args.to / name).stat().st_size for name in files)
     print(f"{args.to}: {len(files)} files, {size / 1e6:.1f} MB")

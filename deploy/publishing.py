@@ -1,6 +1,6 @@
-"""A finished run as one folder that answers anywhere: performer, allocator, tokenizer, recipe, evaluation, card.
+"""Export a trained run to one self-contained folder: performer, allocator, tokenizer, recipe, evaluation, card.
 
-Nothing of the run's cases is in it: no ids, no texts, no images, no features, no paths of this machine.
+The folder includes nothing of the run's cases: no ids, texts, images, features or local paths.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import yaml
 
 from frugalpath.errors import InputError
 from frugalpath.evaluation.report.card import About, data_name, write_card
-from frugalpath.evaluation.report.examples import example
+from frugalpath.evaluation.report.examples import example_arguments
 from frugalpath.models.adapters import ADAPTER, join_adapters, keep_added
 from frugalpath.models.gemma_vl import load_gemma
 from frugalpath.models.qwen_vl import load_qwen
@@ -34,7 +34,7 @@ PERFORMER = (
     "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
 ALLOCATOR = ("config.json", "model.safetensors", "decider.json", "escalation.npz")
-"""Files of a run's folders that are published, and no other."""
+"""Files of a run's folders that are published; all others are left out."""
 KNOWN = (
     "n", "n_patients", "n_without_patient", "splits", "patients", "static", "allocator", "random", "oracle",
     "text_only", "majority", "operating_point", "operating_random", "operating", "headline", "frontier",
@@ -43,16 +43,16 @@ KNOWN = (
 )  # fmt: skip
 """Keys of the report that are published: figures over all cases. Others name files, commands or cases."""
 PLACES = ("path", "folder", "root", "checkpoint", "output_dir", "logging_dir", "run_name", "vision_cache")
-"""Keys of a recipe that say where something lies on this machine."""
+"""Keys of a recipe that hold local paths."""
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""How far weights under an adapter may be from those that were evaluated, as a share of the largest of a matrix."""
+"""Largest difference from the evaluated weights, as a share of a matrix's largest weight."""
 READERS: dict[str, Callable[[Path], Any]] = {
     "slide_vlm": SlideVLM.from_pretrained,
     "qwen_vl": load_qwen,
     "gemma_vl": load_gemma,
 }
-"""What reads the model of a folder, whole or over the base of its adapter, by the performer's family."""
-USE = """    python deploy/answer.py --model FOLDER {example}
+"""Loaders of published models, by the performer's family."""
+USE = """    frugalpath answer --model FOLDER {example}
 
 `FOLDER` is this folder. The model alone: `load_performer(FOLDER, ...)`, or `from_pretrained(FOLDER)`{extra}."""
 
@@ -60,11 +60,12 @@ USE = """    python deploy/answer.py --model FOLDER {example}
 def publish(
     run: Run, given: Sequence[str], to: Path, about: About, merge: bool = False, base: str | None = None
 ) -> None:
-    """Write the folder, whole or not at all.
+    """Write the published folder atomically.
 
     Args:
-        given: the recipe's arguments on the command line.
-        merge: write all weights also where adapters were trained. base: name of the model under the adapters.
+        given: recipe arguments from the command line.
+        merge: merge adapters and write the full weights.
+        base: Hub name of the adapters' base model.
 
     Raises:
         InputError: the run is not finished, `to` exists, or the adapters cannot be published alone.
@@ -74,7 +75,7 @@ def publish(
         raise InputError(f"{to}: exists; name a new folder, or delete it")
     report = run.folder / SUMMARY
     if not report.is_file():
-        raise InputError(f"{report}: there is no report to publish; run: python rl/pareto.py --config {run.path}")
+        raise InputError(f"{report}: no report to publish; run: frugalpath pareto --config {run.path}")
     summary = {k: v for k, v in json.loads(report.read_text()).items() if k in KNOWN}
     part = to.with_name(f"{to.name}.part")
     shutil.rmtree(part, ignore_errors=True)
@@ -100,8 +101,10 @@ def publish(
         about = dataclasses.replace(
             about, title=about.title or f"FrugalPath {to.name}", data=about.data or data_name(run)
         )
-        extra = "; only adapters are kept, the base is fetched by its name" if adapters else ""
-        write_card(part / "README.md", own, summary, about, known, USE.format(extra=extra, example=example(summary)))
+        extra = "; only adapters are stored, the base is downloaded by name" if adapters else ""
+        write_card(
+            part / "README.md", own, summary, about, known, USE.format(extra=extra, example=example_arguments(summary))
+        )
         mark = {"format": 1, "weights": "adapter" if adapters else "whole", "parts": settings(own)}
         files = sorted(str(p.relative_to(part)) for p in part.rglob("*") if p.is_file())
         _write_json(part / MARK, {**mark, "files": [*files, MARK]})
@@ -111,7 +114,7 @@ def publish(
 
 
 def adapters_of(run: Run) -> list[Path]:
-    """Adapters of the run's stages in the order of their training; none where all weights were trained."""
+    """Adapters of the run's stages in training order; empty if all weights were trained."""
     if run.performer.lora is None or run.performer.checkpoint:
         return []
     last = "grpo_performer" if run.grpo.mode == "sequential" else "grpo"
@@ -128,14 +131,14 @@ def adapters_of(run: Run) -> list[Path]:
 
 
 def uploads(folder: Path) -> list[str]:
-    """The files of a published folder that go to a hub: those that publishing wrote.
+    """List the files of a published folder to upload.
 
     Raises:
-        InputError: it is no such folder, or lacks some of its files.
+        InputError: the folder was not published, or lacks some of its files.
     """
     mark = folder / MARK
     if not mark.is_file():
-        raise InputError(f"{folder}: was not written by deploy/publish.py; name --config too, to write it")
+        raise InputError(f"{folder}: was not written by `frugalpath publish`; give --config to write it")
     files = json.loads(mark.read_text())["files"]
     if lost := [name for name in files if not (folder / name).is_file()]:
         raise InputError(f"{folder}: {', '.join(lost)} is missing; publish it again")
@@ -143,7 +146,7 @@ def uploads(folder: Path) -> list[str]:
 
 
 def recipe_of(run: Run, given: Sequence[str]) -> dict[str, Any]:
-    """The recipe as the run followed it, with what the command line changed and without places on this machine."""
+    """The recipe as it was run, including command-line changes and without local paths."""
     content = yaml.safe_load(run.path.read_text()) if run.path else {}
     asked = {*content, *(word[2:].partition("=")[0] for word in given if word.startswith("--"))}
     grpo = {f.name for f in dataclasses.fields(FrugalConfig)} & asked
@@ -183,7 +186,7 @@ def _write_performer(run: Run, out: Path, adapters: Sequence[Path], base: str | 
 
 
 def _check_same(evaluated: torch.nn.Module, published: torch.nn.Module) -> None:
-    """Refuse an adapter that does not give the weights that were evaluated."""
+    """Raise InputError if the adapters over their base do not reproduce the evaluated weights."""
     told = published.state_dict()
     for name, weight in evaluated.state_dict().items():
         off = (told[name].float() - weight.float()).abs().max() if weight.numel() else torch.zeros(())
@@ -205,7 +208,7 @@ def _write_json(path: Path, content: Any) -> None:
 
 
 def _forget_places(path: Path, keep: str | None) -> None:
-    """Take names of local models out of a configuration, but for the base of adapters."""
+    """Remove local model paths from a configuration, except the base of adapters."""
     content = json.loads(path.read_text())
     for key in ("_name_or_path", "base_model_name_or_path"):
         if content.get(key) not in (None, keep):
@@ -214,13 +217,13 @@ def _forget_places(path: Path, keep: str | None) -> None:
 
 
 def _changed(options: Any, default: Any) -> dict[str, Any]:
-    """Keys of a section that are not at their defaults."""
+    """Keys of a section that differ from their defaults."""
     before = dataclasses.asdict(default)
     return {key: value for key, value in dataclasses.asdict(options).items() if value != before[key]}
 
 
 def _portable(value: Any) -> Any:
-    """A recipe's value without the keys and entries that name places on this machine."""
+    """A recipe value without local paths."""
     if isinstance(value, Mapping):
         return {k: _portable(v) for k, v in value.items() if k not in PLACES and not _is_place(v)}
     if isinstance(value, list | tuple):
@@ -233,7 +236,7 @@ def _is_place(value: Any) -> bool:
 
 
 def _by_name(reward: Any) -> Any:
-    """An entry of `rewards`; a file of the user's is known by its name alone."""
+    """An entry of `rewards`, with a user's file reduced to its name."""
     if isinstance(reward, dict):
         return {**reward, "name": Path(reward["name"]).name}
     return Path(reward).name

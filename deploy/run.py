@@ -1,12 +1,15 @@
-"""A finished run that meets new cases: nothing is trained, and the recipe's own cases need not be there.
+"""Answer new cases with a trained run: one case after another, what each cost, and the means.
 
-Answers of a finished run: one case after another, what each cost, and the means of all.
+Nothing is trained, and the recipe's own cases are not needed.
 """
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,8 @@ from frugalpath.allocator.base import Allocator, Answered
 from frugalpath.allocator.forms import load_allocator
 from frugalpath.envs.case import Case
 from frugalpath.models.build import load_performer
+from frugalpath.models.feature_bank import FeatureBank
+from frugalpath.models.performer import Performer
 from frugalpath.recipe.data import RunData
 from frugalpath.recipe.finished import MARK, check_finished
 from frugalpath.recipe.run import Run
@@ -26,25 +31,40 @@ from frugalpath.rewards.scoring import Scorer
 
 
 def deployed(run: Run, cases: Sequence[Case], features: Path) -> Allocator:
-    """Performer and allocator of a finished run, ready to answer cases that it has not seen.
+    """Load the performer and allocator of a trained run to answer new cases.
 
     Args:
-        run: the parsed recipe. cases: at least one. features: folder that features are read from and written to.
+        run: the parsed recipe.
+        cases: those known so far.
+        features: folder of the feature cache.
 
     Raises:
         InputError: the run is not finished, or the recipe is not the one it was made by.
     """
     check_finished(run)
     data = RunData(run, {"train": [], "val": [], "test": list(cases)}, features=features)
+    return load_allocator(data, trained_performer(run, data.bank))
+
+
+def trained_performer(run: Run, bank: FeatureBank) -> Performer:
+    """The performer of a finished or published run, where the run computes; `bank` as for `load_performer`."""
     # A published run has the performer at its top, where `from_pretrained` looks for it.
     folder = run.folder if (run.folder / MARK).is_file() else run.folder / "grpo"
-    performer = load_performer(folder, run.performer, data.bank)
+    performer = load_performer(folder, run.performer, bank)
     performer.model.to(PartialState().device)
-    return load_allocator(data, performer)
+    return performer
+
+
+def feature_folder(run: Run, stack: ExitStack) -> Path:
+    """Where features of new cases go: the run's folder of them, or a temporary one where that may not be written."""
+    folder = run.feature_folder
+    if folder.is_dir() and os.access(folder, os.W_OK):
+        return folder
+    return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="features-")))
 
 
 HEAD = ("budget", "tokens", "prompt", "written", "flops 1", "flops 2", "ms 1", "ms 2", "conf.", "looks")
-"""Columns of the text form before the case and its answer; 1 is the look, 2 the answer."""
+"""Columns of the text output before the case and its answer; 1 is the probe, 2 the answer."""
 
 
 def answer_all(
@@ -55,10 +75,10 @@ def answer_all(
     budget: int | None = None,
     scorer: Scorer | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """A row for each case, answered alone.
+    """Answer each case alone and yield its row.
 
     Args:
-        price: lambda at which the allocator chooses, or `budget`: the same tokens for all.
+        price: lambda of the allocator; with `budget` instead, all cases get the same number of tokens.
         scorer: scores the answers to cases with a gold answer.
     """
     # The first pass of a model is slow for reasons of its own; it sees no image, so that no case is known before.
@@ -96,17 +116,17 @@ def _row(case: Case, answered: Answered) -> dict[str, Any]:
 
 
 def not_an_option(row: Mapping[str, Any], case: Case) -> str | None:
-    """What is said of an answer that names none of the case's options."""
+    """Warn of an answer that is not one of the case's options."""
     if not case.options or row["answer"] is None:
         return None
     known = read_options(case.options)
     if known is None or find_option(row["answer"], known) is not None:
         return None
-    return f"the answer {row['answer']!r} is none of the options {', '.join(case.options)}"
+    return f"the answer {row['answer']!r} is not one of the options {', '.join(case.options)}"
 
 
 def totals(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Means of the rows; `score` over those that have one, `flops` of both stages, `budgets` how often each."""
+    """Average the rows: `score` over those that have one, `flops` of both stages, `budgets` as counts."""
     scores = [row["score"] for row in rows if "score" in row]
     mean = {key: float(np.mean([row[key] for row in rows])) for key in ("tokens", "flops_stage1", "flops_stage2")}
     return {
@@ -123,12 +143,12 @@ def totals(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def head() -> str:
-    """First line of the text form."""
+    """Header of the text output."""
     return "".join(f"{name:>9s}" for name in HEAD) + "  case: answer"
 
 
 def line(row: dict[str, Any]) -> str:
-    """A row as text; an answer of several lines becomes one."""
+    """Format a row as one line of text."""
     numbers = [
         f"{row['budget']:d}",
         f"{row['tokens']:d}",
@@ -147,11 +167,11 @@ def line(row: dict[str, Any]) -> str:
 
 
 def closing(found: dict[str, Any]) -> str:
-    """Means as text."""
+    """Format the means as text."""
     score = f"mean score {found['score']:.4f} of {found['scored']}" if found["scored"] else "no gold answers, no score"
     budgets = ", ".join(f"{budget}: {count}" for budget, count in found["budgets"].items())
     return (
-        f"{found['n']} cases, {score}; in the mean {found['tokens']:.1f} tokens, {found['flops']:.3e} FLOPs "
-        f"({found['flops_stage1']:.2e} to look), {found['latency_ms_stage1']:.1f} ms to look and "
-        f"{found['latency_ms_stage2']:.1f} ms to answer; cases by budget {budgets}"
+        f"{found['n']} cases, {score}; mean per case: {found['tokens']:.1f} tokens, {found['flops']:.3e} FLOPs "
+        f"({found['flops_stage1']:.2e} for the probe), {found['latency_ms_stage1']:.1f} ms for the probe and "
+        f"{found['latency_ms_stage2']:.1f} ms for the answer; cases by budget {budgets}"
     )

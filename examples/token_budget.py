@@ -207,7 +207,7 @@ class TokenBudget(gymnasium.Env[np.ndarray, np.int64]):
         if not (0 < self.low < self.high < math.inf or 0 <= self.low == self.high < math.inf):
             problems.append(f"price: {self.low}..{self.high} is no price of 0 or more, nor a range from above 0")
         if self.objective not in OBJECTIVES:
-            problems.append(f"objective: {self.objective!r} is not known; known are {', '.join(OBJECTIVES)}")
+            problems.append(f"objective: {self.objective!r} is unknown; use one of {', '.join(OBJECTIVES)}")
         if problems:
             raise InputError(problems)
 

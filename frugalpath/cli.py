@@ -6,18 +6,18 @@ import importlib
 import sys
 
 COMMANDS = {
-    "grpo": ("frugalpath.rl.grpo", "train performer and allocator by a recipe, evaluate, write the report"),
-    "sft": ("frugalpath.sft.train", "run the supervised stages of a recipe alone"),
+    "grpo": ("frugalpath.rl.grpo", "train performer and allocator from a recipe, evaluate, write the report"),
+    "sft": ("frugalpath.sft.train", "run only the supervised stages of a recipe"),
     "allocate": ("frugalpath.rl.allocate", "fit the allocator of a trained run"),
     "pareto": ("frugalpath.rl.pareto", "write the report of a trained run, or apply it to other cases (--transfer)"),
-    "compare": ("frugalpath.evaluation.compare", "put the reports of several runs into one picture"),
+    "compare": ("frugalpath.evaluation.compare", "compare the reports of several runs in one plot"),
     "answer": ("frugalpath.deploy.answer", "answer a question about images or slides with a trained run"),
-    "publish": ("frugalpath.deploy.publish", "write a trained run as one folder, and upload it to the Hub"),
-    "extract": ("frugalpath.slides.extract", "turn slides into feature files"),
+    "publish": ("frugalpath.deploy.publish", "export a trained run to one folder and upload it to the Hub"),
+    "extract": ("frugalpath.slides.extract", "extract feature files from slides"),
     "count": ("frugalpath.slides.count", "count the tiles of slides at several magnifications"),
     "retrieve": ("frugalpath.sft.retrieve", "build and query an index of slides and reports"),
     "validate": ("frugalpath.rewards.validate", "check the cases and rewards of a recipe before training"),
-    "doctor": ("frugalpath.doctor.__main__", "check the machine, and estimate memory and time of a recipe"),
+    "doctor": ("frugalpath.doctor.__main__", "check this machine and estimate the memory and time of a recipe"),
 }
 """Name -> module with a `main`, and what it does."""
 
@@ -30,8 +30,8 @@ def usage() -> str:
         "usage: frugalpath COMMAND [arguments]\n\n"
         "Reinforcement-learning fine-tuning for pathology vision-language models that spend few visual tokens.\n\n"
         f"commands:\n{rows}\n\n"
-        "`frugalpath COMMAND --help` shows a command's arguments. Each runs in one process; on several GPUs, start the\n"
-        "training commands with `accelerate launch -m`, for instance `accelerate launch -m frugalpath.rl.grpo ...`."
+        "`frugalpath COMMAND --help` shows a command's arguments. Each runs in one process; on several GPUs, start\n"
+        "the training commands with `accelerate launch -m`: `accelerate launch -m frugalpath.rl.grpo ...`."
     )
 
 

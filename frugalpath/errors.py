@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 
 class InputError(ValueError):
@@ -27,6 +28,22 @@ def removed(what: str, instead: str) -> str:
         what: as the user has written it. instead: why it went, and what to do.
     """
     return f"{what} was removed before 0.1.0, commit 6926608 is the last that has it; {instead}"
+
+
+@contextmanager
+def extra(name: str, what: str) -> Iterator[None]:
+    """Around imports of packages that come with an extra of `pip install frugalpath[...]`.
+
+    Args:
+        name: of the extra. what: needs them, for the message, such as `reward 'bleu4'`.
+
+    Raises:
+        InputError: one is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise InputError(f"{what} needs the package {error.name}: pip install 'frugalpath[{name}]'") from error
 
 
 def entry(main: Callable[[], None]) -> Callable[[], None]:

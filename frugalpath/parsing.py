@@ -1,4 +1,4 @@
-"""JSON and YAML from files that others wrote: bounded, and with no error but those named here."""
+"""Read JSON and YAML from untrusted files, with size limits and a fixed set of errors."""
 
 from __future__ import annotations
 
@@ -11,32 +11,31 @@ import yaml
 from frugalpath.errors import InputError
 
 MAX_YAML = 2**20
-"""Bytes of a YAML file."""
+"""Maximum size of a YAML file, in bytes."""
 MAX_NODES = 200_000
-"""Values of a YAML file once its aliases are written out: a few lines of nested aliases can stand for billions."""
+"""Maximum number of values after expanding aliases: a few lines of nested aliases can stand for billions."""
 
 MAX_DIGITS = 250
-"""Of a whole number in a YAML file."""
+"""Maximum number of digits of an integer in a YAML file."""
 
 
 def parse_json(text: str) -> Any:
-    """A JSON value.
+    """Parse JSON text.
 
     Raises:
-        ValueError: it is none, is nested too deep or holds a number of thousands of digits; where the text itself is
-            wrong a `json.JSONDecodeError`.
+        ValueError: not valid JSON (a `json.JSONDecodeError`), nested too deep, or a number of thousands of digits.
     """
     try:
         return json.loads(text)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("nested too deep") from None
 
 
 def read_yaml(path: Path) -> Any:
-    """The value in a YAML file, see `parse_yaml`.
+    """Read a YAML file, see `parse_yaml`.
 
     Raises:
-        InputError: the file cannot be read, or is not valid.
+        InputError: the file cannot be read or is not valid.
     """
     try:
         if path.stat().st_size > MAX_YAML:
@@ -48,10 +47,10 @@ def read_yaml(path: Path) -> Any:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """The value of a YAML text: plain data alone, no objects.
+    """Parse YAML text that holds plain data only, no Python objects.
 
     Raises:
-        InputError: naming `where`: not valid, an alias to itself, or more than `MAX_NODES` values.
+        InputError: not valid, an alias to itself, or more than `MAX_NODES` values; the message begins with `where`.
     """
     loader = None
     try:
@@ -60,22 +59,22 @@ def parse_yaml(text: str, where: str) -> Any:
         if node is None:
             return None
         if _size(node, {}) > MAX_NODES:
-            raise InputError(f"{where}: holds more than {MAX_NODES:,} values with its aliases; write it smaller")
+            raise InputError(f"{where}: holds more than {MAX_NODES:,} values after expanding aliases; shorten it")
         return loader.construct_document(node)
     except InputError:
         raise
     except RecursionError:
-        raise InputError(f"{where}: not valid YAML: nested too deep; write it flatter") from None
-    # Beside its own errors the package passes on those of dates and numbers that do not exist.
+        raise InputError(f"{where}: not valid YAML: nested too deep; flatten it") from None
+    # Besides its own errors, the package passes on those of invalid dates and numbers.
     except (yaml.YAMLError, ValueError, OverflowError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"{where}: not valid YAML: {error}; mend it there") from error
+        raise InputError(f"{where}: not valid YAML: {error}; correct it there") from error
     finally:
         if loader is not None:
             loader.dispose()
 
 
 def _size(node: yaml.Node, known: dict[int, int]) -> int:
-    """Values in a node, those of aliases counted where they stand."""
+    """Count the values in a node, with aliases expanded."""
     if id(node) not in known:
         if node.tag.endswith(":int") and len(node.value) > MAX_DIGITS:  # hexadecimal ones know no limit of Python's
             raise ValueError(f"a number of more than {MAX_DIGITS} digits")
