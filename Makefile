@@ -27,7 +27,7 @@ demo: install
 	$(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no rl/grpo.py --config configs/recipes/demo.yaml
 
 test: install
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 2
 
 # The packages as an installed tree, for tools that read sources without importing them.
 PACKAGES := slides envs rewards models recipe allocator evaluation sft rl deploy doctor
@@ -38,7 +38,7 @@ lint: install
 	mkdir -p build/typed/frugalpath
 	ln -sfn $(addprefix $(CURDIR)/,$(PACKAGES)) $(wildcard $(CURDIR)/frugalpath/*.py) build/typed/frugalpath/
 	cd build/typed && $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml
-	PYTHONPATH=build/typed $(BIN)/lint-imports
+	cd build/typed && $(abspath $(BIN))/lint-imports --config $(CURDIR)/pyproject.toml
 
 # A module that cannot be imported or read is an error.
 docs: install

@@ -4,7 +4,7 @@
     python benchmarks/encode.py --images ../shared/data/tiles/pcam/images --device cuda
 
 The peer reads an image ahead, encodes each in a forward of its own and writes an HDF5 file for each, as versions
-before the store of shards did. Ours is `frugalpath.slides.fields.encode_fields`. Both hash the files, decode them, encode them by
+before the store of shards did. Ours is `slides.fields.encode_fields`. Both hash the files, decode them, encode them by
 the packaged EfficientNet-Lite0 and store float16, on all `--cores`. `batched_ratio` is the peer's time over ours.
 `sharded_ratio` is the time of one process of one thread over that of two such processes which share the fields out.
 

@@ -3,7 +3,7 @@
     python benchmarks/ingest.py
 
 The peer is the loop of CLAM and TRIDENT: in one thread, for each tile, `read_region` on the best level,
-`convert("RGB")` and a PIL resize to 224 px. Ours reads the same tiles of the same file as `frugalpath.slides.extract` does:
+`convert("RGB")` and a PIL resize to 224 px. Ours reads the same tiles of the same file as `slides.extract` does:
 blocks of tiles, two reading threads. Both resize by the same filter. `*_ratio` are times of reading alone, peer over
 ours; `end_to_end_*_ratio` add the encoder, which both share: the peer reads a batch, then encodes it; ours reads
 ahead.

@@ -32,7 +32,7 @@ from frugalpath.errors import InputError, entry
 from frugalpath.evaluation.latency import Latency
 from frugalpath.evaluation.report.pictures import SIDE, Shown, jpeg
 from frugalpath.evaluation.report.writing import curves, reproduce, write_outcome
-from frugalpath.evaluation.run import Outcome, Preferred
+from frugalpath.evaluation.run import EvaluationResult, Preferred
 
 LADDER = [1, 4, 16, 64, 256]
 PRICES = [0.0, 0.003, 0.01, 0.02, 0.03, 0.05, 0.08, 0.12, 0.18, 0.27, 0.4, 0.6, 1.0]
@@ -40,7 +40,7 @@ ANSWERS = {"diagnosis": ["benign", "malignant"], "grade": ["1", "2", "3"], "quad
 PAINT = "performance.getEntriesByName('first-contentful-paint')[0].startTime"
 
 
-def made_up(n: int, seed: int = 0) -> Outcome:
+def made_up(n: int, seed: int = 0) -> EvaluationResult:
     """What came of an allocator on n made-up cases: their need of tokens differs, and it is seen dimly."""
     rng = np.random.default_rng(seed)
     questions = [list(ANSWERS)[i % len(ANSWERS)] for i in range(n)]
@@ -68,7 +68,7 @@ def made_up(n: int, seed: int = 0) -> Outcome:
     curve = [Decisions.from_table(p, table, (predicted - p * cost).argmax(1), look) for p in PRICES]
     operating = {"rule": "price", "tolerance": 0.01, "price": 0.05, "val": []}
     times = {b: 14 + 0.02 * b + rng.random(32) for b in LADDER}
-    return Outcome(
+    return EvaluationResult(
         ladder=LADDER,
         cases=cases,
         whole=whole,
@@ -84,7 +84,7 @@ def made_up(n: int, seed: int = 0) -> Outcome:
     )
 
 
-def summary_of(outcome: Outcome) -> dict[str, Any]:
+def summary_of(outcome: EvaluationResult) -> dict[str, Any]:
     """The whole summary of a made-up outcome, as a run writes it."""
     summary = outcome.summary()
     rng = np.random.default_rng(0)
@@ -107,7 +107,7 @@ def summary_of(outcome: Outcome) -> dict[str, Any]:
         "seed": 0,
         "versions": {"python": platform.python_version()},
         "git": "0123456789ab",
-        "command": "python rl/pareto.py --config configs/recipes/made_up.yaml",
+        "command": "frugalpath pareto --config configs/recipes/made_up.yaml",
     }
 
 

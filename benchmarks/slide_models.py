@@ -5,14 +5,14 @@
     python benchmarks/slide_models.py --preset 7b                               # on a GPU
     python benchmarks/slide_models.py --features slide.h5 --sizes 1024 4096     # patches of a real slide
 
-The paths are in `slide_paths.py`, their compressors as published (defaults of `frugalpath.models.compressors`), all weights
+The paths are in `slide_paths.py`, their compressors as published (defaults of `models.compressors`), all weights
 random. The language model is of one shape in a run, and trained by adapters of rank 128, as LoC-Path's is (methods
 2.2); `--lora 0` trains all its weights. Every path and size runs in a process of its own:
 
 - `prepare_seconds`: compressors without parameters (stm, pool, keep), once a slide, outside the model; not in FLOPs.
 - `prefill_seconds`: from prepared rows to the first logits: compressors, aligner, language model; no gradients.
 - `train_seconds`: forward, backward and optimizer step (AdamW) over the supervised batch of one case.
-- `flops`: of the prefill, by formula (`frugalpath.models.cost`, methods 9.2). `train_flops`: three forwards with all logits, two
+- `flops`: of the prefill, by formula (`models.cost`, methods 9.2). `train_flops`: three forwards with all logits, two
   through frozen weights.
 - `*_peak_mb`: peak memory in 10^6 bytes of the prefill, and of the training step: the resident set of the process on
   a CPU (`bare_mb` of it was there before the model was made: libraries), what is allocated on a GPU. `*_above_mb`:

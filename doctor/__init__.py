@@ -1,1 +1,1 @@
-"""What a machine has, what a recipe needs, whether it fits, and how long a step takes: `python -m frugalpath.doctor`."""
+"""`frugalpath doctor`: check the machine and a recipe's needs, and estimate its memory and step time."""

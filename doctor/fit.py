@@ -21,12 +21,12 @@ from frugalpath.recipe.run import Run
 GB = 1e9
 SHARDINGS = ("ddp", "zero2", "zero3", "fsdp")
 STATES = {"adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0, "adafactor": 0}
-"""Bytes that an optimizer keeps for a trained weight; others keep two numbers in the weight's own dtype."""
+"""Bytes of optimizer state per trained weight; other optimizers keep two values in the weight's dtype."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Parameters of a model as it is trained: their numbers, and bytes of what belongs to them."""
+    """Number of parameters of a model in training, and bytes of their weights, gradients and optimizer state."""
 
     frozen: int
     trained: int
@@ -40,16 +40,18 @@ class Weights:
 
     @property
     def gradients_bytes(self) -> float:
-        """Of all gradients together: each has its weight's dtype."""
+        """Bytes of all gradients; each has the dtype of its weight."""
         return self.trained_bytes + self.adapters_bytes
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a run takes place.
+    """Devices of a run.
 
     Args:
-        gpu: on GPUs, else on a CPU. processes: on how many devices. sharding: one of `SHARDINGS`.
+        gpu: on GPUs, else on a CPU.
+        processes: number of devices.
+        sharding: one of `SHARDINGS`.
     """
 
     gpu: bool
@@ -59,7 +61,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Phase:
-    """A phase's memory at its peak: bytes by what they are for, and when the peak is."""
+    """Peak memory of a phase: bytes by purpose, and the moment of the peak."""
 
     name: str
     parts: Mapping[str, float]
@@ -67,7 +69,7 @@ class Phase:
 
     @property
     def peak(self) -> float:
-        """Bytes."""
+        """Peak memory in bytes."""
         return sum(self.parts.values())
 
 
@@ -75,7 +77,8 @@ def weigh(subject: Subject, trains: tuple[Any, Any], optimizer: str | None) -> W
     """Count a model's parameters by building it without memory.
 
     Args:
-        trains: adapters and learning rates of what is trained. optimizer: its name; None trains nothing.
+        trains: adapters and learning rates of the trained parts.
+        optimizer: its name; None if nothing is trained.
     """
     with torch.device("meta"):
         model = prepared(subject.build(), subject, *trains)
@@ -96,10 +99,10 @@ def weigh(subject: Subject, trains: tuple[Any, Any], optimizer: str | None) -> W
 
 
 def phase_of(subject: Subject, job: Job, place: Place, kept: Mapping[str, float] | None = None) -> Phase:
-    """The memory of a phase on one device.
+    """Estimate the memory of a phase on one device.
 
     Args:
-        kept: bytes that stay over phases, by what they are for.
+        kept: bytes kept across phases, by purpose.
     """
     weights = weigh(subject, job.trains, job.optimizer)
     traced = trace(subject, job.work, place.gpu)
@@ -138,7 +141,7 @@ def phase_of(subject: Subject, job: Job, place: Place, kept: Mapping[str, float]
 
 
 def _shared_out(parts: dict[str, float], weights: Weights, place: Place) -> dict[str, float]:
-    """What one of several processes holds."""
+    """Share of the memory that one of several processes holds."""
     count, kind = place.processes, place.sharding
     if count == 1:
         return parts
@@ -155,12 +158,12 @@ def _shared_out(parts: dict[str, float], weights: Weights, place: Place) -> dict
 
 
 def features_held(run: Run, subject: Subject, sizes: Sizes, images: int | None) -> float:
-    """Bytes of visual features that are kept over the steps.
+    """Bytes of visual features that are cached across steps.
 
-    Those of slide_vlm lie in the main memory, those of a family with a vision tower on the device.
+    slide_vlm caches them in main memory, families with a vision tower on the device.
 
     Args:
-        images: number of images or slides; None is not known, and takes the most that is kept.
+        images: number of images or slides; None if unknown, which assumes a full cache.
     """
     config, rows, most = subject.config, sum(run.ladder), HELD
     if config.model_type == "slide_vlm":
@@ -179,7 +182,7 @@ def features_held(run: Run, subject: Subject, sizes: Sizes, images: int | None) 
 
 
 def fit(run: Run, subject: Subject, sizes: Sizes, place: Place, images: int | None = None) -> list[Phase]:
-    """All phases of a recipe.
+    """Estimate the memory of all phases of a recipe.
 
     Args:
         images: see `features_held`.
@@ -193,5 +196,5 @@ def fit(run: Run, subject: Subject, sizes: Sizes, place: Place, images: int | No
 
 
 def peak(phases: Sequence[Phase]) -> Phase:
-    """The phase that takes most."""
+    """The phase with the highest peak."""
     return max(phases, key=lambda phase: phase.peak)

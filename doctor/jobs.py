@@ -1,4 +1,4 @@
-"""What a recipe runs, as jobs whose memory can be traced: every supervised stage, rollouts, update, evaluation."""
+"""Jobs of a recipe whose memory can be traced: supervised stages, rollouts, update, evaluation."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from frugalpath.sft.supervised import OWN_KEYS, adapters_of, sft_config, stage_r
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a recipe does not say: its data do.
+    """Sizes that depend on the data, not on the recipe.
 
     Args:
-        text: tokens of a question with its chat template. answer: of a gold answer; None takes the longest completion.
-        patches: stored features of a slide, which learned compressors read.
+        text: tokens of a question with its chat template.
+        answer: tokens of a gold answer; None assumes the longest completion.
+        patches: stored features per slide, for learned compressors.
     """
 
     text: int = 128
@@ -39,11 +40,11 @@ class Job:
     """A phase of a run.
 
     Args:
-        work: of one micro-step, or of one batch of completions.
-        per_step: how often it is done in an optimizer step; 0 where it belongs to none.
-        trains: what is trained in this phase, which has gradients and optimizer states: adapters and rates.
+        work: the work of one micro-step, or of one batch of completions.
+        per_step: repetitions per optimizer step; 0 outside training steps.
+        trains: adapters and learning rates of the parts trained in this phase.
         optimizer: name of the optimizer; None without one.
-        reference: a second model is kept, for the KL term.
+        reference: whether a second model is kept for the KL term.
     """
 
     name: str
@@ -55,13 +56,13 @@ class Job:
 
 
 def jobs_of(run: Run, subject: Subject, sizes: Sizes) -> list[Job]:
-    """The phases of a recipe, in order, without the stages that leave the language model out, which take less."""
-    jobs = [_supervised(run, subject, stage, sizes) for stage in run.sft if not stage.wordless]
+    """Phases of a recipe in order, without stages that need no language model, which take less memory."""
+    jobs = [_supervised(run, subject, stage, sizes) for stage in run.sft if not stage.no_language_model]
     return [*jobs, *_grpo(run, subject, sizes), _evaluation(run, subject, sizes)]
 
 
 def shown(subject: Subject, budget: int, patches: int) -> tuple[Seen, int]:
-    """What a prompt shows at a budget, and how many positions of the text that takes."""
+    """Visual input of a prompt at a budget, and the number of text positions it takes."""
     config = subject.config
     if config.model_type != "slide_vlm":
         return Seen(budget, budget), budget
@@ -71,7 +72,7 @@ def shown(subject: Subject, budget: int, patches: int) -> tuple[Seen, int]:
 
 
 def learned_tokens(config: Any) -> int | None:
-    """Tokens that learned compressors give at most; None where there are none."""
+    """Maximum number of tokens of learned compressors; None without any."""
     with torch.device("meta"):
         chain = Chain(config.compressors, config.feature_dim, config.get_text_config().hidden_size)
     return chain.learned[-1].most if chain.learned else None  # type: ignore[return-value]
@@ -82,7 +83,7 @@ def _length(performer: PerformerConfig, sizes: Sizes, visual: int) -> int:
 
 
 def stage_arguments(run: Run, stage: Stage) -> SFTConfig:
-    """Arguments of the trainer of a stage, with its defaults."""
+    """Trainer arguments of a stage, including its defaults."""
     options = {k: v for k, v in stage.options.items() if k not in OWN_KEYS}
     return sft_config(Path(run.grpo.output_dir) / stage.name, options, run.grpo.seed)
 

@@ -1,4 +1,4 @@
-"""What GPU kernels keep, for a trace on a machine that has none: the same tensors are made, nothing is computed.
+"""Stand-ins for GPU kernels when tracing on a CPU: they allocate the same tensors and compute nothing.
 
 On a CPU the kernels themselves are traced.
 """

@@ -1,4 +1,4 @@
-"""What to change in a recipe that does not fit, and what each change saves."""
+"""Changes to a recipe that does not fit, and what each saves."""
 
 from __future__ import annotations
 
@@ -15,18 +15,20 @@ from frugalpath.recipe.run import Run
 from frugalpath.recipe.sft import Stage
 
 HARMLESS, SLOWER, DIFFERENT = range(3)
-"""What a change costs: nothing but smaller batches; time or machines; the results are of another run."""
+"""Cost of a change: only smaller batches; time or machines; or different results."""
 HARM = ("same results", "slower, or more GPUs", "other results")
 LORA = {"r": 16, "lora_alpha": 64}
-"""Adapters that are proposed, as published for BiRR4CPath."""
+"""Suggested adapters, as published for BiRR4CPath."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A change of a recipe.
+    """A change to a recipe.
 
     Args:
-        setting: as it is written on the command line. harm: one of the three above. run, place: after it.
+        setting: as written on the command line.
+        harm: one of the three costs above.
+        run, place: recipe and devices after the change.
     """
 
     setting: str
@@ -37,7 +39,7 @@ class Change:
 
 @dataclass(frozen=True)
 class Knob:
-    """What a change does to the peak, in bytes."""
+    """Effect of a change on the peak memory, in bytes."""
 
     setting: str
     harm: int
@@ -48,10 +50,10 @@ class Knob:
 def turned(
     run: Run, subject: Subject, sizes: Sizes, place: Place, images: int | None, phases: Sequence[Phase]
 ) -> list[Knob]:
-    """All changes that lower the peak: those of the least harm first, and of these what saves most.
+    """List the changes that lower the peak, least harm first, then largest saving.
 
     Args:
-        phases: of the recipe as it is.
+        phases: phases of the unchanged recipe.
     """
     before = peak(phases)
     found = []

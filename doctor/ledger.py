@@ -1,7 +1,7 @@
-"""Memory of a piece of work that is only pretended: what its tensors would take, moment by moment.
+"""Trace the memory of simulated work: what its tensors would take, moment by moment.
 
 The work runs under `FakeTensorMode`, where operations make tensors of the right shape, type and lifetime without any
-data. So what is held and when comes from the code that trains, not from a formula of ours.
+data. The result follows from the training code itself, not from a formula.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 @dataclass
 class Moment:
-    """One stretch of the work, in bytes: the most that was held, and how much of that were gradients of weights."""
+    """One stretch of the work, in bytes: peak memory, and the share of weight gradients in it."""
 
     peak: float = 0.0
     gradients: float = 0.0
@@ -26,22 +26,22 @@ class Moment:
 
 @dataclass
 class Trace:
-    """What a piece of work holds, in bytes.
+    """Memory of a piece of work, in bytes.
 
     Args:
         moments: by name, in order.
-        kept: held when the forward has ended, for the backward; of generation the KV cache at its fullest.
+        kept: held after the forward pass for the backward; for generation, the full KV cache.
     """
 
     moments: dict[str, Moment] = field(default_factory=dict)
     kept: float = 0.0
 
     def deeper(self, other: Trace, layers: int) -> Trace:
-        """The trace at `layers` more layers than `other`, a trace of the same model with one layer more than this."""
+        """Extrapolate to `layers` more layers; `other` is a trace of the same model with one more layer."""
         return other.plus(self, other, layers)
 
     def plus(self, before: Trace, after: Trace, times: float) -> Trace:
-        """This trace and `times` the difference between two others."""
+        """Add `times` the difference between two other traces."""
         grown = Trace(kept=self.kept + times * (after.kept - before.kept))
         for name, own in self.moments.items():
             if name in before.moments and name in after.moments:
@@ -53,7 +53,7 @@ class Trace:
 
 
 class Ledger(TorchDispatchMode):
-    """Adds up the memory of the tensors that are made while it is entered; views share their tensor's."""
+    """Add up the memory of tensors created inside the context; views share their tensor's memory."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,18 +63,18 @@ class Ledger(TorchDispatchMode):
         self._moment = Moment()
 
     def leave_out(self, tensors: Iterable[torch.Tensor]) -> None:
-        """Do not count these, which are there before."""
+        """Exclude tensors that exist already."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             self._live[storage._cdata] = storage
 
     def mark(self, name: str) -> None:
-        """A moment begins; one of a known name goes on."""
+        """Begin a moment, or continue the one with this name."""
         self._moment = self.trace.moments.setdefault(name, Moment())
         self._note()
 
     def watch(self, parameter: torch.nn.Parameter) -> None:
-        """Tell this parameter's gradient from other tensors."""
+        """Count this parameter's gradient separately from other tensors."""
 
         def arrived(tensor: torch.Tensor) -> None:
             assert tensor.grad is not None

@@ -1,4 +1,4 @@
-"""What a machine has, and what is to be done about what it lacks."""
+"""Check what this machine has, and how to fix what is missing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PEAKS: dict[str, tuple[float, float]] = {
     "L4": (121, 0.3),
     "A10": (125, 0.6),
 }
-"""Dense bfloat16 TFLOPs a second and memory TB a second by name of the GPU, from the makers' data sheets."""
+"""Dense bfloat16 TFLOPS and memory bandwidth in TB/s by GPU name, from the data sheets."""
 
 OPTIONAL = {
     "flash-attn": ("flash_attn", "attention of transformers' own choice; ours uses torch's kernels without it"),
@@ -36,7 +36,7 @@ OPTIONAL = {
     "gguf": ("gguf", "for language models in a GGUF file: pip install 'frugalpath[gguf]'"),
     "fastslide": ("fastslide", "a second reader of slides: pip install 'frugalpath[fast]'"),
 }
-"""Packages that are used when present: module, and what for."""
+"""Optional packages: module and purpose."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,10 @@ class Check:
     """One line of the report.
 
     Args:
-        what: is looked at. ok: whether it is there; None where it is only told. found: what was found.
-        remedy: what to do where it is missing.
+        what: subject of the check.
+        ok: whether it passed; None for information only.
+        found: what was found.
+        remedy: what to do if it fails.
     """
 
     what: str
@@ -55,7 +57,7 @@ class Check:
 
 
 def installed(package: str, module: str | None = None) -> str | None:
-    """Version of a package that can be imported; None where it cannot."""
+    """Version of a package; None if it cannot be imported."""
     if importlib.util.find_spec(module or package) is None:
         return None
     try:
@@ -65,10 +67,10 @@ def installed(package: str, module: str | None = None) -> str | None:
 
 
 def look(folder: Path) -> list[Check]:
-    """What this machine has.
+    """Check this machine.
 
     Args:
-        folder: where runs write; its disk counts.
+        folder: output folder, whose disk is checked.
     """
     memory, disk = psutil.virtual_memory(), shutil.disk_usage(_existing(folder))
     checks = [
@@ -135,7 +137,7 @@ def _encoder() -> Check:
 
 
 def hub(timeout: float = 2.0) -> Check:
-    """Whether the model hub can be reached."""
+    """Check whether the Hub can be reached."""
     if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
         remedy = "unset HF_HUB_OFFLINE to download; local folders and what is cached need no hub"
         return Check("model hub", None, "switched off by HF_HUB_OFFLINE", remedy)
@@ -151,7 +153,7 @@ def hub(timeout: float = 2.0) -> Check:
 
 @dataclass(frozen=True)
 class Speed:
-    """Rates of a device: FLOPs and bytes of memory a second, and where they are from."""
+    """Rates of a device: FLOPs and bytes per second, and their source."""
 
     flops: float
     bytes: float
@@ -159,7 +161,7 @@ class Speed:
 
 
 def speed_of(gpu: str | None) -> Speed | None:
-    """The data sheet's rates of a GPU by its name; None for one that is not known."""
+    """Data-sheet rates of a GPU by name; None if unknown."""
     for name, (tflops, terabytes) in PEAKS.items():
         if gpu and all(word in gpu for word in name.split()):
             return Speed(tflops * 1e12, terabytes * 1e12, f"data sheet of {name}, dense bfloat16")
@@ -167,7 +169,7 @@ def speed_of(gpu: str | None) -> Speed | None:
 
 
 def measure_cpu(size: int = 1024, seconds: float = 0.5) -> Speed:
-    """Rates of this CPU: float32 products of `size` square matrices, and copies of 64 MB, for so many seconds."""
+    """Measure this CPU with float32 products of square matrices and copies of 64 MB."""
     left, right = torch.rand(size, size), torch.rand(size, size)
     out, block = torch.empty(size, size), torch.rand(2**24)
     target = torch.empty_like(block)

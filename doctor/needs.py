@@ -1,4 +1,4 @@
-"""What a recipe needs, and which of it is missing here."""
+"""Check what a recipe needs and what is missing."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from frugalpath.slides.encoder import DEFAULT
 from frugalpath.slides.jobs import SUFFIXES
 
 MAKERS = ("simulator", "mosaic")
-"""Environments that write their cases' folder themselves."""
+"""Environments that create their case folder themselves."""
 
 
 def needs(run: Run) -> list[Check]:
-    """What a recipe needs, one line each."""
+    """List what a recipe needs, one check each."""
     return [*_files(run), *_models(run), *_packages(run)]
 
 
@@ -65,7 +65,7 @@ def _models(run: Run) -> Iterator[Check]:
 
 
 def checkpoint(what: str, name: str) -> Check:
-    """Whether a model is a local folder, in the hub's cache, or to be downloaded."""
+    """Check whether a model is a local folder, in the Hub's cache, or must be downloaded."""
     if Path(name).is_dir():
         there = (Path(name) / "config.json").is_file()
         return Check(what, there, f"{name}: a local folder", "it holds no config.json; name a saved model's folder")
@@ -121,7 +121,7 @@ def _reporters(run: Run) -> list[str]:
 
 
 def _slides(run: Run) -> bool:
-    """Whether its cases show slides that are to be read."""
+    """Whether the cases include slides to read."""
     if run.cases["name"] in MAKERS:
         return True
     rows = _manifest(run)
@@ -134,7 +134,7 @@ def _values(row: dict[str, Any]) -> Iterator[Any]:
 
 
 def images(run: Run) -> int | None:
-    """How many images and slides its cases show at most, as far as the recipe tells; None where it does not."""
+    """Maximum number of images and slides of the cases; None if the recipe does not tell."""
     if run.cases["name"] == "simulator" and isinstance(run.cases.get("slides"), int):
         return run.cases["slides"]
     named = run.cases.get("slide_column") or run.cases.get("image_column") or COLUMNS["image_column"]
@@ -144,7 +144,7 @@ def images(run: Run) -> int | None:
 
 
 def _entries(row: dict[str, Any], key: str) -> list[Any]:
-    """The entries of a cell; none of one that is empty or cannot be read."""
+    """Entries of a cell; empty if it is empty or unreadable."""
     try:
         value = cell(key, row.get(key))
     except InputError:
@@ -153,15 +153,15 @@ def _entries(row: dict[str, Any], key: str) -> list[Any]:
 
 
 def _path(entry: Any) -> str:
-    """Path of an entry, which ms-swift may give as a mapping."""
+    """Path of an entry, which is a mapping in some ms-swift files."""
     return str(entry.get("path") if isinstance(entry, dict) else entry)
 
 
 def _manifest(run: Run) -> list[dict[str, Any]]:
-    """Rows of its manifest as they stand, without those that cannot be read; none where there is no such file.
+    """Raw rows of the manifest, without unreadable ones; empty if there is no such file.
 
     Raises:
-        InputError: nothing of the file can be read.
+        InputError: the file cannot be read at all.
     """
     path = run.cases.get("path")
     if run.cases["name"] != "manifest" or not isinstance(path, str) or not Path(path).is_file():

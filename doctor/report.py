@@ -1,4 +1,4 @@
-"""What the doctor found, as text and as JSON."""
+"""Format the results of the doctor as text and JSON."""
 
 from __future__ import annotations
 
@@ -16,10 +16,12 @@ from frugalpath.doctor.speed import Cost, step_seconds
 
 @dataclass(frozen=True)
 class Estimate:
-    """How a recipe fits.
+    """Estimated memory and time of a recipe.
 
     Args:
-        weights: as GRPO trains them. limit: bytes that may be used. knobs: empty where it fits.
+        weights: weights as GRPO trains them.
+        limit: usable memory in bytes.
+        knobs: suggested changes; empty if it fits.
     """
 
     weights: Weights
@@ -34,12 +36,12 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether every phase does."""
+        """Whether every phase fits."""
         return peak(self.phases).peak <= self.limit
 
 
 def as_json(machine: Sequence[Check], needed: Sequence[Check], found: Estimate | None) -> dict[str, Any]:
-    """Everything, in bytes, FLOPs and seconds."""
+    """All results as JSON values, in bytes, FLOPs and seconds."""
     out: dict[str, Any] = {
         "machine": [dataclasses.asdict(c) for c in machine],
         "needs": [dataclasses.asdict(c) for c in needed],
@@ -61,7 +63,7 @@ def as_json(machine: Sequence[Check], needed: Sequence[Check], found: Estimate |
 
 
 def as_text(machine: Sequence[Check], needed: Sequence[Check], found: Estimate | None) -> str:
-    """The report that is read."""
+    """The report as text."""
     lines = ["This machine", *map(_line, machine)]
     if needed:
         lines += ["", "The recipe needs", *map(_line, needed)]
@@ -84,7 +86,7 @@ def _fit(found: Estimate) -> list[str]:
         f"{'yes' if found.fits else 'NO'}: {worst.peak / GB:.1f} GB at the peak, in {worst.name} ({worst.moment})",
         f"  parameters: {weights.frozen / 1e6:,.1f} M frozen, {weights.trained / 1e6:,.1f} M trained, "
         f"{weights.adapters / 1e6:,.1f} M of adapters",
-        f"  assumed: {found.sizes.text} text tokens a question; every case at the largest budget",
+        f"  assumed: {found.sizes.text} text tokens per question; every case at the largest budget",
     ]
     for phase in found.phases:
         parts = ", ".join(f"{name} {size / GB:.2f}" for name, size in phase.parts.items() if size >= 0.005 * GB)
@@ -98,6 +100,6 @@ def _fit(found: Estimate) -> list[str]:
     )
     if found.knobs:
         first = found.knobs[0]
-        lines.append(f"  turn first: {first.setting}")
+        lines.append(f"  change first: {first.setting}")
         lines += [f"    saves {k.saves / GB:6.2f} GB ({HARM[k.harm]}): {k.setting}" for k in found.knobs]
     return lines

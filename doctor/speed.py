@@ -1,4 +1,4 @@
-"""Seconds of a training step from its FLOPs (`frugalpath.models.cost`) and the rates of the device."""
+"""Estimate the time of a training step from its FLOPs (`frugalpath.models.cost`) and the device's rates."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from frugalpath.models.cost import DecoderShape, SquareTowerShape, TowerShape
 
 @dataclass(frozen=True)
 class Cost:
-    """What a phase costs in one optimizer step.
+    """Cost of a phase per optimizer step.
 
     Args:
-        flops: of it. seconds: at the rate that was given. tokens: positions that are read or written.
+        flops: FLOPs of the phase.
+        seconds: time at the given rates.
+        tokens: positions read or written.
     """
 
     name: str
@@ -31,7 +33,7 @@ def cost_of(subject: Subject, job: Job, speed: Speed, mfu: float) -> Cost:
     """FLOPs and seconds of a phase in one optimizer step; of an evaluation, of one batch.
 
     Args:
-        mfu: share of the rate that matrix products reach in training.
+        mfu: share of the peak rate reached in training.
     """
     shape, often = DecoderShape.from_config(subject.text), job.per_step or 1.0
     if isinstance(job.work, Update):
@@ -52,7 +54,7 @@ def cost_of(subject: Subject, job: Job, speed: Speed, mfu: float) -> Cost:
 
 
 def _update(shape: DecoderShape, work: Update) -> float:
-    """FLOPs of forward and backward of a micro-step."""
+    """FLOPs of the forward and backward passes of a micro-step."""
     if work.prefix:
         # Each completion reads the prompt and itself.
         prompt, suffixes = work.prefix, work.rows * (work.length - work.prefix)
@@ -68,7 +70,7 @@ def _update(shape: DecoderShape, work: Update) -> float:
 
 
 def _see(subject: Subject, work: Writing) -> float:
-    """FLOPs of a vision tower at first sight of a prompt's image."""
+    """FLOPs of the vision tower for a new image."""
     config = subject.config
     if config.model_type == "qwen2_5_vl":
         return TowerShape.from_config(config.vision_config).read(work.seen.tokens)
@@ -79,5 +81,5 @@ def _see(subject: Subject, work: Writing) -> float:
 
 
 def step_seconds(costs: Sequence[Cost]) -> float:
-    """Seconds of a GRPO step: its rollouts and its update."""
+    """Seconds of a GRPO step, with rollouts and update."""
     return sum(c.seconds for c in costs if c.name in ("generation", "grpo"))

@@ -1,4 +1,4 @@
-"""The model of a recipe without its weights: its configuration, and models of it that take no memory."""
+"""The model of a recipe without its weights: its configuration, and models built without memory."""
 
 from __future__ import annotations
 
@@ -33,22 +33,22 @@ SMALL: dict[str, Callable[..., Any]] = {
     "qwen_vl": small_qwen,
     "gemma_vl": lambda tokenizer, text: small_gemma(tokenizer, text)[0],
 }
-"""Models from nothing of the families that see images themselves."""
+"""Builders of untrained models for the families with a vision tower."""
 KNOWN = Path(__file__).with_name("configs.json")
-"""Values of the configurations of some models of the hub, as their `config.json` states them."""
+"""Configurations of some models on the Hub, as in their `config.json`."""
 
 
 @cache
 def known_configs() -> dict[str, dict[str, Any]]:
-    """Configurations that are known without a hub, by name."""
+    """Built-in configurations that need no Hub, by name."""
     return json.loads(KNOWN.read_text())
 
 
 def read_config(name: str) -> Any:
-    """Configuration of a model: of a folder, of `known_configs`, or from the hub and its cache.
+    """Read a model's configuration from a folder, `known_configs`, or the Hub and its cache.
 
     Raises:
-        InputError: none of them has it.
+        InputError: it was found nowhere.
     """
     if not Path(name).exists() and name in known_configs():
         return AutoConfig.for_model(**known_configs()[name])
@@ -63,7 +63,7 @@ def read_config(name: str) -> Any:
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to be traced.
+    """A model to trace.
 
     Args:
         config: of the whole model. dtype: of its weights.
@@ -76,7 +76,7 @@ class Subject:
 
     @classmethod
     def of(cls, performer: PerformerConfig, feature_dim: int) -> Subject:
-        """The performer that a recipe describes.
+        """Build the subject from a recipe's performer.
 
         Args:
             feature_dim: width of the features that a slide_vlm reads.
@@ -106,7 +106,7 @@ class Subject:
 
     @property
     def key(self) -> str:
-        """What tells it from others."""
+        """Key that identifies this model."""
         return f"{self.config.to_json_string(use_diff=False)} {self.dtype} {self.performer}"
 
     @property
@@ -116,12 +116,12 @@ class Subject:
 
     @property
     def layers(self) -> int:
-        """Of the language model."""
+        """Number of layers of the language model."""
         return self.text.num_hidden_layers
 
     @property
     def routes(self) -> int:
-        """Layers that look at visual tokens outside the text."""
+        """Number of layers that attend to visual tokens outside the text."""
         if getattr(self.config, "in_text", True):
             return 0
         layers = self.config.cross_layers
@@ -136,7 +136,7 @@ class Subject:
         return replace(self, config=config)
 
     def build(self, layers: int | None = None, attention: str = "sdpa") -> Any:
-        """The model, in the context of a device that holds no data; with fewer layers if wanted.
+        """Build the model on a device without data, optionally with fewer layers.
 
         A vision tower is shortened as well: it keeps nothing of a layer when the next one works.
         """
@@ -175,6 +175,6 @@ def _shorten(vision: Any) -> None:
 
 
 def _kept(config: Any) -> torch.dtype:
-    """The dtype that a checkpoint says its weights have."""
+    """Dtype of a checkpoint's weights, as its configuration states."""
     dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype

@@ -1,6 +1,6 @@
-"""Training steps and generation as a recipe runs them, traced for what they hold; see `frugalpath.doctor.ledger`.
+"""Trace the memory of training steps and generation as a recipe runs them; see `frugalpath.doctor.ledger`.
 
-The language model is traced at two and three layers, and the difference is what each further layer takes.
+The language model is traced with two and three layers; the difference is the memory of each further layer.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from frugalpath.rl.packing import block_mask
 from frugalpath.sft.supervised import part_of
 
 DEPTH = 2
-"""Layers of the shorter of two traced models."""
+"""Layers of the shorter traced model."""
 
 
 _TRACED: dict[str, Trace] = {}
@@ -38,7 +38,7 @@ _TRACED: dict[str, Trace] = {}
 
 @dataclass(frozen=True)
 class Seen:
-    """What a prompt shows.
+    """Visual input of a prompt.
 
     Args:
         tokens: visual tokens of a prompt. patches: rows that learned compressors make them of.
@@ -98,10 +98,10 @@ class Writing:
 
 
 def trace(subject: Subject, job: Update | Writing, gpu: bool) -> Trace:
-    """What a job holds beside weights, optimizer and what is kept over steps; each is traced once.
+    """Trace what a job holds besides weights, optimizer state and caches; results are cached.
 
     Args:
-        gpu: by the kernels of a GPU.
+        gpu: assume the kernels of a GPU.
     """
     key = f"{subject.key} {job} {gpu}"
     if key not in _TRACED:
@@ -124,7 +124,7 @@ def _trace(subject: Subject, job: Update | Writing, gpu: bool) -> Trace:
 
 
 def prepared(model: Any, subject: Subject, lora: Mapping[str, Any] | None, rates: Mapping[str, float] | None) -> Any:
-    """A model as it is trained: with its adapters, and with gradients for what has a rate."""
+    """Prepare a model for training: add adapters, and enable gradients of the trained parts."""
     if lora is not None:
         adapters = lora_config(replace(subject.performer, lora=dict(lora)), model)
         assert adapters is not None
@@ -136,7 +136,7 @@ def prepared(model: Any, subject: Subject, lora: Mapping[str, Any] | None, rates
 
 
 def _pretended(subject: Subject, job: Update | Writing, gpu: bool, layers: int | None) -> Any:
-    """The prepared model with tensors that the current `FakeTensorMode` follows."""
+    """Prepare the model with tensors of the current `FakeTensorMode`."""
     rates = job.rates if isinstance(job, Update) else None
     # PEFT moves its adapters, and some models make constants, which pretended tensors do not allow.
     with unset_fake_temporarily(), torch.device("meta"):
@@ -198,11 +198,11 @@ def _update(subject: Subject, job: Update, gpu: bool, layers: int | None) -> Tra
 
 
 def _mask(base: Any, job: Update) -> dict[str, Any]:
-    """The attention's mask as the trainers make it: of packed rows, or of rows that are padded."""
+    """Attention mask as the trainers make it, of packed or padded rows."""
     if job.prefix:
         segment = torch.zeros(job.rows, job.length, dtype=torch.long)
         dtype = torch.get_autocast_dtype("cpu") if job.bf16 else base.dtype
-        # Where image tokens see those after them, the prefix is not plainly causal: see `frugalpath.rl.packing.packed_mask`.
+        # Where image tokens see those after them, the prefix is not plainly causal: see `rl.packing.packed_mask`.
         start = 0 if base.config.model_type == "gemma3" else job.prefix
         mask = as_mask(block_mask(segment, start), dtype)
         return {"attention_mask": mask, **({"prefix_length": start} if start else {})}
@@ -218,7 +218,7 @@ def _padded(rows: int, length: int) -> dict[str, Any]:
 def _read(
     base: Any, rows: int, length: int, seen: Seen, extra: dict[str, Any], ledger: Ledger, cache: Any = None
 ) -> torch.Tensor:
-    """Hidden states (rows, length, d) of prompts with what they show."""
+    """Hidden states (rows, length, d) of prompts with their visual input."""
     ids = torch.zeros(rows, length, dtype=torch.long)
     embeds = base.get_input_embeddings()(ids)
     routes = getattr(base.model, "routes", None)
@@ -241,7 +241,7 @@ def _read(
 
 
 def _look(base: Any, rows: int, seen: Seen) -> torch.Tensor:
-    """Visual tokens (rows, tokens, d): features as they come, through what the model trains of them."""
+    """Visual tokens (rows, tokens, d): features after the model's trained compressors and projection."""
     if not hasattr(base.model, "aligner"):
         return torch.zeros(rows, seen.tokens, base.config.get_text_config().hidden_size, dtype=base.dtype)
     width = base.config.feature_dim
@@ -257,9 +257,9 @@ def _look(base: Any, rows: int, seen: Seen) -> torch.Tensor:
 
 
 def _see(base: Any, count: int, seen: Seen, gpu: bool, ledger: Ledger) -> None:
-    """First sight of the images of `count` prompts by a vision tower; one of its layers stands for all of them.
+    """Encode new images of `count` prompts with a vision tower; one of its layers stands for all.
 
-    Images are made ready in the main memory, all of them before the tower reads the first.
+    All images are preprocessed in main memory before the tower reads the first.
     """
     kind = base.config.model_type
     if not seen.tokens or kind not in ("qwen2_5_vl", "gemma3"):
@@ -283,7 +283,7 @@ def _see(base: Any, count: int, seen: Seen, gpu: bool, ledger: Ledger) -> None:
 
 
 def _read_patches(tower: Any, pixels: torch.Tensor, images: int) -> None:
-    """What the tower of a Qwen2.5-VL makes of patches, by hand: its forward asks tensors for their values."""
+    """Run the vision tower of a Qwen2.5-VL step by step, since its forward reads values of tensors."""
     hidden = tower.patch_embed(pixels)
     places = torch.zeros(len(hidden), hidden.shape[-1] // tower.config.num_heads)
     ends = np.arange(images + 1) * (len(hidden) // images)
@@ -292,7 +292,7 @@ def _read_patches(tower: Any, pixels: torch.Tensor, images: int) -> None:
 
 
 def _watch_layers(text: Any, embeds: torch.Tensor, ledger: Ledger) -> None:
-    """Mark the moments of the backward: that of the first layer, of others, and of what comes before."""
+    """Mark the moments of the backward pass: first layer, other layers, and what comes before."""
     if not torch.is_grad_enabled():
         return
     layers = decoder_layers(text)
@@ -350,7 +350,7 @@ def _writing(subject: Subject, job: Writing, gpu: bool, layers: int | None) -> T
 
 
 def _choose(logits: torch.Tensor) -> torch.Tensor:
-    """The next tokens, as `frugalpath.models.generation` samples them with the image token banned."""
+    """Sample the next tokens like `frugalpath.models.generation`, with the image token banned."""
     scores = logits.to(copy=True, dtype=torch.float32)
     scores = torch.where(torch.zeros(scores.shape[-1], dtype=torch.bool), -torch.inf, scores)
     return scores.softmax(-1).argmax(-1)

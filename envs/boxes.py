@@ -28,7 +28,7 @@ def boxes_from_mask(path: str, image_size: tuple[int, int]) -> list[list[int]]:
     """Bounding boxes of the instances of a mask (one positive id each), in reading order of their upper left corners.
 
     Raises:
-        ValueError: the mask has another size than its image or more than one channel; says so in one sentence.
+        ValueError: the mask differs in size from its image or has several channels.
     """
     from scipy import ndimage  # a third of a second that manifests without masks need not pay
 

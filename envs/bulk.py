@@ -1,6 +1,6 @@
-"""Rows become cases column by column, where nothing about them is out of the ordinary.
+"""Convert rows to cases column by column, for plain rows without problems.
 
-The rule is `frugalpath.envs.convert._to_case`, which takes rows one by one and says what is wrong with each. Here all rows are
+The rule is `envs.convert._to_case`, which takes rows one by one and says what is wrong with each. Here all rows are
 turned at once into what it would make of them, or none: a column that is not plain, or a case with a problem, leaves
 all of them to it.
 """
@@ -36,7 +36,7 @@ def bulk_cases(
     resolve: Callable[[str], str],
     checked: bool = False,
 ) -> list[Case] | None:
-    """The cases of all rows, none of which has a problem; None where rows must be looked at one by one.
+    """Convert all rows to cases; return None if rows must be converted one by one.
 
     Args:
         rows: of the manifest.

@@ -65,7 +65,7 @@ class Case:
         object.__setattr__(self, "extra", dict(self.extra))
 
     def problems(self, *, gold: bool = True) -> list[str]:
-        """What is wrong with this case by itself; empty when nothing is. Files are not opened.
+        """List the problems of this case alone; files are not opened.
 
         Args:
             gold: whether it must have a gold answer.
@@ -109,7 +109,7 @@ class Case:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """A flat row for JSONL: `extra` columns stand beside the others, empty optional columns are left out."""
+        """Convert to a flat JSONL row, with `extra` as columns and without empty optional columns."""
         row: dict[str, Any] = {name: getattr(self, name) for name in ("id", "patient", "task", "prompt", "answer")}
         for name in ("images", "slides", "options"):
             if getattr(self, name):
@@ -120,7 +120,7 @@ class Case:
 
     @classmethod
     def from_columns(cls, columns: Mapping[str, Iterable[Any]], number: int) -> list[Case]:
-        """Many cases at once, in a tenth of the time: values are taken as they are and not checked.
+        """Make many cases at once, ten times as fast; values are not checked.
 
         Args:
             columns: for each field its value in every case, of the very type that it has in a case.
@@ -139,7 +139,7 @@ class Case:
             gold: whether it must have a gold answer.
 
         Raises:
-            InputError: with everything that is wrong with the row.
+            InputError: lists all problems of the row.
         """
         values = {key: value for key, value in row.items() if not _is_missing(value)}
         if not gold:
@@ -177,7 +177,7 @@ class Case:
 
 
 def with_splits(cases: Sequence[Case], splits: Sequence[str]) -> list[Case]:
-    """Cases in other splits; those that stay where they are are not copied."""
+    """Move cases to other splits; unchanged cases are not copied."""
     moving = [i for i, (case, split) in enumerate(zip(cases, splits, strict=True)) if case.split != split]
     columns: dict[str, Iterable[Any]] = {
         each.name: [getattr(cases[i], each.name) for i in moving] for each in fields(Case)
@@ -190,7 +190,7 @@ def with_splits(cases: Sequence[Case], splits: Sequence[str]) -> list[Case]:
 
 
 def faulty_cases(cases: Sequence[Case]) -> list[int]:
-    """Indices of the cases that have `problems` by themselves; what cases share is checked once."""
+    """Indices of the cases with `problems`; values shared by cases are checked once."""
     one_of_each = dict(zip(map(attrgetter("task", "options", "answer", "split"), cases), cases, strict=True))
     if len(one_of_each) > len(cases) // 2:  # free answers: there is nothing to tell of them but whether they are empty
         one_of_each = {
@@ -205,14 +205,14 @@ def faulty_cases(cases: Sequence[Case]) -> list[int]:
 
 
 FIELDS = frozenset(f.name for f in fields(Case)) - {"patient_named"}
-"""Columns of a row that are a case's own."""
+"""Columns of a row that are fields of a case."""
 
 
 def parse_boxes(text: str) -> list[tuple[float, float, float, float]]:
-    """Boxes of a gold detection answer, `[[x1, y1, x2, y2], ...]` in 0..1000 with x1 < x2 and y1 < y2.
+    """Parse the boxes of a gold detection answer, `[[x1, y1, x2, y2], ...]` in 0..1000 with x1 < x2 and y1 < y2.
 
     Raises:
-        ValueError: saying what is wrong; the sentence reads on from the name of the column.
+        ValueError: the message continues a sentence that begins with the column's name.
     """
     try:
         boxes = parse_json(text)
@@ -244,7 +244,7 @@ def _is_missing(value: Any) -> bool:
 
 
 def case_columns(case: Case, extra: Sequence[str] = ()) -> dict[str, Any]:
-    """Columns of a case as reward functions get them; `extra` are the further columns of the whole set."""
+    """Columns of a case as passed to reward functions; `extra` are the further columns of the whole set."""
     return {
         "id": case.id,
         "patient": case.patient,

@@ -30,11 +30,11 @@ def check_cases(
 
     Args:
         cases: of all splits.
-        where: for each case where it was written, as `file:line`; its id stands in when it is not given.
+        where: position of each case, as `file:line`; default: its id.
         need: splits that must hold cases.
-        allow_shared_text: let an open or synoptic answer stand in two splits.
+        allow_shared_text: allow the same open or synoptic answer in several splits.
         max_pixels: limit for images, see `frugalpath.envs.files.inspect_files`.
-        facts: what `inspect_files` found, to look at the files only once; without it they are inspected here.
+        facts: result of `inspect_files`, to inspect the files only once.
 
     Raises:
         InputError: with all problems found.
@@ -90,7 +90,7 @@ def select(cases: Sequence[Case], split: str) -> list[Case]:
 
 
 def drop_copies(cases: Sequence[Case], facts: Mapping[str, FileFacts]) -> list[bool]:
-    """Which cases to keep so that no image or slide stands in two splits: test keeps its own, then val."""
+    """Choose the cases to keep so that no image or slide is in two splits: test has priority, then val."""
     owner: dict[str, int] = {}
     for case in cases:
         for key in file_keys(case, facts):
@@ -99,12 +99,12 @@ def drop_copies(cases: Sequence[Case], facts: Mapping[str, FileFacts]) -> list[b
 
 
 def file_keys(case: Case, facts: Mapping[str, FileFacts]) -> list[str]:
-    """Content hashes of a case's files, of those that could be read."""
+    """Content hashes of a case's readable files."""
     return [facts[path].digest for path in (*case.images, *case.slides) if path in facts]
 
 
 def report_keys(case: Case) -> list[str]:
-    """The answer as a text that must not stand in two splits: synoptic, or open and as long as a report."""
+    """Answer text that must not be in two splits: synoptic, or open and as long as a report."""
     if case.task not in ("open", "synoptic"):
         return []
     words = case.answer.casefold().split()
@@ -112,7 +112,7 @@ def report_keys(case: Case) -> list[str]:
 
 
 def file_problems(cases: Sequence[Case], at: Sequence[str], broken: Mapping[str, str]) -> list[str]:
-    """One message for each row that uses a file `inspect_files` could not, except for slides a case can do without.
+    """One message per row with an unusable file, except for slides that a case can do without.
 
     Images are not left out: they are all decoded before a run starts and soon put right, where slides show what is
     wrong with them one by one, hours into the extraction of thousands.
@@ -128,7 +128,7 @@ def file_problems(cases: Sequence[Case], at: Sequence[str], broken: Mapping[str,
 
 
 def warn_of_lost_slides(cases: Sequence[Case], broken: Mapping[str, str]) -> None:
-    """One warning of all slides that `inspect_files` could not use in cases that have others."""
+    """Warn once of all unusable slides in cases that have others."""
     lost = {path: broken[path] for case in cases for path in _spared(case, broken)} if broken else {}
     if lost:
         touched = sum(bool(_spared(case, broken)) for case in cases)
@@ -139,7 +139,7 @@ def warn_of_lost_slides(cases: Sequence[Case], broken: Mapping[str, str]) -> Non
 
 
 def _spared(case: Case, broken: Mapping[str, str]) -> list[str]:
-    """Slides that cannot be used, of a case that has something else to show."""
+    """Unusable slides of a case that has other inputs."""
     lost = [path for path in case.slides if path in broken]
     return lost if any(path not in broken for path in (*case.images, *case.slides)) else []
 
@@ -179,7 +179,7 @@ def _across(cases, at, keys: Sequence[Sequence[Hashable]], what: str, remedy: st
 
 
 def _contradictions(cases, at, facts: Mapping[str, FileFacts], files: Sequence[Sequence[str]]) -> list[str]:
-    """The same question about the same pixels with two right options; `files` are the `file_keys` of each case."""
+    """Find questions about the same pixels with different answers; `files` are the `file_keys` of each case."""
     first = {i: keys[0] for i, keys in enumerate(files) if keys and cases[i].task == "choice"}
     times = Counter(first.values())
     seen: dict[tuple, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))

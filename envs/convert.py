@@ -1,4 +1,4 @@
-"""Rows of a manifest become cases: label tables, ms-swift rows, and rows that are cases already."""
+"""Convert rows of a manifest to cases: label tables, ms-swift rows, and rows in the format of cases."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _MASK = "\0mask"  # a column name no file can have
 
 @dataclass(frozen=True)
 class Converted:
-    """What the rows of a manifest have become.
+    """Cases and problems of a manifest's rows.
 
     Attributes:
         cases: of the rows that are one.
@@ -48,7 +48,7 @@ class Converted:
 
 
 def to_cases(rows: Rows, reading: Reading, *, checked: bool = False) -> Converted:
-    """Cases of the rows, all at once where nothing is wrong with them (`frugalpath.envs.bulk`), else row by row.
+    """Convert rows to cases, all at once if they have no problems (`frugalpath.envs.bulk`), else one by one.
 
     Args:
         rows: of the manifest.
@@ -90,7 +90,7 @@ def to_cases(rows: Rows, reading: Reading, *, checked: bool = False) -> Converte
 
 
 def _entries(rows: Rows, reading: Reading, format: str) -> Iterator[str]:
-    """What the rows name as files."""
+    """File entries of the rows."""
     names = [reading.image_column, reading.slide_column] if format == "labels" else []
     for name in dict.fromkeys((*names, "images", "slides")):
         column = rows.columns.get(name, ()) if name is not None else ()
@@ -141,7 +141,7 @@ def _check_label_parameters(rows: Rows, reading: Reading) -> None:
 
 
 def _to_case(row: Row, reading: Reading, format: str, options: Sequence[str] | None, paths: Mapping[str, str]) -> Case:
-    """One case; raises InputError with the problems of the row, without its place."""
+    """Convert one row; raise InputError with its problems, without its position."""
     values = {key: value for key, value in row.values.items() if value is not None}
     default = "detection" if reading.mask_column else "choice"
     task = values.get("task", reading.task or (default if format == "labels" else None))
@@ -178,7 +178,7 @@ def _to_case(row: Row, reading: Reading, format: str, options: Sequence[str] | N
 
 
 def _resolve(values: dict[str, Any], reading: Reading, paths: Mapping[str, str]) -> list[str]:
-    """Make paths absolute in place; what is wrong with those that are left as they are.
+    """Make paths absolute in place; return the problems of the others.
 
     A slide that is not there is no problem of a case that has something else to show: it keeps its place.
     """
@@ -278,7 +278,7 @@ def _label_values(row: Row, reading: Reading) -> dict[str, Any]:
 
 
 def _patient(values: Mapping[str, Any], files: Sequence[str], reading: Reading) -> str | None:
-    """What may not be divided by a split; None where the row does not say."""
+    """Unit of splitting; None if the row names none."""
     if reading.patient_pattern is not None and files:
         match = reading.patient_pattern.search(Path(files[0]).name)
         if not match or not match.groups() or not match.group(1):

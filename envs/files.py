@@ -1,4 +1,4 @@
-"""Facts about the files behind cases: do they open, how large are they, which are copies of one another."""
+"""Inspect the files of cases: whether they open, their size, and which are copies."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _WRITE_S = 30  # seconds after which what was found is remembered, in case the r
 
 
 class FileFacts(NamedTuple):
-    """What was found out about one file: content hash, and width and height in pixels (0 for slides)."""
+    """Facts about one file: content hash, and width and height in pixels (0 for slides)."""
 
     digest: str
     width: int = 0
@@ -67,7 +67,7 @@ def resolve_path(text: str, root: Path, *, allow_outside: bool = False) -> Path:
     """Absolute path of a manifest's entry, links followed; relative entries start from `root`.
 
     Raises:
-        ValueError: it leaves `root` and `allow_outside` is off; says so in one sentence.
+        ValueError: it leaves `root` and `allow_outside` is off.
         AbsentFile: there is no such file.
     """
     if "\0" in text or not text.strip():
@@ -87,7 +87,7 @@ def resolve_path(text: str, root: Path, *, allow_outside: bool = False) -> Path:
 
 
 class FoundFiles:
-    """Files that a manifest names, looked at all together: folders are resolved once, the rest is done in processes.
+    """Look up all files of a manifest together: folders are resolved once, the rest runs in processes.
 
     Attributes:
         paths: what `resolve_path` gives for an entry. Before `finish` it has entries that are links, or not there.
@@ -120,8 +120,8 @@ class FoundFiles:
         for entry in self._entries:
             folder, slash, name = entry.rpartition("/")
             # The second: directly under "/", or blank.
-            if folders[folder] is not None and (folder or (not slash and name.strip())):
-                self.paths[entry] = folders[folder] + name
+            if (real := folders[folder]) is not None and (folder or (not slash and name.strip())):
+                self.paths[entry] = real + name
 
     def _real_folder(self, start: str, folder: str) -> str | None:
         """Without links, with a slash at the end; None where its files are for `resolve_path`."""
@@ -173,7 +173,7 @@ def inspect_files(
 ) -> tuple[dict[str, FileFacts], dict[str, str]]:
     """Decode every image once (a truncated file shows only then) and hash every file.
 
-    Results are remembered (`frugalpath.slides.content`), so that the next start only looks at new files. Slides are hashed, not
+    Results are remembered (`slides.content`), so that the next start only looks at new files. Slides are hashed, not
     opened: a broken slide must not stop a run over thousands of them.
 
     Args:

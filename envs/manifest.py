@@ -75,7 +75,7 @@ def build(
         question: kind of question, for tables by question; it also begins the ids of label rows.
         image_column, slide_column, answer_column: columns of a labels manifest; `slide_column` is for rows of slides.
         mask_column: column of instance masks (0 is background) whose bounding boxes are the answer.
-        patient_column: column of what may not be divided by a split; by default `patient`, else `group`. Label and
+        patient_column: column of the unit of splitting; by default `patient`, else `group`. Label and
             swift rows without either are each their own, by file stem.
         patient_pattern: regular expression on the file name whose first group is the patient.
         split_column: column of the split.
@@ -86,15 +86,15 @@ def build(
         limit: at most so many cases per split, spread over the answers.
         duplicates: what to do with copies of one image in two splits: `error`, or `drop` them from the earlier split.
         need: splits that must hold cases.
-        allow_outside: let rows name files outside `root`.
-        allow_shared_text: let an open or synoptic answer stand in two splits.
+        allow_outside: allow files outside `root`.
+        allow_shared_text: allow the same open or synoptic answer in several splits.
         max_pixels: limit for images; a higher one than the default holds for all of the process.
 
     Returns:
         the cases in the order of the manifest.
 
     Raises:
-        InputError: with every bad row, by file and line.
+        InputError: lists every invalid row by file and line.
     """
     params = locals()
     source = Path(path).expanduser()
@@ -111,7 +111,7 @@ def build(
 
 
 def _cases(source: Path, reading: Reading, params: Mapping[str, Any]) -> list[Case]:
-    """Read the rows, and check them where that has not been done before."""
+    """Read the rows, and check them unless cached."""
     path, only = params["path"], params["only"] or {}
     known = {**params, "root": str(reading.root.absolute())}
     found = None if source.is_dir() else identify(source, known)
@@ -141,7 +141,7 @@ def _cases(source: Path, reading: Reading, params: Mapping[str, Any]) -> list[Ca
 
 
 def _recalled(cases: list[Case], outcome: Outcome, params: Mapping[str, Any]) -> list[Case] | None:
-    """The cases of a manifest that has been checked; None where a file that could not be used now can."""
+    """Cases of a manifest from the cached checks; None if an unusable file has become usable."""
     allow_pixels(params["max_pixels"])
     broken: dict[str, str] = {}
     if outcome.broken:
@@ -160,7 +160,7 @@ def _check(made: Converted, problems: list[str], params: Mapping[str, Any]) -> t
     """Look at the files, put the cases in their splits, check all of them together; the outcome is without `files`.
 
     Raises:
-        InputError: with all problems, those that were found before among them.
+        InputError: lists all problems, including those found before.
     """
     cases, places, seed = made.cases, made.places, params["seed"]
     facts, broken = inspect_files(
@@ -200,12 +200,12 @@ def _check(made: Converted, problems: list[str], params: Mapping[str, Any]) -> t
 
 def _warn(path: str, cases: Sequence[Case], copies: int, broken: Mapping[str, str]) -> None:
     if copies:
-        logger.warning("%s: left out %d copies of images in a later split", path, copies)
+        logger.warning("%s: removed %d copies of images that are in a later split", path, copies)
     warn_of_lost_slides(cases, broken)
 
 
 def read_manifest(path: str | Path, *, root: str | Path | None = None, **params: Any) -> list[Case]:
-    """Cases of a manifest, checked; `params` as in `build`."""
+    """Read and check the cases of a manifest; `params` as in `build`."""
     return build(path=str(path), root=None if root is None else str(root), **params)
 
 

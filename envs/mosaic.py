@@ -3,6 +3,32 @@
 In a mosaic one, several or no regions are lesion, or nearly all of it is. Which tissue makes up the field shows in one
 pooled token; where a lesion lies takes a few, how many there are and their outlines take many. Tiles keep their split,
 so train and test mosaics share none.
+
+Keys of `cases`:
+
+    tiles: folder with one sub-folder per class, or a manifest with a file and a label in each row.
+    folder: where mosaics are written. A folder written with the same parameters is used again, or completed.
+    background: label or labels of the tissue around lesions; each mosaic has one.
+    lesion: label or labels of the lesion; each mosaic has one.
+    mosaics: how many of each split, such as `{train: 800, val: 100, test: 300}`.
+    kind: `field` (JPEG images) or `slide` (tiled pyramidal TIFF with mpp, glass around the tissue).
+    grid: tiles along a side.
+    tile_px: pixels of a tile; tiles of another size are resized.
+    region_tiles: smallest and largest side of a lesion region in tiles; at most half the grid.
+    questions: which of `diagnosis`, `presence`, `count`, `quadrant`, `boxes` to ask, of several mosaics which of
+        `case_presence`, `which_slide`, `lesion_slides`; all by default.
+    slides_per_case: above 1, there are cases of so many mosaics, fields or slides, and the default is to ask about
+        these alone; as many whole cases are made as `mosaics` allows. One third of them has no lesion, one third
+        on one mosaic alone. Kinds about one mosaic that are named in `questions` are asked of single ones.
+    lesion_name: what questions call the lesion; its label, or `lesion` where there are several.
+    image_column, label_column, patient_column: columns of the tile manifest.
+    val_fraction: share of the train tiles set apart for val mosaics, where the tiles have no val split.
+    test_fraction: share of the train tiles set apart for test mosaics, where they have no test split.
+    mpp: micrometres per pixel of a tile as it is stored; the column `mpp` by default. Slides need one.
+    margin: tiles of glass around the mosaic; 0 for fields, 1 for slides by default.
+    quality: of the JPEG compression.
+    seed: of all that is drawn.
+    workers: threads that write.
 """
 
 from __future__ import annotations
@@ -62,30 +88,7 @@ def build(
 ) -> list[Case]:
     """Write the mosaics that are not there yet and return the questions about them, or about cases of several.
 
-    Args:
-        tiles: folder with one sub-folder per class, or a manifest with a file and a label in each row.
-        folder: where mosaics are written. A folder written with the same parameters is used again, or completed.
-        background: label or labels of the tissue around lesions; each mosaic has one.
-        lesion: label or labels of the lesion; each mosaic has one.
-        mosaics: how many of each split, such as `{train: 800, val: 100, test: 300}`.
-        kind: `field` (JPEG images) or `slide` (tiled pyramidal TIFF with mpp, glass around the tissue).
-        grid: tiles along a side.
-        tile_px: pixels of a tile; tiles of another size are resized.
-        region_tiles: smallest and largest side of a lesion region in tiles; at most half the grid.
-        questions: which of `diagnosis`, `presence`, `count`, `quadrant`, `boxes` to ask, of several mosaics which of
-            `case_presence`, `which_slide`, `lesion_slides`; all by default.
-        slides_per_case: above 1, there are cases of so many mosaics, fields or slides, and the default is to ask about
-            these alone; as many whole cases are made as `mosaics` allows. One third of them has no lesion, one third
-            on one mosaic alone. Kinds about one mosaic that are named in `questions` are asked of single ones.
-        lesion_name: what questions call the lesion; its label, or `lesion` where there are several.
-        image_column, label_column, patient_column: columns of the tile manifest.
-        val_fraction: share of the train tiles set apart for val mosaics, where the tiles have no val split.
-        test_fraction: share of the train tiles set apart for test mosaics, where they have no test split.
-        mpp: micrometres per pixel of a tile as it is stored; the column `mpp` by default. Slides need one.
-        margin: tiles of glass around the mosaic; 0 for fields, 1 for slides by default.
-        quality: of the JPEG compression.
-        seed: of all that is drawn.
-        workers: threads that write.
+    Args: the keys of `cases`, which the module describes.
 
     Returns:
         cases of all splits; `extra` holds `mosaic` (none, focal-1 .. focal-3, diffuse; joined by commas for several),
@@ -97,23 +100,9 @@ def build(
     backgrounds, lesions = _labels(background), _labels(lesion)
     asked_for = list(questions if questions is not None else QUESTIONS if slides_per_case == 1 else CASE_QUESTIONS)
     margin = (1 if kind == "slide" else 0) if margin is None else margin
-    _check(
-        kind=kind,
-        mosaics=mosaics,
-        questions=asked_for,
-        slides_per_case=slides_per_case,
-        labels=[*backgrounds, *lesions],
-        at_least_one={
-            "grid": grid,
-            "tile_px": tile_px,
-            "workers": workers,
-            "slides_per_case": slides_per_case,
-        },
-        at_least_zero={"margin": margin, "seed": seed},
-        region_tiles=region_tiles,
-        grid=grid,
-        quality=quality,
-    )
+    counted = dict(grid=grid, tile_px=tile_px, workers=workers, slides_per_case=slides_per_case)
+    labels = [*backgrounds, *lesions]
+    _check(kind, mosaics, asked_for, labels, counted, dict(margin=margin, seed=seed), region_tiles, quality)
     counts = {split: mosaics[split] // slides_per_case * slides_per_case for split in SPLITS if mosaics.get(split)}
     source = read_manifest(
         tiles,
@@ -149,23 +138,8 @@ def build(
     }
     if slides_per_case > 1:
         record["slides_per_case"] = slides_per_case
-    home = Path(folder).expanduser().absolute()
-    plan = plan_mosaics(record, pools)
-    asked = _choose(plan, record, [q for q in asked_for if q in QUESTIONS], 1)
-    asked_of_cases = _choose(plan, record, [q for q in asked_for if q in CASE_QUESTIONS], slides_per_case)
-    _claim(home, record)
-    files = write_mosaics(plan, home, record, workers)
     names = _Names(lesion_name or (lesions[0] if len(lesions) == 1 else "lesion"), (*backgrounds, *lesions))
-    # Part of the ids, so that cases of two mosaic folders can stand in one run.
-    mark = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]
-    cases = _cases(plan, files, asked, record, mark, names)
-    if slides_per_case > 1:
-        cases += several_cases(plan, files, asked_of_cases, record, mark, names.lesion)
-    root = Path(tiles).expanduser()
-    root = (root if root.is_dir() else root.parent).resolve()
-    write_lines(home / _CASES, [_portable(case, home) for case in cases])
-    write_lines(home / _TRUTH, [_truth(mosaic, files[i], home, root, margin) for i, mosaic in enumerate(plan)])
-    return cases
+    return _ask(record, pools, asked_for, names, Path(folder), Path(tiles), slides_per_case, workers)
 
 
 @dataclass(frozen=True)
@@ -174,23 +148,56 @@ class _Names:
     tissues: tuple[str, ...]
 
 
+def _ask(
+    record: Mapping[str, Any],
+    pools: Mapping[tuple[str, str], list[str]],
+    questions: Sequence[str],
+    names: _Names,
+    folder: Path,
+    tiles: Path,
+    slides_per_case: int,
+    workers: int,
+) -> list[Case]:
+    """Write the mosaics of a record that are not there yet; the questions about them.
+
+    Args:
+        record: what a mosaic depends on. pools: tiles by split and label. tiles: where they come from.
+    """
+    home = folder.expanduser().absolute()
+    plan = plan_mosaics(record, pools)
+    asked = _choose(plan, record, [q for q in questions if q in QUESTIONS], 1)
+    asked_of_cases = _choose(plan, record, [q for q in questions if q in CASE_QUESTIONS], slides_per_case)
+    _claim(home, record)
+    files = write_mosaics(plan, home, record, workers)
+    # Part of the ids, so that cases of two mosaic folders can stand in one run.
+    mark = hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:6]
+    cases = _cases(plan, files, asked, record, mark, names)
+    if slides_per_case > 1:
+        cases += several_cases(plan, files, asked_of_cases, record, mark, names.lesion)
+    root = tiles.expanduser()
+    root = (root if root.is_dir() else root.parent).resolve()
+    write_lines(home / _CASES, [_portable(case, home) for case in cases])
+    write_lines(
+        home / _TRUTH, [_truth(mosaic, files[i], home, root, record["margin"]) for i, mosaic in enumerate(plan)]
+    )
+    return cases
+
+
 def _labels(given: str | Sequence[str]) -> list[str]:
     return [given] if isinstance(given, str) else list(given)
 
 
 def _check(
-    *,
     kind: str,
     mosaics: Mapping[str, int],
     questions: Sequence[str],
-    slides_per_case: int,
     labels: Sequence[str],
     at_least_one: Mapping[str, int],
     at_least_zero: Mapping[str, int],
     region_tiles: Sequence[int],
-    grid: int,
     quality: int,
 ) -> None:
+    grid, slides_per_case = at_least_one["grid"], at_least_one["slides_per_case"]
     problems = []
     if kind not in ("field", "slide"):
         problems.append(f"kind is {kind!r}; use field or slide")
@@ -202,7 +209,7 @@ def _check(
         if split not in SPLITS or not isinstance(number, int) or number < 0:
             problems.append(f"mosaics has {split}: {number!r}; give a number for {', '.join(SPLITS)}")
     if not any(mosaics.values()):
-        problems.append("mosaics asks for none; give the number for each split, such as {train: 800, test: 300}")
+        problems.append("mosaics is empty; give the number for each split, such as {train: 800, test: 300}")
     known = QUESTIONS if slides_per_case == 1 else (*CASE_QUESTIONS, *QUESTIONS)
     for question in questions:
         if question not in known:

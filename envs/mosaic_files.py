@@ -18,7 +18,7 @@ from frugalpath.envs.case import SPLITS
 from frugalpath.envs.mosaic_layout import Layout, case_kinds, draw_layouts
 from frugalpath.envs.pyramid import write_pyramid
 from frugalpath.errors import InputError
-from frugalpath.files import whole, write_text
+from frugalpath.files import atomic_write, write_text
 from frugalpath.slides.images import ImageError, read_image
 
 LAYOUTS, TILES, ASKED, CASES = 1, 2, 3, 4
@@ -80,7 +80,7 @@ def write_mosaics(plan: Sequence[Mosaic], home: Path, record: Mapping[str, Any],
         if record["kind"] == "slide":
             write_pyramid(file, draw, width=size, height=size, mpp=record["mpp"], quality=record["quality"])
             return
-        with whole(file) as part:
+        with atomic_write(file) as part:
             Image.fromarray(draw(0, size)).save(part, "JPEG", quality=record["quality"])
 
     with ThreadPoolExecutor(workers) as pool:

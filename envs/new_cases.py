@@ -1,4 +1,4 @@
-"""New cases, which a finished run is asked about: they need no gold answer, no split and no patient."""
+"""New cases for a trained run to answer: they need no gold answer, split or patient."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def new_case(
     question: str = "",
     protocol: str | None = None,
 ) -> Case:
-    """One question about files.
+    """Make a case from a question and files.
 
     Args:
         images, slides: paths from the working folder.
@@ -39,7 +39,7 @@ def new_case(
         question: kind of question, for tables; the task by default.
 
     Raises:
-        InputError: everything that is wrong with the question and its files.
+        InputError: lists all problems of the question and its files.
     """
     name = Path((*images, *slides, "case")[0]).stem
     case = Case(
@@ -72,12 +72,12 @@ def read_new_cases(
     A slide that is not there is left out, with a warning, where its case has others.
 
     Args:
-        params: of `frugalpath.envs.manifest.build`, such as a recipe's own; of them those that say what a row holds are used.
+        params: of `envs.manifest.build`, such as a recipe's own; of them those that say what a row holds are used.
         root: the folder relative paths start from; the manifest's own by default.
         given: task, prompt, options or question of rows without one, in place of those in `params`.
 
     Raises:
-        InputError: with every bad row, by file and line.
+        InputError: lists every invalid row by file and line.
     """
     source = Path(path).expanduser()
     known = {f.name for f in dataclasses.fields(Reading)} - {"path", "root", "gold"}

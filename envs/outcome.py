@@ -1,4 +1,4 @@
-"""What the checks of a manifest came to, remembered until the manifest, its files or a parameter changes.
+"""Cache of a manifest's checks, valid until the manifest, its files or a parameter changes.
 
 The rows are read and become cases each time; that the files can be decoded, that nothing leaks between splits, which
 split each case was put in and which are left out is found out once. What is kept holds no answer, path or patient but
@@ -31,14 +31,14 @@ from frugalpath.slides.content import open_cache
 logger = logging.getLogger(__name__)
 
 _FORMAT = 2
-"""Goes up whenever the checks change, or what is kept of them."""
+"""Version of the checks and of their cached form."""
 _PACKAGES = ("frugalpath", "numpy", "openslide-python", "openslide-bin", "pillow", "pyarrow")
 _KEPT = 100  # outcomes; those used last
 
 
 @dataclass(frozen=True)
 class Source:
-    """A manifest as it is now: `key` names it with all that its outcome depends on, `state` tells of changes."""
+    """Current state of a manifest: `key` identifies all its outcome depends on, `state` reveals changes."""
 
     key: bytes
     state: tuple[int, ...]
@@ -46,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What was found out about a manifest in which nothing was wrong.
+    """Result of checking a manifest without problems.
 
     Attributes:
         files: `FoundFiles.digest` of all files.
@@ -66,7 +66,7 @@ class Outcome:
 
 
 def identify(source: Path, params: Mapping[str, Any], listed: Rows | None = None) -> Source | None:
-    """What the outcome of a manifest is kept under; None where it cannot be read.
+    """Cache key of a manifest's outcome; None if it cannot be read.
 
     Args:
         source: the manifest.
@@ -91,7 +91,7 @@ def identify(source: Path, params: Mapping[str, Any], listed: Rows | None = None
 
 
 def unchanged(source: Path, found: Source) -> bool:
-    """Whether a manifest is still what was identified."""
+    """Whether a manifest is unchanged since it was identified."""
     return not found.state or _state(source) == found.state
 
 
@@ -115,7 +115,7 @@ def files_of(cases: Sequence[Case]) -> Iterator[str]:
 
 
 def recall(key: bytes) -> Outcome | None:
-    """The outcome that is kept; a damaged one is none, with a warning."""
+    """Read a cached outcome; a damaged one gives None and a warning."""
     try:
         with closing(_open()) as cache:
             row = cache.execute("SELECT value FROM outcomes WHERE key = ?", (key,)).fetchone()
@@ -127,12 +127,12 @@ def recall(key: bytes) -> Outcome | None:
     try:
         return _unpack(row[0])
     except (ValueError, TypeError, LookupError, OSError, EOFError, zipfile.BadZipFile) as error:
-        logger.warning("what the cache says of this manifest is damaged (%s); everything is checked again", error)
+        logger.warning("the cached checks of this manifest are damaged (%s); everything is checked again", error)
         return None
 
 
 def remember(key: bytes, outcome: Outcome) -> None:
-    """Keep an outcome."""
+    """Store an outcome in the cache."""
     try:
         with closing(_open()) as cache, cache:
             cache.execute("INSERT OR REPLACE INTO outcomes VALUES (?, ?, ?)", (key, _pack(outcome), time.time()))
@@ -170,7 +170,7 @@ def _pack(outcome: Outcome) -> bytes:
 def _unpack(value: bytes) -> Outcome:
     digest, content = value[:32], value[32:]
     if hashlib.sha256(content).digest() != digest:
-        raise ValueError("its hash is another")
+        raise ValueError("its hash differs")
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         head = json.loads(arrays["head"].tobytes())
         return Outcome(splits=arrays["splits"], kept=arrays["kept"], **head)

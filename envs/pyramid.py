@@ -10,12 +10,10 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import imagecodecs
 import numpy as np
-import tifffile
 
-from frugalpath.errors import InputError
-from frugalpath.files import whole
+from frugalpath.errors import InputError, extra
+from frugalpath.files import atomic_write
 
 TILE = 256
 
@@ -45,7 +43,7 @@ def write_pyramid(
         quality: of the JPEG tiles, 1 to 100.
 
     Raises:
-        InputError: a size or setting is out of range.
+        InputError: a size or setting is out of range, or the extra `simulator` is not installed.
     """
     problems = []
     if width < 1 or height < 1:
@@ -58,11 +56,14 @@ def write_pyramid(
         problems.append(f"{path}: JPEG quality is {quality}; give 1 to 100")
     if problems:
         raise InputError(problems)
+    with extra("simulator", "writing slides (cases.name simulator, or mosaic of kind slide)"):
+        import imagecodecs  # noqa: F401  the tiles are compressed with it
+        import tifffile
     path = Path(path)
     levels = [_Level(width, height, tile, quality)]
     while max(levels[-1].width, levels[-1].height) > tile:
         levels.append(_Level((levels[-1].width + 1) // 2, (levels[-1].height + 1) // 2, tile, quality))
-    with whole(path) as part, tifffile.TiffWriter(part, bigtiff=width * height > 1 << 30) as tiff:
+    with atomic_write(path) as part, tifffile.TiffWriter(part, bigtiff=width * height > 1 << 30) as tiff:
         for index, level in enumerate(levels):
             tiles = _base_tiles(levels, draw, strip) if index == 0 else iter(level.tiles)
             scale = 1e4 / (mpp * width / level.width), 1e4 / (mpp * height / level.height)
@@ -111,6 +112,8 @@ class _Level:
 
     def encode(self, pixels: np.ndarray) -> Iterator[bytes]:
         """JPEG tiles of full-width rows, row by row; what lies past the edge repeats the last pixel."""
+        import imagecodecs
+
         for top in range(0, len(pixels), self.tile):
             for left in range(0, self.width, self.tile):
                 block = pixels[top : top + self.tile, left : left + self.tile]

@@ -1,4 +1,4 @@
-"""Reading JSON lines and tables again, several times as fast, once it is known that nothing is lost by it.
+"""Read JSON lines and tables again several times as fast, once it is known that the result is the same.
 
 pyarrow parses them on all cores, but knows fewer kinds of values, and takes a missing one for an empty one. So a file
 is first read line by line; where pyarrow then gives the very same columns, the same file is left to it from then on.
@@ -31,7 +31,7 @@ _TYPES = {
 
 
 def kinds_of(path: Path, rows: Rows) -> dict[str, str] | None:
-    """The kind of each column, for `quick_blocks`; None where that would not give these very rows.
+    """Kind of each column, for `quick_blocks`; None if that would give other rows.
 
     Args:
         path: a manifest of JSON lines, CSV or TSV.
@@ -58,7 +58,7 @@ def kinds_of(path: Path, rows: Rows) -> dict[str, str] | None:
 
 
 def quick_rows(path: Path, kinds: Mapping[str, str]) -> Rows | None:
-    """Rows of such a file by pyarrow; None where it cannot read them.
+    """Read rows of such a file with pyarrow; None if it cannot.
 
     Args:
         path: the file that `kinds_of` was given.

@@ -1,4 +1,4 @@
-"""How the rows of a manifest are read: the parameters, and what single cells may hold."""
+"""Parameters for reading the rows of a manifest, and parsing of cells."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from frugalpath.parsing import parse_json
 
 @dataclass(frozen=True)
 class Reading:
-    """How a row becomes a case; the parameters are explained at `frugalpath.envs.manifest.build`.
+    """Parameters for converting rows to cases, see `frugalpath.envs.manifest.build`.
 
     Without `gold` answers may be missing, and so may what only training needs: id and patient.
     """
@@ -45,12 +45,12 @@ def cell(name: str, value: Any) -> Any:
         try:
             return parse_json(value)
         except ValueError as error:
-            raise InputError(f"`{name}` looks like a JSON list but is none ({error})") from None
+            raise InputError(f"`{name}` looks like a JSON list but is not valid ({error})") from None
     return value
 
 
 def positive(value: Any, name: str) -> float:
-    """A number in a cell; raises InputError where it is none above 0."""
+    """Parse a number above 0 from a cell; raise InputError otherwise."""
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -1,9 +1,10 @@
-"""Environments by name: where the questions of a recipe come from."""
+"""Environments by name: sources of a recipe's cases."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ BUILT_IN = {
 
 
 def make_env(name: str, params: Mapping[str, Any] | None = None, base: str | Path | None = None) -> list[Case]:
-    """Cases of an environment.
+    """Make the cases of an environment.
 
     Args:
         name: `manifest`, `mosaic`, `simulator`, or a function of the user's own as `module:function` or
@@ -56,6 +57,22 @@ def make_env(name: str, params: Mapping[str, Any] | None = None, base: str | Pat
             f"environment {name!r} must return a list of frugalpath.envs.case.Case, not {type(cases).__name__}"
         )
     return cases
+
+
+def load_cases(source: str | Path, **params: Any) -> list[Case]:
+    """Cases of a manifest, checked, or of an environment.
+
+    Args:
+        source: a manifest, see docs/data.md, as a path; or the name of an environment, as for `make_env`. A manifest
+            that is called like one is given as a `Path`.
+        params: of `frugalpath.envs.manifest.build`, or of the environment.
+
+    Raises:
+        InputError: bad rows and parameters, all of them.
+    """
+    if isinstance(source, str) and (source in BUILT_IN or re.search(r":\w+$", source)):
+        return make_env(source, params)
+    return make_env("manifest", {"path": str(source), **params})
 
 
 def find_env(name: str, base: str | Path | None = None) -> Callable[..., list[Case]]:

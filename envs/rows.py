@@ -1,4 +1,4 @@
-"""Rows of a manifest with the place each was written at, so that a bad one can be named by file and line."""
+"""Read the rows of a manifest with their positions, so that errors name file and line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ SPLIT_NAMES = {
 
 
 def read_rows(path: Path, kinds: Mapping[str, str] | None = None) -> tuple[Rows, list[str]]:
-    """Rows of a JSONL, JSON, CSV, TSV or parquet file, or of a folder with one sub-folder per class.
+    """Read rows of a JSONL, JSON, CSV, TSV or parquet file, or of a folder with one sub-folder per class.
 
     Args:
         path: the file or folder.
@@ -103,7 +103,7 @@ def _images_of(root: Path) -> Iterator[tuple[str, dict[str, str]]]:
 def _row(at: str, mark: int | str, value: Any) -> tuple[int | str, dict[str, Any]] | str:
     if isinstance(value, dict):
         return mark, value
-    return f"{at}: a {type(value).__name__} stands where a row with columns should"
+    return f"{at}: a {type(value).__name__} where a row with columns is expected"
 
 
 def _jsonl(path: Path) -> Iterator[Block | str]:
@@ -122,7 +122,7 @@ def _jsonl(path: Path) -> Iterator[Block | str]:
 
 def _plain_lines(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
     """The objects of lines that hold one each and nothing else, else None; takes half the time of line by line."""
-    scan = json.JSONDecoder().scan_once
+    scan = json.JSONDecoder().raw_decode
     rows: list[dict[str, Any]] = []
     at = 0
     try:
@@ -133,7 +133,7 @@ def _plain_lines(lines: Sequence[bytes]) -> list[dict[str, Any]] | None:
                 return None
             rows.append(row)
             at += 1
-    except (StopIteration, ValueError, RecursionError, IndexError):
+    except (ValueError, RecursionError, IndexError):
         return None
     return rows if len(rows) == len(lines) else None  # fewer: one goes over several lines
 
@@ -153,9 +153,9 @@ def _lines(path: Path, lines: Sequence[bytes], start: int) -> Iterator[tuple[int
         except UnicodeDecodeError:
             yield f"{at}: not UTF-8 text; save the file as UTF-8"
         except json.JSONDecodeError as error:
-            yield f"{at}: not JSON ({error.msg} at column {error.colno}); write one object a line"
+            yield f"{at}: not JSON ({error.msg} at column {error.colno}); write one object per line"
         except ValueError as error:
-            yield f"{at}: not to be read as JSON ({error}); write one object a line"
+            yield f"{at}: cannot be read as JSON ({error}); write one object per line"
 
 
 def _json(path: Path) -> Iterator[tuple[int | str, Any] | str]:

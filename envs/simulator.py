@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from frugalpath.envs.simulator_cases import (
     CASE_QUESTIONS,
     PROTOCOL,
     QUESTIONS,
+    Unit,
     ask,
     ask_case,
     compose_cases,
@@ -115,40 +117,57 @@ def build(
             "ask for more slides or set its fraction to 0"
         )
     rows = fill_folder(root, specs, seed=seed, size_mm=size_mm, mpp=mpp, workers=workers)
-    cases = []
-    for number, unit in enumerate(units):
-        truths = [rows[i]["truth"] for i in unit.slides]
-        together = len(truths) > 1
-        found = [
-            (kind, ask_case(kind, truths, size_mm) if together else ask(kind, truths[0], size_mm)) for kind in kinds
-        ]
-        asked = [(kind, question) for kind, question in found if question is not None]
-        if questions_per_slide is not None and len(asked) > questions_per_slide:
-            chosen = np.random.default_rng([seed, number, 2]).permutation(len(asked))[:questions_per_slide]
-            asked = [asked[i] for i in sorted(chosen)]
-        known = [synoptic(truth, size_mm) for truth in truths]
-        truth = json.dumps(known if together else known[0])
-        cases += [
-            Case(
-                id=f"{unit.name}-{kind}",
-                patient=unit.patient,
-                task=question.task,
-                prompt=question.prompt,
-                answer=question.answer,
-                options=question.options,
-                protocol=PROTOCOL if question.task == "synoptic" else None,
-                slides=tuple(str(root / rows[i]["slide"]) for i in unit.slides),
-                split=unit.split,
-                question=kind,
-                extra={"truth": truth},
-            )
-            for kind, question in asked
-        ]
-    return cases
+    most = questions_per_slide if questions_per_slide is not None else len(kinds)
+    drawn = [np.random.default_rng([seed, number, 2]) for number in range(len(units))]
+    return [
+        case
+        for unit, rng in zip(units, drawn, strict=True)
+        for case in _ask(unit, [rows[i] for i in unit.slides], kinds, most, size_mm, root, rng)
+    ]
+
+
+def _ask(
+    unit: Unit,
+    rows: Sequence[Mapping[str, Any]],
+    kinds: Sequence[str],
+    most: int,
+    size_mm: float,
+    root: Path,
+    rng: np.random.Generator,
+) -> list[Case]:
+    """The questions about one slide, or about the slides of one case.
+
+    Args:
+        unit: the slide or case. rows: what is known of its slides.
+        most: questions that are asked, drawn at random where there are more.
+    """
+    truths = [row["truth"] for row in rows]
+    together = len(truths) > 1
+    found = [(kind, ask_case(kind, truths, size_mm) if together else ask(kind, truths[0], size_mm)) for kind in kinds]
+    asked = [(kind, question) for kind, question in found if question is not None]
+    if len(asked) > most:
+        asked = [asked[i] for i in sorted(rng.permutation(len(asked))[:most])]
+    known = [synoptic(truth, size_mm) for truth in truths]
+    return [
+        Case(
+            id=f"{unit.name}-{kind}",
+            patient=unit.patient,
+            task=question.task,
+            prompt=question.prompt,
+            answer=question.answer,
+            options=question.options,
+            protocol=PROTOCOL if question.task == "synoptic" else None,
+            slides=tuple(str(root / row["slide"]) for row in rows),
+            split=unit.split,
+            question=kind,
+            extra={"truth": json.dumps(known if together else known[0])},
+        )
+        for kind, question in asked
+    ]
 
 
 def cohort(slides: int, seed: int) -> list[SlideSpec]:
-    """The slides of a seed: one or two a patient, diagnoses in the shares of `MIX`. A longer cohort begins alike."""
+    """Slides of a seed: one or two per patient, diagnoses in the shares of `MIX`. A longer cohort begins the same."""
     rng = np.random.default_rng([seed, 0, 3])
     specs: list[SlideSpec] = []
     deck: list[tuple[str, int | None]] = []
@@ -213,17 +232,19 @@ def _check(
 class SimulatorArguments:
     """Options of `python -m frugalpath.envs.simulator`; see `build`."""
 
-    folder: str = field(metadata={"help": "where slides and manifest.jsonl are written"})
-    slides: int = field(default=20, metadata={"help": "how many slides"})
-    seed: int = field(default=0, metadata={"help": "another seed, other slides"})
+    folder: str = field(metadata={"help": "output folder of the slides and manifest.jsonl"})
+    slides: int = field(default=20, metadata={"help": "number of slides"})
+    seed: int = field(default=0, metadata={"help": "random seed"})
     size_mm: float = field(default=0.896, metadata={"help": "side of a slide in millimetres"})
     mpp: float = field(default=1.0, metadata={"help": "micrometres per pixel of the base level"})
-    questions: list[str] | None = field(default=None, metadata={"help": "kinds of question; all by default"})
-    questions_per_slide: int | None = field(default=None, metadata={"help": "at most so many a slide or case"})
-    slides_per_case: int = field(default=1, metadata={"help": "above 1: ask about cases of so many slides"})
+    questions: list[str] | None = field(default=None, metadata={"help": "kinds of question; default: all"})
+    questions_per_slide: int | None = field(
+        default=None, metadata={"help": "maximum number of questions per slide or case"}
+    )
+    slides_per_case: int = field(default=1, metadata={"help": "slides per case; 1 asks about single slides"})
     val_fraction: float = field(default=0.1, metadata={"help": "share of the slides for validation"})
     test_fraction: float = field(default=0.25, metadata={"help": "share of the slides for testing"})
-    workers: int = field(default=2, metadata={"help": "processes that draw"})
+    workers: int = field(default=2, metadata={"help": "number of drawing processes"})
 
 
 @entry

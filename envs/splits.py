@@ -1,4 +1,4 @@
-"""Splits by patient, the same on every machine: a hash decides, never the order of the rows."""
+"""Split by patient, reproducibly: by a hash, never by the order of rows."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def carve(
     *,
     by_text: bool = True,
 ) -> list[Case]:
-    """Take val and test out of train where the data has none and a fraction is asked for.
+    """Take val and test out of train if the data has none and a fraction is given.
 
     What belongs together stays together: cases of a patient, copies of a file and, with `by_text`, of a report.
     """
@@ -64,7 +64,7 @@ def limit_cases(cases: Sequence[Case], chosen: Sequence[int], limit: int, seed: 
 
 
 def stratum(case: Case) -> str:
-    """What splits spread evenly: the answer of a choice, the kind of question of all else."""
+    """Stratum of a case: the answer of a choice case, else the kind of question."""
     return f"{case.question}\0{case.answer}" if case.task == "choice" else case.question
 
 

@@ -9,10 +9,10 @@ from operator import itemgetter
 from typing import Any
 
 ABSENT: Any = object()
-"""Stands in a column where the row does not have it, which is not the same as an empty value (None)."""
+"""Marks a column that a row does not have, unlike an empty value (None)."""
 
 BLOCK = 1000
-"""Rows that readers hand over together."""
+"""Number of rows that readers pass on together."""
 _SHARED = 10_000  # different values of a column up to which equal ones are kept once
 
 
@@ -26,7 +26,7 @@ class Row:
 
 
 class Places(Sequence[str]):
-    """Where each row stands; the texts are put together when they are asked for.
+    """Positions of rows, formatted on demand.
 
     Args:
         prefix: begins all of them.

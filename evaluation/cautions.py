@@ -1,46 +1,46 @@
-"""Warnings about the test cases of a report: what its figures cannot carry."""
+"""Warnings of a report: what its results do not support."""
 
 from __future__ import annotations
 
-from frugalpath.evaluation.run import Outcome
+from frugalpath.evaluation.run import EvaluationResult
 from frugalpath.rewards.answer import extract_answer
 
 UNREADABLE = 0.05
-"""Share of the answers at a budget without a readable answer above which the report warns."""
+"""Share of unreadable answers at a budget above which the report warns."""
 RIVALS = {"gain_over_majority": "the majority answer", "gain_over_text_only": "the model without an image"}
 
 
-def cautions(outcome: Outcome) -> list[str]:
-    """What a reader of these results should know first."""
+def warnings_of(outcome: EvaluationResult) -> list[str]:
+    """Return the warnings that a reader of these results should see first."""
     return [*_patients(outcome), *_rivals(outcome), *_unreadable(outcome)]
 
 
-def _patients(outcome: Outcome) -> list[str]:
+def _patients(outcome: EvaluationResult) -> list[str]:
     n = len(outcome.cases)
     lost = sum(not case.patient_named for case in outcome.cases)
     if not lost:
         return []
-    who = "no patients named" if lost == n else f"{lost} of {n} test cases name no patient"
+    who = "no patients are given" if lost == n else f"{lost} of {n} test cases have no patient"
     return [
-        f"{who}: each case counts as one, so that intervals may be too narrow and a patient may be in several splits; "
-        "name patients by a column `patient`, or by patient_column or patient_pattern"
+        f"{who}: each case counts as its own patient, so intervals may be too narrow and a patient may be in several "
+        "splits; give patients in a column `patient`, or by patient_column or patient_pattern"
     ]
 
 
-def _rivals(outcome: Outcome) -> list[str]:
+def _rivals(outcome: EvaluationResult) -> list[str]:
     found = []
     for key, gain in outcome.gains.items():
         low, high = gain["ci95"]
         if key in RIVALS and low <= 0:
             found.append(
-                f"the operating point is not above {RIVALS[key]} by its interval ({gain['value']:+.3f}, {low:+.3f} to "
-                f"{high:+.3f}): nothing shows that the image helps, and cost that is saved means little"
+                f"the operating point is not significantly above {RIVALS[key]} ({gain['value']:+.3f}, {low:+.3f} to "
+                f"{high:+.3f}): there is no evidence that the image helps, so saving tokens proves little"
             )
     return found
 
 
-def _unreadable(outcome: Outcome) -> list[str]:
-    """Of every budget that more than a few answers cannot be read at."""
+def _unreadable(outcome: EvaluationResult) -> list[str]:
+    """Warn of budgets with more than a few unreadable answers."""
     table = outcome.whole
     shares = {
         budget: sum(extract_answer(row[k]) is None for row in table.text) / len(table.text)
@@ -50,6 +50,6 @@ def _unreadable(outcome: Outcome) -> list[str]:
     if not told:
         return []
     return [
-        f"answers without a readable answer: {', '.join(told)}; raise max_completion_length if they are "
-        "cut off, else train the warm start longer or give the reward `format` more weight"
+        f"unreadable answers: {', '.join(told)}; raise max_completion_length if they are cut off, else train the "
+        "warm start longer or give the reward `format` more weight"
     ]

@@ -1,9 +1,9 @@
-"""Accuracy against cost of several runs on the same test cases, in one picture.
+"""Plot accuracy against cost for several runs on the same test cases.
 
-    python evaluation/compare.py --runs runs/pathosynvlm_tiny runs/locpath_tiny --out runs/compare
+    frugalpath compare --runs runs/pathosynvlm_tiny runs/locpath_tiny --out runs/compare
 
-Reads the reports of finished runs and writes `compare.json` and `compare.png`. A run's points are its static budgets
-and its allocator; differences of operating points are paired, with intervals by patient.
+Reads the reports of finished runs and writes `compare.json` and `compare.png`. Each run is shown by its static budgets
+and its allocator. Operating points are compared pairwise on the same cases, with bootstrap intervals over patients.
 """
 
 from __future__ import annotations
@@ -22,45 +22,45 @@ from matplotlib import pyplot as plt
 from frugalpath.bootstrap import Bootstrap
 from frugalpath.errors import InputError, entry
 from frugalpath.evaluation.report.tables import of_patients
-from frugalpath.files import whole, write_text
+from frugalpath.files import atomic_write, write_text
 
 CONTROLS = ("text_only", "majority")
 GAINS = ("gain_over_text_only", "gain_over_majority")
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Summary and cases of a run's report.
+    """Read the summary and cases of a run's report.
 
     Raises:
-        InputError: the run has none, or one of an earlier version.
+        InputError: the report is missing or was written by an earlier version.
     """
     files = [folder / "report" / name for name in ("summary.json", "cases.jsonl")]
     missing = [str(file) for file in files if not file.is_file()]
     if missing:
-        raise InputError(f"{folder}: no {' and no '.join(missing)}; finish the run with rl/grpo.py or rl/pareto.py")
+        raise InputError(f"{folder}: no {' and no '.join(missing)}; run `frugalpath grpo` or `frugalpath pareto`")
     summary = json.loads(files[0].read_text())
     if not {*GAINS} <= set(summary["headline"]):
-        raise InputError(f"{files[0]}: an earlier version wrote it; write it again with rl/pareto.py")
+        raise InputError(f"{files[0]}: written by an earlier version; write it again with `frugalpath pareto`")
     cases = [json.loads(line) for line in files[1].read_text().splitlines()]
     return {"name": folder.resolve().name, "summary": summary, "cases": {c["id"]: c for c in cases}}
 
 
 def compare(runs: list[dict[str, Any]], draws: int = 2000) -> dict[str, Any]:
-    """Points of all runs, and how each operating point differs from the first run's.
+    """Collect the points of all runs and the difference of each operating point from the first run's.
 
     Raises:
-        InputError: the runs were tested on different cases, or two have one name.
+        InputError: the runs were tested on different cases, or two share a name.
     """
     first = runs[0]
     names = [run["name"] for run in runs]
     if len(set(names)) < len(names):
-        raise InputError(f"--runs: two folders have one name ({', '.join(names)}); rename one")
+        raise InputError(f"--runs: two folders have the same name ({', '.join(names)}); rename one")
     ids = list(first["cases"])
     for run in runs[1:]:
         other = set(ids) ^ set(run["cases"])
         if other:
             raise InputError(
-                f"{run['name']}: {len(other)} test cases are not those of {first['name']}, such as "
+                f"{run['name']}: {len(other)} test cases differ from those of {first['name']}, such as "
                 f"{sorted(other)[0]}; compare runs on the same cases"
             )
     bootstrap = Bootstrap([first["cases"][i]["patient"] for i in ids], draws)
@@ -80,7 +80,7 @@ def compare(runs: list[dict[str, Any]], draws: int = 2000) -> dict[str, Any]:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    """Static budgets (dots) and allocator (line) of each run, with 95 % intervals, and the controls."""
+    """Plot each run's static budgets (dots, with 95 % intervals), allocator (line) and controls."""
     figure, axes = plt.subplots(figsize=(7.5, 5))
     for at, (name, run) in enumerate(found["runs"].items()):
         colour = f"C{at}"
@@ -92,11 +92,11 @@ def plot(found: dict[str, Any], path: Path) -> None:
         axes.plot(*zip(*curve, strict=True), "-", color=colour, lw=1)
         axes.axhline(run["text_only"]["accuracy"], color=colour, ls=":", lw=0.8)
     majority = next(iter(found["runs"].values()))["majority"]
-    axes.axhline(majority["accuracy"], color="0.4", ls="--", lw=0.8, label="majority")
-    axes.set(xscale="log", xlabel="FLOPs of an answer", ylabel="score", title=f"{found['n']} test questions")
-    axes.legend(title="dots static, line allocator, dotted text only", fontsize=8, title_fontsize=7)
+    axes.axhline(majority["accuracy"], color="0.4", ls="--", lw=0.8, label="majority answer")
+    axes.set(xscale="log", xlabel="FLOPs per answer", ylabel="score", title=f"{found['n']} test questions")
+    axes.legend(title="dots: static budgets, line: allocator, dotted: text only", fontsize=8, title_fontsize=7)
     figure.tight_layout()
-    with whole(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, dpi=150, format="png")
     plt.close(figure)
 
@@ -108,10 +108,10 @@ def _interval(value: dict[str, Any]) -> str:
 
 @entry
 def main() -> None:
-    """Compare finished runs."""
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", required=True, type=Path, help="folders of finished runs")
-    parser.add_argument("--out", required=True, type=Path, help="folder that is written")
+    parser.add_argument("--out", required=True, type=Path, help="output folder")
     options = parser.parse_args()
     found = compare([read_run(folder) for folder in options.runs])
     options.out.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""What any claim must beat, and the results by kind of question.
+"""Controls that any claim must beat, and results by kind of question.
 
-To which stage the gain is due: the performer before training, after SFT, after SFT continued, after GRPO.
+Attribution of the gain to stages: the performer before training, after SFT, after SFT continued, after GRPO.
 
-The honest rival of a trained performer on choice cases: a logistic regression on the same frozen features.
+A strong baseline on choice cases: a logistic regression on the same frozen features.
 """
 
 from __future__ import annotations
@@ -67,18 +67,18 @@ class Attribution:
 
 
 def best_static(table: ScoreTable) -> int:
-    """Rung of the most accurate budget of a table; the cheaper one of equals."""
+    """Rung of the most accurate budget of a table; on a tie the cheaper one."""
     return int(np.argmax(table.score.mean(0)))
 
 
 def attribute(
     ladder: Sequence[int], base: ScoreTable, stages: Mapping[str, Mapping[str, ScoreTable]], bootstrap: Bootstrap
 ) -> Attribution:
-    """Every stage at the static budget that its validation table prefers; the untrained performer at the largest.
+    """Evaluate every stage at its best static budget on validation cases; the untrained performer at the largest.
 
     Args:
         base: the untrained performer's table of the test cases, of one budget.
-        stages: tables `val` and `test` of the performer after each stage, in their order. bootstrap: over the test cases.
+        stages: tables `val` and `test` of the performer after each stage, in order. bootstrap: over the test cases.
     """
     found = Attribution({"base": _point(base, bootstrap)}, {}, {})
     for name, tables in stages.items():
@@ -90,7 +90,7 @@ def attribute(
 
 
 def _point(table: ScoreTable, bootstrap: Bootstrap) -> Point:
-    """The point of a table of one budget."""
+    """Point of a table with one budget."""
     return point(table.score[:, 0], table.visual[:, 0], table.flops[:, 0], bootstrap, budget=table.budgets[0])
 
 
@@ -103,7 +103,7 @@ def linear_probe(
     """Balanced accuracy by question: probe, performer at its best static budget, performer with allocator.
 
     The probe reads mean features (one token), is trained on the training cases, and its regularisation is chosen on
-    validation cases. None when the recipe does not want it or has no choice cases.
+    validation cases. None if the recipe switches it off or has no choice cases.
 
     Args:
         test: the performer's table. rungs: the allocator's choices (N,). best: rung of the best static budget.

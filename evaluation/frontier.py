@@ -1,6 +1,6 @@
-"""Points of accuracy against cost, from score tables: budgets, allocator, random allocator, oracle.
+"""Operating points of accuracy against cost, from score tables: budgets, allocator, random allocator, oracle.
 
-An adaptive frontier against a static one: area between them, cost at equal accuracy, accuracy at equal cost.
+Compares an adaptive frontier with a static one: area between them, cost at equal accuracy, accuracy at equal cost.
 
 A frontier is the best accuracy that a mean cost buys, in one of two forms. `step`: the best point that is no dearer,
 as one runs a single setting for all cases. `mixed`: two settings may also be dealt out to the cases at random, which
@@ -31,9 +31,9 @@ class Point:
     Args:
         accuracy, ci95: mean score and its 95 % bootstrap interval (resampling patients).
         tokens: mean realised visual tokens.
-        flops: mean FLOPs of an answer, the allocator's look included; flops_stage1: of that look alone.
+        flops: mean FLOPs per answer, including the allocator's probe; flops_stage1: FLOPs of the probe alone.
         latency_ms: mean wall time of an answer at batch size 1, on this machine.
-        budget, price: what it was run at.
+        budget, price: setting of the point.
     """
 
     accuracy: float
@@ -47,7 +47,7 @@ class Point:
     price: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON has it; what does not apply is left out."""
+        """Convert to a JSON mapping, without fields that do not apply."""
         return {k: v for k, v in asdict(self).items() if v is not None or k == "latency_ms"}
 
 
@@ -60,7 +60,7 @@ def point(
     latency_ms: float | None = None,
     **where: Any,
 ) -> Point:
-    """A point from per-case scores, tokens and FLOPs (all (N,))."""
+    """Make a point from per-case scores, tokens and FLOPs (all (N,))."""
     return Point(
         accuracy=float(score.mean()),
         ci95=bootstrap.interval(score),
@@ -74,9 +74,9 @@ def point(
 
 
 def mixed(values: np.ndarray, rungs: np.ndarray) -> np.ndarray:
-    """Expected per-case values (N,) when the chosen rungs are dealt out to the cases at random.
+    """Expected per-case values (N,) when the chosen rungs are assigned to cases at random.
 
-    This is the random allocator of equal mean budget, exactly: no draw is made.
+    This is the exact expectation of the random allocator of equal mean budget; nothing is sampled.
     """
     share = np.bincount(rungs, minlength=values.shape[1]) / len(rungs)
     return values @ share
@@ -89,13 +89,14 @@ def oracle_rungs(score: np.ndarray, flops: np.ndarray) -> np.ndarray:
 
 
 def pick_price(lost: Sequence[float], errors: Sequence[float], costs: Sequence[float], tolerance: float) -> int:
-    """Index of the cheapest price that loses no more than the tolerance, or than its own standard error if larger.
+    """Index of the cheapest price that loses at most the tolerance or its own standard error, whichever is larger.
 
     The one-standard-error rule (Breiman et al. 1984, section 3.4.3): on few validation cases the most accurate of many
-    prices is so by chance, and dearer for nothing. If all lose more, the price that loses least.
+    prices is so by chance, and more expensive for nothing. If all lose more, the price that loses least.
 
     Args:
-        lost: accuracy below the best of all, of each price. errors: standard error of each.
+        lost: loss in accuracy against the best, for each price.
+        errors: standard error of each loss.
     """
     within = [i for i, (a, e) in enumerate(zip(lost, errors, strict=True)) if a <= max(tolerance, e)]
     if not within:
@@ -104,15 +105,16 @@ def pick_price(lost: Sequence[float], errors: Sequence[float], costs: Sequence[f
 
 
 EQUAL = 1e-12
-"""Accuracies that differ by less are the same; sums of the same scores differ by rounding."""
+"""Accuracies that differ by less count as equal; sums of the same scores differ by rounding."""
 
 
 @dataclass(frozen=True)
 class Paid:
-    """What P settings scored and cost on N cases.
+    """Score and cost of P settings on N cases.
 
     Args:
-        score: (N, P). cost: (N, P) in any one unit, everything counted.
+        score: (N, P).
+        cost: (N, P), total cost in any one unit.
     """
 
     score: np.ndarray
@@ -130,10 +132,11 @@ class Paid:
 
 @dataclass(frozen=True)
 class Frontier:
-    """Accuracy as a function of cost; undefined (NaN) below the cheapest point, level above the dearest.
+    """Accuracy as a function of cost: NaN below the cheapest point, constant above the most expensive.
 
     Args:
-        cost, accuracy: (M,) by ascending cost. mixed: straight between the points; else steps.
+        cost, accuracy: (M,) by ascending cost.
+        mixed: linear between the points; else steps.
     """
 
     cost: np.ndarray
@@ -173,7 +176,7 @@ class Frontier:
         return float((start @ width + slope @ np.diff(x)) / width.sum())
 
     def cost_of(self, accuracy: float) -> float:
-        """The least cost of an accuracy; infinite where it is not reached. For a frontier that rises."""
+        """Least cost of an accuracy on a rising frontier; infinite if it is not reached."""
         if accuracy > self.accuracy[-1] + EQUAL:
             return float("inf")
         if self.mixed:
@@ -182,7 +185,7 @@ class Frontier:
 
 
 def pareto(cost: np.ndarray, accuracy: np.ndarray) -> np.ndarray:
-    """Indices of the points (P,) that no other one beats, by ascending cost; of equals the first."""
+    """Indices of the Pareto-optimal points (P,), by ascending cost; of equal points the first."""
     kept: list[int] = []
     for i in np.lexsort((-accuracy, cost)):
         if not kept or accuracy[i] > accuracy[kept[-1]]:
@@ -213,12 +216,12 @@ def hypervolume(cost: np.ndarray, accuracy: np.ndarray, largest: float) -> float
 
 def common_range(adaptive: np.ndarray, static: np.ndarray) -> tuple[float, float]:
     """Costs over which two sets of points (P,) and (K,) are compared: from the cheapest that both have to the largest
-    static one. A dearer allocator than that has nothing to be compared with."""
+    static one. A more expensive allocator has nothing to be compared with."""
     return float(max(adaptive.min(), static.min())), float(static.max())
 
 
 def areas(adaptive: Paid, static: Paid, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Mean height of the adaptive frontier above the static one over their common range, and hypervolumes.
+    """Mean difference of the adaptive and the static frontier over their common range, and hypervolumes.
 
     Returns:
         `range`: ends of the range as shares of the largest static cost. `mixed`, `step`: form of both frontiers, each
@@ -253,7 +256,7 @@ def _compared(cost: np.ndarray, score: np.ndarray, fixed_cost: np.ndarray, fixed
 def area_of_chosen(
     adaptive: Paid, static: Paid, kept: tuple[np.ndarray, np.ndarray], bootstrap: Bootstrap
 ) -> dict[str, Any]:
-    """As `mixed` of `areas`, between the lines through points that were chosen beforehand.
+    """Like `mixed` of `areas`, between lines through points chosen in advance.
 
     Args:
         kept: which settings of either side, such as the corners of their hulls on validation cases.
@@ -276,7 +279,7 @@ def area_of_chosen(
 def at_operating_point(
     own: Paid, static: Paid, budgets: list[int], bootstrap: Bootstrap, stage1: np.ndarray
 ) -> dict[str, Any]:
-    """An operating point against the static budgets, in one unit of cost.
+    """Compare an operating point with the static budgets, in one unit of cost.
 
     Args:
         own: of the operating point, P = 1, deciding included. static: of the K budgets; the last is the largest.
@@ -326,7 +329,7 @@ def at_operating_point(
 
 
 def lost_to_best(score: np.ndarray, static: np.ndarray, bootstrap: Bootstrap) -> dict[str, Any]:
-    """Mean of scores (N,) below that of the column of (N, K) that is best on these very cases, in every resample."""
+    """Mean loss of scores (N,) against the column of (N, K) that is best on the same cases, in every resample."""
     drawn = np.stack([bootstrap.means(v) for v in static.T]).max(0) - bootstrap.means(score)
     return _figure(float(static.mean(0).max() - score.mean()), drawn)
 
@@ -336,7 +339,7 @@ def _number(value: float) -> float | None:
 
 
 def _figure(value: float, draws: np.ndarray) -> dict[str, Any]:
-    """A value with the 95 % percentile interval of its resamples; None for what is undefined."""
+    """A value with the 95 % percentile interval of its resamples; None if undefined."""
     if not np.isfinite(value):
         return {"value": None, "ci95": None}
     low, high = np.nanquantile(draws, [0.025, 0.975])

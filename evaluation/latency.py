@@ -1,4 +1,4 @@
-"""Wall time of deciding and of answering, one case at a time; measured once and kept beside the score tables."""
+"""Wall time of decisions and answers, one case at a time; measured once and stored with the score tables."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ from frugalpath.models.performer import Performer
 from frugalpath.recipe.checkpoints import fingerprint
 
 TIMED = 32
-"""Cases that are timed, spread over those that there are."""
+"""Maximum number of timed cases, spread over all cases."""
 KEPT = "latency.json"
-"""File of the folder `tables`."""
+"""File in the folder `tables`."""
 WARM = 3
-"""Of them, how many are answered beforehand without being timed, at every budget."""
+"""Number of warm-up cases at every budget, which are not timed."""
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of the timed cases at batch size 1; their images are read and encoded beforehand.
+    """Milliseconds of the timed cases at batch size 1; their images are read and encoded in advance.
 
     Args:
-        answer: of an answer at each budget, (T,). look: of deciding at each price, (T,).
+        answer: time per answer at each budget, (T,).
+        look: time per decision at each price, (T,).
     """
 
     answer: dict[int, np.ndarray]
     look: dict[float, np.ndarray]
 
     def budgets(self, ladder: Sequence[int]) -> np.ndarray:
-        """Median (K,) of an answer."""
+        """Median time (K,) of an answer."""
         return np.array([float(np.median(self.answer[b])) for b in ladder])
 
     def deciding(self, price: float) -> float:
-        """Median of deciding."""
+        """Median time of a decision."""
         return float(np.median(self.look[price]))
 
     def to_dict(self, price: float) -> dict[str, Any]:
@@ -60,11 +61,11 @@ def measure(
     max_new_tokens: int,
     before: Latency | None = None,
 ) -> Latency:
-    """Time answers at every budget, and deciding at every price.
+    """Time answers at every budget and decisions at every price.
 
     Args:
         decisions: about these cases, one for each price. Deciding is timed once for prices at which it costs the same.
-        before: times of these cases that are known already.
+        before: known times of these cases.
     """
     sample = list(cases[:: max(1, len(cases) // TIMED)][:TIMED])
     answer = dict(before.answer) if before else {}
@@ -97,10 +98,10 @@ def measured_once(
     table: ScoreTable,
     folder: Path,
 ) -> Latency:
-    """`measure`, of which what was measured before is read from the folder of the table.
+    """Like `measure`, but earlier times are read from the table's folder.
 
     Times belong to a table's answers and to an allocator's settings; others are timed anew. So a second report has the
-    same figures, whatever else the machine does at the time.
+    same figures, whatever else the machine is doing.
 
     Args:
         table: of these cases.

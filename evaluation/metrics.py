@@ -1,9 +1,9 @@
-"""Are the allocator's predictions true, and does it spend where that helps.
+"""Metrics of the allocator: calibration of its predictions, and whether it spends where that helps.
 
-How much the chosen budget tells of the question and of the image, in bits, against chance.
+Also the mutual information of the chosen budget with question and image, in bits, against chance.
 
-An allocator that ignores the image chooses by the question alone: its budget then tells nothing of the image once the
-question is known.
+An allocator that ignores the image chooses by the question alone: given the question, its budget then has no
+information on the image.
 
 Per-field results of synoptic reports, stage by stage, at the budget that each stage's validation table prefers.
 """
@@ -29,7 +29,7 @@ PER_BIN = 10
 
 
 def base_rates(score: np.ndarray, questions: Sequence[str], asked: Sequence[str]) -> np.ndarray:
-    """Forecasts (M, K) for cases that ask `asked`: mean scores (N, K) by kind of question; of all for a new kind."""
+    """Forecasts (M, K) for the questions `asked`: mean scores (N, K) by kind of question, or of all for a new kind."""
     kinds = np.array(questions)
     means = {q: score[kinds == q].mean(0) for q in set(questions)}
     return np.stack([means.get(q, score.mean(0)) for q in asked])
@@ -39,7 +39,7 @@ def reliability(predicted: np.ndarray, score: np.ndarray, base: np.ndarray, bins
     """How well predictions (N,) forecast scores (N,), both in 0..1.
 
     Args:
-        base: (N,) what one would forecast without looking.
+        base: (N,) forecast without the image.
 
     Returns:
         `predicted`, `observed`: means. `ece`: expected calibration error over bins of equal mass (Nguyen and O'Connor
@@ -66,7 +66,7 @@ def reliability(predicted: np.ndarray, score: np.ndarray, base: np.ndarray, bins
 
 
 def calibration(predicted: np.ndarray, score: np.ndarray, base: np.ndarray, budgets: Sequence[int]) -> dict[str, Any]:
-    """`reliability` of predicted scores (N, K) at every budget, and of all of them together.
+    """`reliability` of predicted scores (N, K) at every budget, and overall.
 
     Args:
         base: (N, K), see `base_rates`.
@@ -81,7 +81,7 @@ def calibration(predicted: np.ndarray, score: np.ndarray, base: np.ndarray, budg
 def spend(
     score: np.ndarray, tokens: np.ndarray, rungs: np.ndarray, budgets: Sequence[int], bootstrap: Bootstrap
 ) -> dict:
-    """Is more spent where it helps.
+    """Measure whether more is spent where it helps.
 
     A case's gain is its score at the largest budget minus that at the smallest.
 
@@ -130,9 +130,9 @@ def _weighted(levels: list[np.ndarray], weight: np.ndarray) -> float:
 
 PERMUTATIONS = 500
 KINDS = 8
-"""Kinds of image that are told apart at most."""
+"""Maximum number of kinds of image."""
 PER_KIND = 10
-"""Images of a kind at least, in the mean."""
+"""Minimum mean number of images per kind."""
 
 
 def entropy(*labels: np.ndarray) -> float:
@@ -171,7 +171,7 @@ def image_kinds(features: np.ndarray, images: Sequence[Any], seed: int = 0) -> n
 def budget_information(
     rungs: np.ndarray, questions: Sequence[str], kinds: np.ndarray, seed: int = 0
 ) -> dict[str, Any]:
-    """What the chosen rungs (N,) tell.
+    """Information in the chosen rungs (N,).
 
     Args:
         questions: kind of question (N,). kinds: of image (N,), see `image_kinds`.
@@ -219,7 +219,7 @@ def _against_chance(
 def field_results(
     cases: Sequence[Case], completions: Mapping[str, Sequence[str]], resamples: int, seed: int
 ) -> dict[str, Any]:
-    """Corpus reports of every stage by protocol, and what each stage gains over the first.
+    """Corpus reports of every stage by protocol, and the gain of each stage over the first.
 
     Args:
         cases: test cases; those of other tasks than `synoptic` are left out.
@@ -250,7 +250,7 @@ def field_results(
 
 
 def print_fields(results: Mapping[str, Any]) -> None:
-    """The tables of all stages on standard output."""
+    """Print the tables of all stages."""
     for protocol, stages in results.items():
         for stage, report in stages.items():
             print(f"\nfields of {protocol}, {stage}\n{table_text(report)}")

@@ -1,13 +1,11 @@
-"""The operating price, chosen on validation cases by choices made out of fold.
+"""Apply a trained run to its test cases or others, at an operating price chosen on validation cases out of fold.
 
 `one_error`: the cheapest price that loses no more than `tolerance`, or than its own standard error where that is
 larger, against the best of all prices and static budgets. `within`: the cheapest price whose mean score is at most
 `tolerance` below that of the best static budget; no allowance is made for noise. In both, if no price does, the one
 that loses least. `evaluation.price` sets it by hand instead, and the objective `dual` by its target.
 
-What came of an allocator on a set of cases: its points beside static budgets and controls, and how they compare.
-
-A finished run is applied to cases: its own test cases, or others.
+The result compares an allocator's points on a set of cases with static budgets and controls.
 """
 
 from __future__ import annotations
@@ -51,10 +49,10 @@ def operating_price(
     bootstrap: Bootstrap,
     fixed: float | None = None,
 ) -> dict[str, Any]:
-    """The price and what it was chosen by.
+    """Choose the operating price and record how.
 
     Args:
-        decided: out-of-fold decisions about the validation cases, one for each price of the curve.
+        decided: out-of-fold decisions on the validation cases, one for each price of the curve.
         table: of these cases, the ladder's columns. bootstrap: over them.
         fixed: the price, where no rule chooses it.
 
@@ -84,7 +82,7 @@ def operating_price(
 
 @dataclass(frozen=True)
 class Preferred:
-    """What validation cases prefer, which is all that may be chosen for others.
+    """Choices made on validation cases, to be used for others.
 
     Args:
         best: rung of the most accurate static budget.
@@ -99,14 +97,14 @@ class Preferred:
 
     @classmethod
     def of(cls, decided: list[Decisions], table: ScoreTable, best: int, operating: dict[str, Any]) -> Preferred:
-        """From out-of-fold decisions and the table (the ladder's columns) of the validation cases."""
+        """Choose from out-of-fold decisions and the table (the ladder's columns) of the validation cases."""
         prices = hull(np.array([d.cost.mean() for d in decided]), np.array([d.score.mean() for d in decided]))
         return cls(best, prices, hull(table.flops.mean(0), table.score.mean(0)), operating)
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """N cases, the performer's answers to them and the allocator's decisions about them.
+class EvaluationResult:
+    """Results on N cases: the performer's answers and the allocator's decisions.
 
     Args:
         cases: in the table's order.
@@ -132,7 +130,7 @@ class Outcome:
 
     @cached_property
     def table(self) -> ScoreTable:
-        """The ladder's columns."""
+        """The table restricted to the ladder's budgets."""
         return self.whole.at(self.ladder)
 
     @cached_property
@@ -143,7 +141,7 @@ class Outcome:
         return [point(s, v, f, self.bootstrap, latency_ms=float(ms), budget=b) for s, v, f, ms, b in columns]
 
     def adaptive(self, decisions: Decisions) -> tuple[Point, Point]:
-        """The allocator's point, and that of the random allocator of equal mean budget."""
+        """Points of the allocator and of the random allocator of equal mean budget."""
         table, rungs = self.table, decisions.rungs
         milliseconds = float(self.latency.budgets(self.ladder)[rungs].mean())
         own = point(
@@ -167,7 +165,7 @@ class Outcome:
 
     @cached_property
     def frontier(self) -> dict[str, Any]:
-        """The allocator's frontier against the static one, and the operating point in every unit of cost."""
+        """Compare the allocator's frontier with the static one, and the operating point in every unit of cost."""
         table, curve = self.table, self.curve
         static = Paid(table.score, table.flops)
         adaptive = Paid(np.stack([d.score for d in curve], 1), np.stack([d.cost for d in curve], 1))
@@ -202,7 +200,7 @@ class Outcome:
 
     @cached_property
     def gains(self) -> dict[str, Any]:
-        """What the operating point has over the controls of the same cases."""
+        """Gains of the operating point over the controls on the same cases."""
         score, rungs = self.decisions.score, self.decisions.rungs
         rivals = {
             "random": mixed(self.table.score, rungs),
@@ -212,7 +210,7 @@ class Outcome:
         return {f"gain_over_{name}": self.bootstrap.difference(score - other) for name, other in rivals.items()}
 
     def headline(self, own: Point) -> dict[str, Any]:
-        """The figures that a claim rests on, of the operating point."""
+        """Main figures of the operating point."""
         table, bootstrap, score, k = self.table, self.bootstrap, self.decisions.score, self.preferred.best
         found, volume = self.frontier["operating"]["flops"], self.frontier["hypervolume"]
         equal = found["equal_accuracy"]["step"]["cost_share"]["value"]
@@ -234,7 +232,7 @@ class Outcome:
         }
 
     def summary(self) -> dict[str, Any]:
-        """All that is known of these cases alone, as `summary.json` has it."""
+        """Summarize these cases, as in `summary.json`."""
         table, decisions = self.table, self.decisions
         pairs = [self.adaptive(d) for d in self.curve]
         own, random = self.adaptive(decisions)
@@ -268,11 +266,11 @@ class Outcome:
         }
 
 
-class Trial:
-    """A run whose choices are made on its validation cases.
+class Evaluator:
+    """Evaluate a run, with all choices made on its validation cases.
 
     Args:
-        allocator: fitted; it knows the run, its performer and their tables.
+        allocator: fitted; it holds the run, its performer and their tables.
     """
 
     def __init__(self, allocator: Allocator):
@@ -283,32 +281,32 @@ class Trial:
         self.val = self.tables["val"]
 
     def bootstrap(self, table: ScoreTable) -> Bootstrap:
-        """Resamples of a table's patients."""
+        """Bootstrap over a table's patients."""
         return Bootstrap(table.patients, self.options.bootstrap, self.data.run.grpo.seed)
 
     @cached_property
     def preferred(self) -> Preferred:
-        """What the validation cases prefer."""
+        """Choices made on the validation cases."""
         table = self.val.at(self.ladder)
         decided = [self.allocator.decide("val", p) for p in self.prices]
         fixed = self.options.price if self.options.price is not None else self.allocator.settled
         operating = operating_price(decided, table, self.options, self.bootstrap(table), fixed)
         return Preferred.of(decided, table, best_static(table), operating)
 
-    def on_test(self) -> Outcome:
-        """What came of the run's test cases."""
+    def on_test(self) -> EvaluationResult:
+        """Evaluate the run's test cases."""
         decided = [self.allocator.decide("test", p) for p in (*self.prices, self.preferred.operating["price"])]
         table = self.tables["test"]
         predicted = self.allocator.predicted("test")
         folder = self.data.run.folder / "tables"
         return self._outcome(self.data.splits["test"], table, decided, predicted, self.data.scorer, folder)
 
-    def on(self, cases: Sequence[Case], table: ScoreTable, scorer: Scorer, folder: Path) -> Outcome:
-        """What came of other cases, whose images the performer's bank has.
+    def on(self, cases: Sequence[Case], table: ScoreTable, scorer: Scorer, folder: Path) -> EvaluationResult:
+        """Evaluate other cases, whose images are in the performer's bank.
 
         Args:
             table: of these cases, budget 0 and the ladder's columns.
-            folder: where the times of answers are kept.
+            folder: where latencies are stored.
         """
         prices, ladder = (*self.prices, self.preferred.operating["price"]), table.at(self.ladder)
         decided = [self.allocator.decide_on(cases, p, ladder) for p in prices]
@@ -322,11 +320,11 @@ class Trial:
         predicted: np.ndarray | None,
         scorer: Scorer,
         folder: Path,
-    ) -> Outcome:
+    ) -> EvaluationResult:
         shown = [self.performer.sources(c) for c in cases]
         val = self.val.at(self.ladder)
         most = self.data.max_new_tokens
-        return Outcome(
+        return EvaluationResult(
             ladder=self.ladder,
             cases=list(cases),
             whole=table,

@@ -1,8 +1,8 @@
-"""A finished run is applied to the cases of another recipe, with nothing fitted anew.
+"""Apply a trained run to the cases of another recipe, without fitting anything.
 
 Performer, allocator, best static budget and operating price are those of the run, and so are its rewards and the
-training answers of the majority control. Of the other recipe count `cases` (its test split; the others may be empty)
-and `encoder`.
+training answers of the majority control. Only `cases` (its test split; others may be empty) and `encoder` of the
+other recipe are used.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from frugalpath.allocator.score_table import score_table
 from frugalpath.envs.case import Case
 from frugalpath.envs.registry import make_env
 from frugalpath.errors import InputError
-from frugalpath.evaluation.cautions import cautions
+from frugalpath.evaluation.cautions import warnings_of
 from frugalpath.evaluation.report.pictures import Pictures
 from frugalpath.evaluation.report.writing import missing_slides, provenance, write_outcome
-from frugalpath.evaluation.run import Trial
+from frugalpath.evaluation.run import Evaluator
 from frugalpath.recipe.data import RunData, load_rewards, with_questions
 from frugalpath.recipe.features import load_features
 from frugalpath.recipe.run import Run, parse_recipe
@@ -48,7 +48,7 @@ def transfer(allocator: Allocator, recipe: Path) -> tuple[dict[str, Any], Path]:
     tables = folder / "tables"
     bank = load_features(cases, other.encoder, other.feature_folder)
     data.bank.add(bank)  # after the run itself is read, which is known by the slides that it lacks
-    trial = Trial(allocator)
+    evaluator = Evaluator(allocator)
     scorer = Scorer(load_rewards(run, cases), run.ladder[-1])
     table = score_table(
         performer,
@@ -62,13 +62,13 @@ def transfer(allocator: Allocator, recipe: Path) -> tuple[dict[str, Any], Path]:
     )
     if table.ids != [c.id for c in cases]:
         raise InputError(f"{folder}: holds a table of other cases than {recipe} has now; delete the folder")
-    outcome = trial.on(cases, table, scorer, tables)
+    outcome = evaluator.on(cases, table, scorer, tables)
     shared = len({c.patient for c in cases} & {c.patient for s in ("train", "val") for c in data.all_splits[s]})
     if shared:
         logger.warning("%d test patients of %s are named as patients that the run learnt from", shared, recipe)
     summary = {
         **outcome.summary(),
-        "warnings": cautions(outcome),
+        "warnings": warnings_of(outcome),
         "transfer": {"recipe": str(recipe), "shared_patients": shared},
         "missing_slides": missing_slides(cases, bank.missing),
         **provenance(data),
@@ -78,7 +78,7 @@ def transfer(allocator: Allocator, recipe: Path) -> tuple[dict[str, Any], Path]:
 
 
 def _check_encoder(run: Run, other: Run, recipe: Path) -> None:
-    """Refuse features that the performer cannot read: only how slides are tiled may differ."""
+    """Raise InputError for features that the performer cannot read; only the tiling may differ."""
     kept = ("name", "revision")
     problems = [
         f"{recipe}: encoder.{key} is {theirs!r}, the run was trained on {ours!r}; set it to that"
@@ -90,7 +90,7 @@ def _check_encoder(run: Run, other: Run, recipe: Path) -> None:
 
 
 def _test_cases(data: RunData, other: Run, recipe: Path) -> list[Case]:
-    """Test cases of the other recipe, of the kinds of question that the run is asked."""
+    """Test cases of the other recipe, of the run's kinds of question."""
     params = {k: v for k, v in other.cases.items() if k != "name"}
     with PartialState().main_process_first():
         cases = [c for c in make_env(other.cases["name"], params, other.base) if c.split == "test"]

@@ -1,4 +1,4 @@
-"""Adapters of finished stages: kept beside the merged weights, joined into one, and read again over their base."""
+"""Adapters of finished stages: stored next to the merged weights, joined into one, and loaded over their base."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ ADDED = "added_tokens.safetensors"
 
 
 def adapter_of(folder: str | Path) -> Path | None:
-    """The adapter that a folder holds in place of a model's weights; None where it holds none."""
+    """Path of the adapter in a folder without model weights; None if there is none."""
     found = (place for place in (Path(folder) / ADAPTER, Path(folder)) if (place / CONFIG).is_file())
     return None if any(Path(folder).glob("model*.safetensors")) else next(found, None)
 
 
 def merge_adapter(model: Any, folder: Path) -> Any:
-    """The model with the adapter of a folder added to its weights."""
+    """Merge the adapter of a folder into the model."""
     return PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
 
 
 def read_merged(kind: Any, name: str | Path, **options: Any) -> Any:
-    """A stock model by its `from_pretrained`; an adapter is merged into the base that it names.
+    """Load a stock model with `from_pretrained`; an adapter is merged into its base.
 
     Args:
         kind: class of the model. name: of the hub, or a folder of a model or of an adapter.
@@ -48,7 +48,7 @@ def read_merged(kind: Any, name: str | Path, **options: Any) -> Any:
 
 
 def join_adapters(folders: Sequence[Path], base: str, out: Path) -> None:
-    """Write adapters that were trained one after another, each merged before the next, as one of their ranks' sum.
+    """Join adapters that were trained in sequence, each merged before the next, into one with the sum of their ranks.
 
     Modules that were trained whole are those of the last.
 
@@ -73,7 +73,7 @@ def join_adapters(folders: Sequence[Path], base: str, out: Path) -> None:
             elif "lora_B" in name:
                 joined[name] = torch.cat([joined[name], scale * weight], 1) if name in joined else scale * weight
             elif "lora_" in name:
-                raise InputError(f"{folder}: {name} is of no linear layer; publish with --merge")
+                raise InputError(f"{folder}: {name} does not belong to a linear layer; publish with --merge")
             else:
                 joined[name] = weight
     rank = sum(config.r for config in configs)
@@ -106,7 +106,7 @@ def grown_base(folder: Path, vocab_size: int) -> Any:
 
 
 def config_source(folder: str | Path) -> str:
-    """Folder or name that has a model's configuration: a stock adapter leaves it with its base."""
+    """Folder or name of a model's configuration; that of a stock adapter is in its base."""
     adapter = adapter_of(folder)
     return str(folder) if adapter is None or (Path(folder) / "config.json").is_file() else base_name(adapter)
 

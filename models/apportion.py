@@ -1,4 +1,4 @@
-"""A budget is divided evenly among the images and slides of a case."""
+"""Divide a budget evenly among the images and slides of a case."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def apportion(budget: int, room: Sequence[float]) -> list[int]:
-    """Even whole shares of a budget; what is left over goes to the first, a token each.
+    """Divide a budget into equal whole shares; the first get the remainder, one token each.
 
     Args:
         budget: in tokens.

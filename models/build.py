@@ -1,4 +1,4 @@
-"""A performer from a recipe: from a saved folder, from any causal language model, or from nothing."""
+"""Build a performer from a recipe: from a saved folder, any causal language model, or untrained."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from frugalpath.models.gemma_vl import MARKS, GemmaPerformer, small_gemma
 from frugalpath.models.language_model import load_tokenizer
 from frugalpath.models.performer import Performer, QwenPerformer, SlidePerformer, question_text
 from frugalpath.models.processor import SlideProcessor, ViewProcessor
-from frugalpath.models.qwen_vl import SPECIAL, QwenProcessor, QwenSight, freeze_vision, small_qwen
+from frugalpath.models.qwen_vl import SPECIAL, QwenProcessor, QwenVisionAdapter, freeze_vision, small_qwen
 from frugalpath.models.slide_config import SlideVLMConfig
 from frugalpath.models.slide_vlm import SlideVLM
 from frugalpath.models.tokenizer import IMAGE_TOKEN, train_tokenizer
-from frugalpath.models.vision_adapter import Sight, TextSight
+from frugalpath.models.vision_adapter import TextVisionAdapter, VisionAdapter
 
 FAMILIES = ("slide_vlm", "qwen_vl", "gemma_vl")
 SEEING = (
@@ -33,7 +33,7 @@ SEEING = (
 )  # fmt: skip
 """Keys of the performer that are keys of `SlideVLMConfig`."""
 ASKING = ("show_options", "repeat_prompt", "system")
-"""Keys of the performer that say how a question is put."""
+"""Keys of the performer that define the wording of questions."""
 SEEING_PARTS = ("compressor", "aligner", "markers", "routes")
 """Modules of `SlideVLM` beside the language model."""
 MARKS_OF = {"qwen_vl": SPECIAL, "gemma_vl": MARKS}
@@ -90,15 +90,15 @@ class PerformerConfig:
 
     def __post_init__(self) -> None:
         if self.family not in FAMILIES:
-            raise InputError(f"performer.family: {self.family!r} is not known; known are {', '.join(FAMILIES)}")
+            raise InputError(f"performer.family: {self.family!r} is unknown; use one of {', '.join(FAMILIES)}")
         if self.family == "gemma_vl" and not self.freeze_vision:
-            raise InputError("performer.freeze_vision: gemma_vl pools what a frozen tower sees; set it to true")
+            raise InputError("performer.freeze_vision: gemma_vl needs a frozen vision tower; set it to true")
 
 
 def build_performer(
     config: PerformerConfig, cases: list[Case], bank: FeatureBank, seed: int = 0, texts: Sequence[str] = ()
 ) -> Performer:
-    """Make the performer that a recipe describes.
+    """Build the performer of a recipe.
 
     Args:
         cases: the training cases. A new tokenizer learns their texts, and `texts`.
@@ -118,10 +118,13 @@ def build_performer(
 
 
 def load_performer(folder: str | Path, config: PerformerConfig, bank: FeatureBank) -> Performer:
-    """Read a performer that `Performer.save` wrote.
+    """Load a performer saved by `Performer.save`.
+
+    Args:
+        bank: may be empty; what is added to it later must be as wide as the features that the performer reads.
 
     Raises:
-        InputError: it reads features of another width than the cases have.
+        InputError: its feature width differs from the cases'.
     """
     options: dict[str, Any] = {key: getattr(config, key) for key in ASKING}
     kind = AutoConfig.from_pretrained(config_source(folder)).model_type
@@ -130,6 +133,8 @@ def load_performer(folder: str | Path, config: PerformerConfig, bank: FeatureBan
     if kind == "gemma3":
         return GemmaPerformer.load(folder, bank, **options)
     performer = SlidePerformer.load(folder, bank, **options)
+    if not bank.files:
+        bank.dim = performer.model.config.feature_dim
     if performer.model.config.feature_dim != bank.dim:
         raise InputError(
             f"performer.checkpoint: {folder} reads features of width {performer.model.config.feature_dim}, the cases "
@@ -138,26 +143,24 @@ def load_performer(folder: str | Path, config: PerformerConfig, bank: FeatureBan
     return performer
 
 
-def make_sight(model: Any, processor: Any) -> Sight:
-    """How a model takes in images.
+def make_vision_adapter(model: Any, processor: Any) -> VisionAdapter:
+    """Make the vision adapter of a model.
 
     Raises:
-        InputError: a vision-language model of a family that is not known here.
+        InputError: a vision-language model of an unknown family.
     """
     if isinstance(processor, ViewProcessor):
         return processor.sight
     kind = model.config.model_type
     if kind == "qwen2_5_vl":
-        return QwenSight(model.config.image_token_id, processor.image_processor)
+        return QwenVisionAdapter(model.config.image_token_id, processor.image_processor)
     if kind == "gemma3":
         raise InputError(
             "model: gemma3 pools its image tokens; pass a `frugalpath.models.gemma_vl.GemmaProcessor` with it"
         )
     if hasattr(model.config, "vision_config"):
-        raise InputError(
-            f"model: the family {kind} is not known here; known are {', '.join(FAMILIES)} and text models"
-        )
-    return TextSight()
+        raise InputError(f"model: the family {kind} is unknown here; use one of {', '.join(FAMILIES)} and text models")
+    return TextVisionAdapter()
 
 
 def lora_config(config: PerformerConfig, model: Any) -> LoraConfig | None:

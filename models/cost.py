@@ -1,4 +1,4 @@
-"""What an answer costs, in floating-point operations (methods 9.2: a multiply-add counts 2).
+"""Cost of an answer in floating-point operations (methods 9.2: a multiply-add counts 2).
 
 FLOPs of the language model in training, rollouts among them; padding and attention are not counted.
 """
@@ -138,7 +138,7 @@ SEEING = ("visual", "vision_tower", "multi_modal_projector")
 
 
 class FlopCount:
-    """FLOPs since they were last taken.
+    """Counter of FLOPs since the last call of `take`.
 
     Args:
         model: that is trained; what has gradients by now is what is trained.
@@ -157,7 +157,7 @@ class FlopCount:
         self._flops += passes * self._parameters * tokens
 
     def take(self) -> int:
-        """What was added since the last call."""
+        """Return the FLOPs added since the last call."""
         flops, self._flops = self._flops, 0.0
         return int(flops)
 

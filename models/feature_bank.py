@@ -1,4 +1,4 @@
-"""What a performer sees of one field of view or slide: at most `budget` visual tokens and where they lie."""
+"""Visual tokens of a field of view or slide: at most `budget` tokens and their places."""
 
 from __future__ import annotations
 
@@ -84,14 +84,19 @@ class FeatureBank:
 
     @cached_property
     def dim(self) -> int:
-        """Width d of the stored features."""
+        """Width d of the stored features; set by what reads them where there are none yet."""
         return stored_dim(next(iter(self.files.values())))
 
     def add(self, other: FeatureBank) -> None:
-        """Take in the sources of another bank, whose features are as wide."""
-        if other.dim != self.dim:
+        """Take in the sources of another bank, whose features are as wide.
+
+        Raises:
+            InputError: they are not.
+        """
+        known = self.files or "dim" in vars(self)  # empty banks of models with a vision tower know no width
+        if other.files and known and other.dim != self.dim:
             raise InputError(
-                f"features of new cases are {other.dim} wide, those of the others {self.dim}; encode alike"
+                f"features of new cases are {other.dim} wide, those of the others {self.dim}; use the same encoder"
             )
         self.files |= other.files
         self.missing |= other.missing

@@ -1,4 +1,4 @@
-"""Features of a frozen vision tower, kept on disk between steps, runs and processes."""
+"""Disk cache of a frozen vision tower's features, shared by steps, runs and processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from frugalpath.errors import InputError
-from frugalpath.files import whole
+from frugalpath.files import atomic_write
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class FeatureCache:
             raise self._unwritable(error) from error
 
     def get(self, key: str) -> torch.Tensor | None:
-        """Features (n, hidden) on the CPU, which now count as used; None when they are absent or damaged."""
+        """Get features (n, hidden) on the CPU and mark them as used; None if absent or damaged."""
         path = self._path(key)
         try:
             os.utime(path)
@@ -87,7 +87,7 @@ class FeatureCache:
         return features
 
     def put(self, key: str, features: torch.Tensor) -> None:
-        """Store features (n, hidden); a key that is there is left alone, a value over the limit is not kept.
+        """Store features (n, hidden); existing keys are not replaced, values over the limit are not stored.
 
         Raises:
             InputError: the folder can no longer be written.
@@ -106,7 +106,7 @@ class FeatureCache:
             self._warned = True
             return
         try:
-            with whole(path) as part:
+            with atomic_write(path) as part:
                 part.write_bytes(data)
             self._allowance -= len(data)
             if self._allowance < 0:
@@ -143,7 +143,7 @@ class FeatureCache:
 
 
 def cache_key(content: bytes | str, grid: Sequence[int], revision: str) -> str:
-    """Hex digest of what features depend on.
+    """Hex digest of everything that features depend on.
 
     Args:
         content: the bytes of the image, or their hash when it is already made.

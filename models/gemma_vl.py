@@ -27,16 +27,16 @@ from frugalpath.models.feature_cache import FeatureCache, cache_key, content_has
 from frugalpath.models.image_view import ImageView
 from frugalpath.models.performer import ImagePerformer
 from frugalpath.models.processor import TowerProcessor
-from frugalpath.models.vision_adapter import View, flat
-from frugalpath.models.vision_tower import TowerSight, holder_of, is_frozen, takes_features
+from frugalpath.models.vision_adapter import VisualInput, flat
+from frugalpath.models.vision_tower import TowerVisionAdapter, holder_of, is_frozen, takes_features
 
 START, SOFT, END = MARKS = ("<start_of_image>", "<image_soft_token>", "<end_of_image>")
 TOWER_IMAGES = 16
 """Images that the vision tower reads at a time."""
 
 
-class GemmaSight(TowerSight):
-    """Of Gemma 3 with a frozen vision tower.
+class GemmaVisionAdapter(TowerVisionAdapter):
+    """Vision adapter of Gemma 3 with a frozen vision tower.
 
     Args:
         side: of the grid of tokens that the model makes of an image.
@@ -60,12 +60,12 @@ class GemmaSight(TowerSight):
         """
         base = self.eyes(model)
         if not all(map(is_frozen, vision_parts(base))):
-            raise InputError("gemma_vl pools what a frozen vision tower sees: call `freeze_gemma` on the model first")
+            raise InputError("gemma_vl needs a frozen vision tower: call `freeze_gemma` on the model first")
         _require_features(base)
         parts = vision_parts(base)
         self._keep(once, cache, autocast, parts, parts[1].mm_input_projection_weight)
 
-    def view(self, image: Any) -> View:
+    def view(self, image: Any) -> VisualInput:
         """The view of an image with all its tokens."""
         return image if isinstance(image, ImageView) else self.view_at(image, self.side**2)
 
@@ -74,7 +74,7 @@ class GemmaSight(TowerSight):
         side = min(self.side, math.isqrt(budget))
         return ImageView(source, (1, side, side), 1, None, budget)
 
-    def fields(self, views: Sequence[View]) -> dict[str, torch.Tensor]:
+    def fields(self, views: Sequence[VisualInput]) -> dict[str, torch.Tensor]:
         """As its base.
 
         Raises:
@@ -152,10 +152,10 @@ class GemmaProcessor(TowerProcessor):
     """Processor of Gemma 3 that needs no torchvision.
 
     Args:
-        image_processor: a `Gemma3ImageProcessorPil`. side: see `GemmaSight`.
+        image_processor: a `Gemma3ImageProcessorPil`. side: see `GemmaVisionAdapter`.
     """
 
-    sight: GemmaSight
+    sight: GemmaVisionAdapter
     image_token = SOFT
     image_text = START
 
@@ -163,7 +163,7 @@ class GemmaProcessor(TowerProcessor):
         self, image_processor: Any = None, tokenizer: Any = None, side: int = 16, chat_template: str | None = None
     ):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
-        self.sight = GemmaSight(self.image_token_id, image_processor, side)
+        self.sight = GemmaVisionAdapter(self.image_token_id, image_processor, side)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     def _rendered(self, text: str) -> str:
@@ -172,12 +172,12 @@ class GemmaProcessor(TowerProcessor):
 
 
 class GemmaPerformer(ImagePerformer):
-    """A Gemma 3: it is shown the image itself, its tokens pooled to the budget."""
+    """Performer based on Gemma 3, which sees the image itself, its tokens pooled to the budget."""
 
     family = "gemma_vl"
     processor: GemmaProcessor
 
-    def seeing(self, views: Sequence[View]) -> float:
+    def seeing(self, views: Sequence[VisualInput]) -> float:
         config = self.model.config
         tower = SquareTowerShape.from_config(config.vision_config, config.mm_tokens_per_image)
         return len(views) * tower.read(config.get_text_config().hidden_size)
@@ -217,14 +217,14 @@ def freeze_gemma(model: Any) -> Any:
 
 
 def load_gemma(name: str | Path, **options: Any) -> Gemma3ForConditionalGeneration:
-    """A Gemma 3 by `from_pretrained`, its vision tower frozen; an adapter is merged into the base that it names."""
+    """Load a Gemma 3 with a frozen vision tower; an adapter is merged into its base."""
     return freeze_gemma(read_merged(Gemma3ForConditionalGeneration, name, **options))
 
 
 def small_gemma(
     tokenizer: Any, text: dict[str, Any], vision: dict[str, Any] | None = None, attention: str = "sdpa"
 ) -> tuple[Gemma3ForConditionalGeneration, GemmaProcessor]:
-    """A Gemma 3 from nothing, which sees 128 x 128 px as 8 x 8 tokens, and its processor.
+    """Build an untrained Gemma 3, which sees 128 x 128 px as 8 x 8 tokens, and its processor.
 
     Args:
         tokenizer: with `MARKS`.
@@ -271,10 +271,12 @@ def _chunks(keys: Iterable[str]) -> list[list[str]]:
 
 
 def _require_features(base: Any) -> None:
-    """Refuse a model whose forward would leave out ready features.
+    """Raise InputError if the model's forward would ignore precomputed features.
 
     Raises:
         InputError: transformers is older than 5.18.
     """
     if not takes_features(base):
-        raise InputError("gemma_vl: this transformers hands Gemma 3 no ready features; pip install -U transformers")
+        raise InputError(
+            "gemma_vl: this transformers takes no precomputed features for Gemma 3; pip install -U transformers"
+        )

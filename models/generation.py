@@ -1,4 +1,4 @@
-"""Generation that reads each prompt once, however many completions are asked of it."""
+"""Generate completions, reading each prompt only once for all its completions."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, GenerationConfig
 
 from frugalpath.models.attention import as_mask, check_window, dense_attention
-from frugalpath.models.vision_adapter import Prompt, Sight, stack_positions
+from frugalpath.models.vision_adapter import Prompt, VisionAdapter, stack_positions
 
 
 def generate(
     model: Any,
-    sight: Sight,
+    sight: VisionAdapter,
     prompts: Sequence[Prompt],
     copies: Sequence[int],
     config: GenerationConfig,
@@ -30,7 +30,7 @@ def generate(
 @torch.no_grad()
 def generate_sure(
     model: Any,
-    sight: Sight,
+    sight: VisionAdapter,
     prompts: Sequence[Prompt],
     copies: Sequence[int],
     config: GenerationConfig,
@@ -66,7 +66,7 @@ def generate_sure(
 
 
 def _write(
-    model: Any, sight: Sight, prompts: Sequence[Prompt], width: int, config: GenerationConfig, sure: bool
+    model: Any, sight: VisionAdapter, prompts: Sequence[Prompt], width: int, config: GenerationConfig, sure: bool
 ) -> list[list[tuple[list[int], float]]]:
     """`width` completions of each of the prompts, which share a batch."""
     device = model.get_input_embeddings().weight.device
@@ -90,7 +90,7 @@ def _write(
 @torch.no_grad()
 def write_on(
     model: Any,
-    sight: Sight,
+    sight: VisionAdapter,
     prompts: Sequence[Prompt],
     ids: torch.Tensor,
     prefix: torch.Tensor,
@@ -99,7 +99,7 @@ def write_on(
     config: GenerationConfig,
     sure: bool,
 ) -> list[list[tuple[list[int], float]]]:
-    """Completions of prompts that have been read.
+    """Write completions of prompts that have been read.
 
     Args:
         ids: (B, P) of the prompts, left-padded. prefix: (B, P), 0 where padded.
@@ -165,7 +165,7 @@ def _chooser(
 
 
 def check(config: GenerationConfig) -> None:
-    """Refuse what `generate` does not do.
+    """Raise ValueError for settings that `generate` does not support.
 
     Raises:
         ValueError: with the remedy.

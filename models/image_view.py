@@ -1,4 +1,4 @@
-"""An image at a budget: it is resized once, so that tokens of 28 x 28 px are what the budget counts."""
+"""An image at a budget: resized once, so that its tokens of 28 x 28 px fit the budget."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def open_image(path: str) -> Image.Image:
 
 
 def unreadable(path: str, error: Exception) -> InputError:
-    """What is said of a file that holds no whole image."""
+    """Message for a file without an intact image."""
     return InputError(
-        f"{path}: cannot be read as an image ({error.__cause__ or error}); mend or replace it, or drop its cases"
+        f"{path}: cannot be read as an image ({error.__cause__ or error}); repair or replace it, or drop its cases"
     )

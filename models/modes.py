@@ -1,4 +1,4 @@
-"""A module in eval mode for a while."""
+"""Put a module in eval mode temporarily."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The task performer: what it sees of a case at a budget, and what it answers."""
+"""The performer: a vision-language model that answers cases at a budget."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ from frugalpath.models.processor import SlideProcessor, ViewProcessor
 from frugalpath.models.qwen_vl import QwenProcessor, freeze_vision, load_qwen
 from frugalpath.models.slide_config import SlideVLMConfig
 from frugalpath.models.slide_vlm import SlideVLM
-from frugalpath.models.vision_adapter import Prompt, View, read_prompt
+from frugalpath.models.vision_adapter import Prompt, VisualInput, read_prompt
 
-Wording: TypeAlias = Callable[[Case, Sequence[View]], list[dict]]
-"""A conversation about a case and what is shown of it."""
+Wording: TypeAlias = Callable[[Case, Sequence[VisualInput]], list[dict]]
+"""Makes a conversation from a case and its visual inputs."""
 UNCAPPED = 2**31
-"""A budget in tokens that no image reaches."""
+"""A budget above the tokens of any image."""
 PROMPTS_KEPT = 8192
-"""Rendered prompts that a performer remembers."""
+"""Number of rendered prompts that a performer caches."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One greedy answer and what it cost.
+    """One greedy answer and its cost.
 
     Args:
         text: completion, special tokens removed.
@@ -64,7 +64,7 @@ class Answer:
 
 
 def question_text(case: Case, show_options: bool) -> str:
-    """The question as it is put: the prompt and, if wanted, the options of a choice case."""
+    """Text of the question: the prompt and, if wanted, the options of a choice case."""
     if show_options and case.options:
         return case.prompt + "\nOptions: " + ", ".join(case.options)
     return case.prompt
@@ -95,7 +95,7 @@ class Performer(ABC):
         self._read: dict[tuple, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def reworded(self, wording: Wording) -> Performer:
-        """The same performer put before other conversations about its cases; the model is shared."""
+        """Copy of the performer with other conversations about its cases; the model is shared."""
         other = copy.copy(self)
         other._wording, other._read = wording, {}
         return other
@@ -119,12 +119,12 @@ class Performer(ABC):
 
     @property
     def resumes(self) -> bool:
-        """Whether a prompt can be read on from the KV cache of one that begins alike, see `frugalpath.models.reuse`."""
+        """Whether a prompt can be read on from the KV cache of one that begins alike, see `models.reuse`."""
         return False
 
     @abstractmethod
-    def view(self, case: Case, number: int, budget: int) -> View:
-        """What is shown of a case's image or slide of that number at a budget of at least 1 token."""
+    def view(self, case: Case, number: int, budget: int) -> VisualInput:
+        """Visual input of a case's image or slide by number, at a budget of at least 1 token."""
 
     def shown(self, case: Case) -> dict[int, str]:
         """Images and slides of a case by their number; one that has no features keeps its number and is left out."""
@@ -135,7 +135,7 @@ class Performer(ABC):
         """Images and slides of a case that can be shown, in order."""
         return tuple(self.shown(case).values())
 
-    def see(self, case: Case, budget: int) -> list[View]:
+    def see(self, case: Case, budget: int) -> list[VisualInput]:
         """Views of a case at a budget, which its images and slides share evenly; one without a share is not shown."""
         shown = self.shown(case)
         if len(shown) < 2:
@@ -151,7 +151,7 @@ class Performer(ABC):
     def native(self, source: str) -> int:
         """Tokens of an image or slide as it is, without any cap."""
 
-    def messages(self, case: Case, visual: Sequence[View] = ()) -> list[dict]:
+    def messages(self, case: Case, visual: Sequence[VisualInput] = ()) -> list[dict]:
         """Conversation that puts the question; images come before the text."""
         if self._wording is not None:
             return self._wording(case, visual)
@@ -214,7 +214,7 @@ class Performer(ABC):
         return [answers[i] for i in range(len(cases))]
 
     def greedy(self, max_new_tokens: int) -> GenerationConfig:
-        """How answers are written."""
+        """Generation settings of answers."""
         tokenizer = self.processor.tokenizer
         return GenerationConfig(
             max_new_tokens=max_new_tokens,
@@ -236,7 +236,7 @@ class Performer(ABC):
 
 
 class SlidePerformer(Performer):
-    """A `SlideVLM`: it is shown stored features, compressed to the budget."""
+    """Performer based on `SlideVLM`, which sees stored features compressed to the budget."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -308,7 +308,7 @@ class SlidePerformer(Performer):
 
     @classmethod
     def load(cls, folder: str | Path, bank: FeatureBank, **options: Any) -> SlidePerformer:
-        """Read what `save` wrote."""
+        """Load what `save` wrote."""
         model = SlideVLM.from_pretrained(folder)
         return cls(model, SlideProcessor(AutoTokenizer.from_pretrained(folder)), bank, **options)
 
@@ -324,10 +324,10 @@ class ImagePerformer(Performer):
         # Views remember features and patches: some hundreds of them at 1,024 tokens are a few GB.
         self._view = lru_cache(maxsize=256)(self.processor.sight.view_at)
 
-    def view(self, case: Case, number: int, budget: int) -> View:
+    def view(self, case: Case, number: int, budget: int) -> VisualInput:
         return self._view(self.shown(case)[number], budget)
 
-    def see(self, case: Case, budget: int) -> list[View]:
+    def see(self, case: Case, budget: int) -> list[VisualInput]:
         if case.slides:
             raise InputError(
                 f"case {case.id}: it shows slides, and {self.family} reads images; use performer.family slide_vlm, or "
@@ -343,12 +343,12 @@ class ImagePerformer(Performer):
 
 
 class QwenPerformer(ImagePerformer):
-    """A Qwen2.5-VL: an image is resized to the budget."""
+    """Performer based on Qwen2.5-VL, which sees images resized to the budget."""
 
     family = "qwen_vl"
     processor: QwenProcessor
 
-    def seeing(self, views: Sequence[View]) -> float:
+    def seeing(self, views: Sequence[VisualInput]) -> float:
         tower = TowerShape.from_config(self.model.config.vision_config)
         return sum(tower.read(v.tokens) for v in views)
 

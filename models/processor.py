@@ -9,7 +9,7 @@ import torch
 from transformers import BatchFeature, ProcessorMixin
 
 from frugalpath.models.tokenizer import IMAGE_TOKEN
-from frugalpath.models.vision_adapter import Sight, SlideSight, images_of
+from frugalpath.models.vision_adapter import SlideVisionAdapter, VisionAdapter, images_of
 
 
 class ViewProcessor(ProcessorMixin):
@@ -18,7 +18,7 @@ class ViewProcessor(ProcessorMixin):
     The tokenizer's chat template sees plain strings, so that the template of any text model serves.
     """
 
-    sight: Sight
+    sight: VisionAdapter
     image_token = IMAGE_TOKEN
     image_text = IMAGE_TOKEN
     """What an image becomes in a text, the image token among it."""
@@ -104,7 +104,7 @@ class SlideProcessor(ViewProcessor):
 
     def __init__(self, tokenizer: Any = None, chat_template: str | None = None, **kwargs: Any):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        self.sight = SlideSight(self.image_token_id)
+        self.sight = SlideVisionAdapter(self.image_token_id)
         super().__init__(tokenizer, chat_template=chat_template or tokenizer.chat_template, **kwargs)
 
 

@@ -22,8 +22,8 @@ from frugalpath.models.adapters import read_merged
 from frugalpath.models.feature_cache import FeatureCache, cache_key, content_hash
 from frugalpath.models.image_view import ImageView, fit, open_image
 from frugalpath.models.processor import TowerProcessor
-from frugalpath.models.vision_adapter import View, flat
-from frugalpath.models.vision_tower import TowerSight, holder_of, is_frozen, takes_features
+from frugalpath.models.vision_adapter import VisualInput, flat
+from frugalpath.models.vision_tower import TowerVisionAdapter, holder_of, is_frozen, takes_features
 
 VISION_MARKS = ("<|vision_start|>", "<|vision_end|>")
 VIDEO_TOKEN = "<|video_pad|>"
@@ -34,8 +34,8 @@ TOWER_PATCHES = 32768
 """Patches that the vision tower reads at a time."""
 
 
-class QwenSight(TowerSight):
-    """Of Qwen2.5-VL; a frozen vision tower sees each view once, unless `configure` says otherwise."""
+class QwenVisionAdapter(TowerVisionAdapter):
+    """Vision adapter of Qwen2.5-VL; a frozen tower sees each view once, unless `configure` changes that."""
 
     typed_tokens = True
     parts = ("visual",)
@@ -52,7 +52,7 @@ class QwenSight(TowerSight):
         """Side in px of the square that is one token."""
         return self.processor.patch_size * self.processor.merge_size
 
-    def view(self, image: Any) -> View:
+    def view(self, image: Any) -> VisualInput:
         """The view of an image as the image processor would resize it."""
         if isinstance(image, ImageView):
             return image
@@ -88,7 +88,7 @@ class QwenSight(TowerSight):
         size = (columns * self.unit, rows * self.unit)
         return self._view(path, size[1], size[0], size, budget)
 
-    def check_stock(self, views: Sequence[View]) -> None:
+    def check_stock(self, views: Sequence[VisualInput]) -> None:
         area, size = self.unit**2, self.processor.size
         for view in views:
             assert isinstance(view, ImageView)
@@ -200,13 +200,13 @@ class QwenProcessor(TowerProcessor):
         image_processor: a `Qwen2VLImageProcessorPil`; its `size` limits images that come without a budget.
     """
 
-    sight: QwenSight
+    sight: QwenVisionAdapter
 
     def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None):
         self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
         # Without marks between them two images side by side would be one to the model.
         self.image_text = self.image_token.join(VISION_MARKS)
-        self.sight = QwenSight(self.image_token_id, image_processor)
+        self.sight = QwenVisionAdapter(self.image_token_id, image_processor)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or tokenizer.chat_template)
 
     @classmethod
@@ -227,14 +227,14 @@ def freeze_vision(model: Any) -> None:
 
 
 def load_qwen(name: str | Path, **options: Any) -> Qwen2_5_VLForConditionalGeneration:
-    """A Qwen2.5-VL by `from_pretrained`; an adapter is merged into the base that it names."""
+    """Load a Qwen2.5-VL; an adapter is merged into its base."""
     return read_merged(Qwen2_5_VLForConditionalGeneration, name, **options)
 
 
 def small_qwen(
     tokenizer: Any, text: dict[str, Any], vision: dict[str, Any] | None = None, attention: str = "sdpa"
 ) -> Qwen2_5_VLForConditionalGeneration:
-    """A Qwen2.5-VL from nothing.
+    """Build an untrained Qwen2.5-VL.
 
     Args:
         tokenizer: with `SPECIAL`.

@@ -1,4 +1,4 @@
-"""An index of slides and their texts that can be saved and queried both ways.
+"""Index of slides and their texts that can be saved and searched both ways.
 
 Classes by their descriptions: a slide belongs to the class whose prompts it resembles most.
 """
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoTokenizer
 
 from frugalpath.errors import InputError
-from frugalpath.files import whole, write_text
+from frugalpath.files import atomic_write, write_text
 from frugalpath.models.compressors.base import PLACE, Tokens
 from frugalpath.models.feature_bank import COLUMNS, patch_rows
 from frugalpath.models.feature_cache import module_revision
@@ -37,7 +37,7 @@ def slide_rows(stored: Features) -> torch.Tensor:
 
 
 class Embedder:
-    """A trained `SlideTextModel` with its tokenizer, to embed with.
+    """Embed slides and texts with a trained `SlideTextModel`.
 
     Args:
         folder: where they were read from, or None.
@@ -102,7 +102,7 @@ class Embedder:
 
 @dataclass(frozen=True)
 class Item:
-    """What an index knows of a slide.
+    """Entry of a slide in an index.
 
     Args:
         id: unique name. patient: of the slide, for intervals. text: its report, or None.
@@ -147,22 +147,22 @@ class RetrievalIndex:
         ids = [item.id for item in items]
         twice = sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
         if twice:
-            raise InputError(f"index: the id {twice[0]!r} stands more than once; ids must be unique")
+            raise InputError(f"index: the id {twice[0]!r} occurs more than once; ids must be unique")
         if not items:
-            raise InputError("index: there is no slide to put into it")
+            raise InputError("index: there are no slides to add")
         return cls(embedder, items, embedder.slides(rows), embedder.texts(distinct(items)), encoder)
 
     def query_text(self, text: str, k: int = 5) -> list[dict[str, Any]]:
-        """The k slides that fit a text best: rank, score (cosine), id, patient, text."""
+        """The k slides that best match a text: rank, score (cosine), id, patient, text."""
         scores = similarity(self.slide_vectors, self.embedder.texts([text]))[:, 0]
         return [
             {"rank": rank, "score": score, **asdict(self.items[at])} for rank, score, at in _best(scores, _checked(k))
         ]
 
     def query_slide(self, rows: torch.Tensor, k: int = 5) -> list[dict[str, Any]]:
-        """The k distinct texts that fit a slide (n, d + 4) best: rank, score (cosine), text, ids of its slides."""
+        """The k distinct texts that best match a slide (n, d + 4): rank, score (cosine), text, ids of its slides."""
         if not self.texts:
-            raise InputError("index: none of its slides has a text, so a slide finds none; build it with texts")
+            raise InputError("index: none of its slides has a text, so a slide has no match; build it with texts")
         scores = similarity(self.embedder.slides([rows]), self.text_vectors)[0]
         return [
             {
@@ -191,7 +191,7 @@ class RetrievalIndex:
         if self.embedder.folder is None:
             raise InputError("index: its model was never saved; save model and tokenizer, and load an Embedder")
         folder = Path(folder)
-        with whole(folder / VECTORS) as part:
+        with atomic_write(folder / VECTORS) as part:
             save_file({"slides": self.slide_vectors.contiguous(), "texts": self.text_vectors.contiguous()}, part)
         known = {
             "model": str(self.embedder.folder),
@@ -203,7 +203,7 @@ class RetrievalIndex:
 
     @classmethod
     def load(cls, folder: str | Path, model: str | Path | None = None) -> RetrievalIndex:
-        """Read what `save` wrote.
+        """Load what `save` wrote.
 
         Args:
             model: folder of the model, where it has moved.
@@ -218,7 +218,7 @@ class RetrievalIndex:
             items = [Item(**item) for item in known["items"]]
             slides, texts = vectors["slides"], vectors["texts"]
             if (len(slides), len(texts)) != (len(items), len(distinct(items))):
-                raise InputError(f"{folder}: {VECTORS} is not of this {INDEX}; build the index again")
+                raise InputError(f"{folder}: {VECTORS} does not belong to this {INDEX}; build the index again")
         except FileNotFoundError as error:
             raise InputError(f"{error.filename}: no such file; name the folder of an index") from error
         except (json.JSONDecodeError, SafetensorError, KeyError, TypeError) as error:
@@ -239,7 +239,7 @@ def distinct(items: Sequence[Item]) -> list[str]:
 
 def _checked(k: int) -> int:
     if k < 1:
-        raise InputError(f"k is {k}; ask for at least 1")
+        raise InputError(f"k is {k}; give at least 1")
     return k
 
 

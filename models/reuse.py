@@ -1,11 +1,11 @@
-"""A later look at a case takes over what an earlier one has read: the KV cache of what both prompts begin with.
+"""Reuse the KV cache of the common beginning of two prompts of a case.
 
 Prompts of one case at two budgets have in common the text before the visual tokens, and the visual tokens up to the
-first that differs: all of the smaller budget's where they are nested (`frugalpath.models.compressors.pool`), none where a learned
+first that differs: all of the smaller budget's where they are nested (`models.compressors.pool`), none where a learned
 compressor makes each token of all patches. One measure serves both: equal ids, and equal rows behind image tokens.
 
 Only models that have their visual tokens in the text, as embeddings of stored features, are read on (`resumes`). With
-cross-attention every hidden state hangs on all visual tokens, and Qwen2.5-VL counts positions in the image's grid:
+cross-attention every hidden state depends on all visual tokens, and Qwen2.5-VL counts positions in the image's grid:
 there each look is a fresh prompt. A prompt that is the same as the one before is not read again by any.
 """
 
@@ -52,7 +52,7 @@ def shared(performer: Performer, before: Prompt, after: Prompt) -> int:
 
 
 def spared(performer: Performer, before: Prompt, after: Prompt) -> float:
-    """FLOPs of seeing and reading `after` that the KV cache of `before` saves."""
+    """FLOPs of `after` that the KV cache of `before` saves."""
     kept = shared(performer, before, after)
     if kept == len(after):
         return performer.flops(after, 1)

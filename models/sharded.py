@@ -1,4 +1,4 @@
-"""Models whose weights are shared out among processes: FSDP2, and DeepSpeed's ZeRO-3."""
+"""Models with weights sharded over processes: FSDP2 and DeepSpeed ZeRO-3."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 
 def shares_out(accelerator: Any) -> bool:
-    """Whether the weights of the models that it prepares are shared out among processes."""
+    """Whether the accelerator shards weights over processes."""
     zero = accelerator.state.deepspeed_plugin
     return accelerator.distributed_type == DistributedType.FSDP or (zero is not None and zero.zero_stage == 3)
 
 
 def make_ready(model: Any) -> None:
-    """Let a model be shared out.
+    """Prepare a model for sharding.
 
     TRL's fused head multiplies by the head's weights and never calls the head, so that FSDP2 neither gathers them nor
     averages their gradients over the processes: each would keep its own. The model's forward gathers them here.

@@ -57,7 +57,7 @@ class SlideVLMConfig(PreTrainedConfig):
             text_config = AutoConfig.for_model(**text_config)
         for key, value, known in (("markers", markers, MARKERS), ("fusion", fusion, FUSIONS)):
             if value not in known:
-                raise InputError(f"performer.{key}: {value!r} is not known; known are {', '.join(known)}")
+                raise InputError(f"performer.{key}: {value!r} is unknown; use one of {', '.join(known)}")
         self.text_config = text_config if text_config is not None else AutoConfig.for_model("qwen2")
         self.feature_dim = feature_dim
         self.image_token_id = image_token_id

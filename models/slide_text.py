@@ -84,10 +84,10 @@ class TextQFormer(QFormer):
 
 @dataclass
 class SlideTextOutput(ModelOutput):
-    """What a training step gives.
+    """Output of a training step.
 
     Args:
-        loss: sum of the losses that were asked for.
+        loss: sum of the selected losses.
         itc, itm, itg: each of them, or None.
     """
 
@@ -98,7 +98,7 @@ class SlideTextOutput(ModelOutput):
 
 
 def sight(loss: str, queries: int, words: torch.Tensor) -> torch.Tensor:
-    """Who sees whom among q queries and the t text tokens after them.
+    """Attention mask of q queries and the t text tokens after them.
 
     itc: neither side sees the other. itm: all see all. itg: queries see queries; text sees queries and earlier text.
 
@@ -268,7 +268,7 @@ class SlideTextModel(PreTrainedModel):
 
 
 def hard_negatives(scores: torch.Tensor, same: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """For each pair a text and a slide that do not belong to it, the likelier drawn the more similar.
+    """Draw a non-matching text and slide for each pair, more similar ones with higher probability.
 
     Args:
         scores: (B, B) scaled similarity of slides (rows) and texts. same: (B, B) pairs of equal text.

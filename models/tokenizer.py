@@ -1,4 +1,4 @@
-"""A small byte-level tokenizer trained on the cases' own texts, for a performer that is built from nothing."""
+"""A small byte-level tokenizer trained on the cases' texts, for an untrained performer."""
 
 from __future__ import annotations
 

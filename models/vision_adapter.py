@@ -1,7 +1,7 @@
-"""How a model takes in what it is shown: visual tokens, their place in the text, and positions.
+"""Feed visual inputs to a model: visual tokens, their place in the text, and positions.
 
-A `View` is one image or slide at one budget. A `Sight` is the family's way with views; everything else (packing,
-generation, training) is the same for all families.
+A `VisualInput` is one image or slide at one budget. A `VisionAdapter` feeds such inputs to one family of models;
+everything else (packing, generation, training) is the same for all families.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from frugalpath.models.feature_bank import VisualTokens
 from frugalpath.models.feature_cache import FeatureCache
 
 
-class View(Protocol):
+class VisualInput(Protocol):
     """One image or slide at one budget; `len(view)` is the number of its tokens in the text."""
 
     def __len__(self) -> int: ...
 
     @property
     def tokens(self) -> int:
-        """Visual tokens that it costs, in the text or beside it."""
+        """Number of visual tokens, in the text or outside it."""
         ...
 
 
-class Sight:
-    """A model family's way of taking in views.
+class VisionAdapter:
+    """Feed visual inputs to a family of models.
 
     Args:
         image_token_id: token of the text that a visual token replaces; None for a text model.
@@ -72,25 +72,25 @@ class Sight:
             device: where the copy stays; None for the model's own tower.
         """
 
-    def view(self, image: Any) -> View:
+    def view(self, image: Any) -> VisualInput:
         """The view of an image of a training set, made once; a view is returned as it is."""
         raise NotImplementedError
 
-    def check_stock(self, views: Sequence[View]) -> None:
+    def check_stock(self, views: Sequence[VisualInput]) -> None:
         """Make sure that the family's stock processor, in another engine, makes as many tokens of the views' images.
 
         Raises:
             InputError: it would resize one; the message names it and what to change.
         """
 
-    def prefetch(self, views: Sequence[View]) -> None:
+    def prefetch(self, views: Sequence[VisualInput]) -> None:
         """Begin to make the views ready on other threads, where that takes work."""
 
-    def fields(self, views: Sequence[View]) -> dict[str, torch.Tensor]:
+    def fields(self, views: Sequence[VisualInput]) -> dict[str, torch.Tensor]:
         """What the family's processor gives for the views: `pixel_values` and `image_grid_thw`; empty for none."""
         raise NotImplementedError
 
-    def inputs(self, model: Any, shown: Sequence[Sequence[View]]) -> dict[str, Any]:
+    def inputs(self, model: Any, shown: Sequence[Sequence[VisualInput]]) -> dict[str, Any]:
         """Arguments of the model's forward that show each row of a batch its views, in the order of their tokens."""
         return dict(self.fields(flat(shown)))
 
@@ -102,30 +102,30 @@ class Sight:
         """Arguments of the forward over the tokens that follow, from what the one before it gave."""
         return {}
 
-    def positions(self, ids: torch.Tensor, views: Sequence[View]) -> torch.Tensor:
+    def positions(self, ids: torch.Tensor, views: Sequence[VisualInput]) -> torch.Tensor:
         """Positions (R, P) of a prompt (P,); R is 1, or 3 for multimodal RoPE."""
         return torch.arange(len(ids))[None]
 
 
-class TextSight(Sight):
-    """Of a text model: there is nothing to see."""
+class TextVisionAdapter(VisionAdapter):
+    """Vision adapter of a text model, which has no visual input."""
 
     def __init__(self) -> None:
         super().__init__(None)
 
-    def view(self, image: Any) -> View:
+    def view(self, image: Any) -> VisualInput:
         raise InputError("the training set has images, but the model reads text only; use a vision-language model")
 
-    def fields(self, views: Sequence[View]) -> dict[str, torch.Tensor]:
+    def fields(self, views: Sequence[VisualInput]) -> dict[str, torch.Tensor]:
         return {}
 
 
-class SlideSight(Sight):
-    """Of `SlideVLM`: a view is the stored features of a field or slide, or what they are compressed to outside."""
+class SlideVisionAdapter(VisionAdapter):
+    """Vision adapter of `SlideVLM`; a view is the stored or compressed features of a field or slide."""
 
     stock = False
 
-    def view(self, image: Any) -> View:
+    def view(self, image: Any) -> VisualInput:
         if not isinstance(image, VisualTokens):
             raise InputError(
                 f"an image of the training set is a {type(image).__name__}; slide_vlm reads stored features: "
@@ -173,7 +173,7 @@ class Prompt:
     Args:
         ids: (P,) token ids; every view has its image tokens.
         views: in the order of their tokens.
-        positions: (R, P), see `Sight.positions`.
+        positions: (R, P), see `VisionAdapter.positions`.
     """
 
     ids: torch.Tensor
@@ -199,7 +199,7 @@ class Prompt:
         return int(self.positions.max()) + 1
 
 
-def read_prompt(processor: Any, sight: Sight, messages: str | Sequence[dict], **template: Any) -> Prompt:
+def read_prompt(processor: Any, sight: VisionAdapter, messages: str | Sequence[dict], **template: Any) -> Prompt:
     """Render and tokenize a conversation (or a text) once, its views laid out.
 
     Args:
@@ -210,7 +210,7 @@ def read_prompt(processor: Any, sight: Sight, messages: str | Sequence[dict], **
         InputError: the text has an image token of its own.
     """
     tokenizer = getattr(processor, "tokenizer", processor)
-    views: tuple[View, ...] = ()
+    views: tuple[VisualInput, ...] = ()
     if isinstance(messages, str):
         text = messages
     else:
@@ -222,7 +222,7 @@ def read_prompt(processor: Any, sight: Sight, messages: str | Sequence[dict], **
         if len(rest) != len(views):
             raise InputError(
                 f"a prompt has {len(rest)} places for images and {len(views)} images; its text may hold "
-                f"{token!r}, which stands for an image: take it out"
+                f"{token!r}, which marks an image: remove it"
             )
         text = first + "".join(token * len(v) + part for v, part in zip(views, rest, strict=True))
     if isinstance(messages, str):
@@ -230,7 +230,7 @@ def read_prompt(processor: Any, sight: Sight, messages: str | Sequence[dict], **
     return lay_out(sight, tokenizer(text, add_special_tokens=False)["input_ids"], views)
 
 
-def lay_out(sight: Sight, ids: Sequence[int], views: Sequence[View]) -> Prompt:
+def lay_out(sight: VisionAdapter, ids: Sequence[int], views: Sequence[VisualInput]) -> Prompt:
     """A prompt from its token ids."""
     row = torch.tensor(ids, dtype=torch.long)
     return Prompt(row, tuple(views), sight.positions(row, views))
@@ -240,19 +240,19 @@ def stack_positions(rows: Sequence[torch.Tensor], padding_side: str = "right") -
     """Positions of a batch as a model's forward takes them: (B, T), or (R, B, T) where R is above 1; padding is 0.
 
     Args:
-        rows: B rows, each (R, T_i), see `Sight.positions`.
+        rows: B rows, each (R, T_i), see `VisionAdapter.positions`.
     """
     # Sequence first, so that rows of different length can be padded.
     places = pad_sequence([row.T for row in rows], batch_first=True, padding_side=padding_side).permute(2, 0, 1)
     return places[0] if len(places) == 1 else places
 
 
-def flat(shown: Sequence[Sequence[View]]) -> list[Any]:
+def flat(shown: Sequence[Sequence[VisualInput]]) -> list[Any]:
     """The views of all rows, in order."""
     return [view for row in shown for view in row]
 
 
 def images_of(messages: Sequence[dict]) -> list[Any]:
-    """What the image parts of a conversation hold, in order."""
+    """Contents of the image parts of a conversation, in order."""
     parts = [p for m in messages if not isinstance(m["content"], str) for p in m["content"]]
     return [p["image"] for p in parts if p["type"] == "image"]

@@ -1,4 +1,4 @@
-"""Families with a vision tower of their own: what a frozen one has seen is kept, in memory and if wanted on disk."""
+"""Families with a vision tower; features of a frozen tower are cached in memory and optionally on disk."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from cachetools import LRUCache
 
 from frugalpath.models.feature_cache import FeatureCache, module_revision
 from frugalpath.models.image_view import ImageView
-from frugalpath.models.vision_adapter import Sight, View
+from frugalpath.models.vision_adapter import VisionAdapter, VisualInput
 
 HELD = 2e9
-"""Bytes of visual features that are kept in memory at most."""
+"""Maximum memory for cached visual features, in bytes."""
 
 
-class TowerSight(Sight, ABC):
-    """Of a model that reads images by a tower.
+class TowerVisionAdapter(VisionAdapter, ABC):
+    """Vision adapter of a model with a vision tower.
 
     Args:
         image_processor: of transformers, makes an image what the tower reads.
@@ -66,7 +66,7 @@ class TowerSight(Sight, ABC):
         """What sees for a model: its backbone, or one of no more than the copied tower."""
         return holder_of(model, self.parts[0]) if self._own is None else self._own
 
-    def prefetch(self, views: Sequence[View]) -> None:
+    def prefetch(self, views: Sequence[VisualInput]) -> None:
         """Begin to look up, or else read and prepare the images on other threads."""
         for view in views:
             assert isinstance(view, ImageView)

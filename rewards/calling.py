@@ -113,7 +113,7 @@ def load(place: str, name: str, base: str | Path | None = None) -> ModuleType:
 
 
 def hint(word: object, known: Sequence[str]) -> str:
-    """What a misspelt word may have meant, and all that is known."""
+    """Suggest the closest known word, and list all."""
     close = difflib.get_close_matches(str(word), known, n=1)
     suggestion = f"did you mean {close[0]!r}? " if close else ""
     return f"{suggestion}known: {', '.join(known) or 'none'}"
@@ -127,9 +127,9 @@ def _address(function: RewardFn) -> str:
 
 
 class RewardError(InputError):
-    """A reward function does not keep its contract: wrong number or type of values, a missing column, too slow.
+    """A reward function violates its contract: wrong number or type of values, a missing column, too slow.
 
-    The function is the user's to mend, so that an entry tells it in a line, without our traceback.
+    The user has to fix the function, so a command reports it in one line without a traceback.
     """
 
 
@@ -201,7 +201,9 @@ def score(name: str, function: RewardFn, params: Mapping[str, Any], rows: Rows) 
 def _checked(name: str, result: Any, rows: Rows) -> list[float | None]:
     values = result.tolist() if hasattr(result, "tolist") else result  # numpy arrays, torch tensors
     if not isinstance(values, (list, tuple)):
-        raise RewardError(f"reward {name!r} returned {type(result).__name__}; return a list, one value a completion")
+        raise RewardError(
+            f"reward {name!r} returned {type(result).__name__}; return a list with one value per completion"
+        )
     if len(values) != len(rows):
         raise RewardError(
             f"reward {name!r} returned {len(values)} values for {len(rows)} completions; return one for each"

@@ -1,4 +1,4 @@
-"""What an answer is worth once its visual tokens are paid for.
+"""Rewards that subtract the cost of visual tokens.
 
 The presets are pure functions of a score s in 0..1 and a cost, over numbers, numpy arrays or torch tensors, broadcast
 as usual; the allocator learns from them. An output without a readable budget has cost NaN and counts as a wrong answer
@@ -125,7 +125,7 @@ def dual_price(price: float, cost: Any, target: float, step: float = 0.1, worst_
 
 
 def _settled(score: Any, cost: Any, worst: Any) -> tuple[Any, Any]:
-    """Score and cost with 0 and `worst` in the place of what has cost NaN."""
+    """Replace score and cost by 0 and `worst` where the cost is NaN."""
     library = library_of(score, cost, worst)
     cost = _array(cost, library)
     known = ~library.isnan(cost)
@@ -149,12 +149,12 @@ def library_of(*values: Any) -> Any:
 
 
 OBJECTIVES = ("linear", "birr", "visionthink", "dual")
-"""`dual` is `linear` at a price that whoever learns moves, by `frugalpath.rewards.cost.dual_price`, until a mean cost is met."""
+"""`dual` is `linear` at a price that whoever learns moves, by `rewards.cost.dual_price`, until a mean cost is met."""
 OF_GROUPS = ("visionthink",)
 """These compare a case's budgets with each other: the worth of a mean score is not the mean worth."""
 REMOVED = ("multiplicative", "log", "oracle_regret")
 """Presets of earlier versions, whose rewards were called `<preset>_cost`."""
-INSTEAD = "no figure of the project speaks for it over"
+INSTEAD = "no measurement of the project favours it over"
 """Why they went; what to write comes after it."""
 LOW_SHARE = 0.25
 """Share of the largest budget up to which a look is a cheap one, as in `visionthink_cost`."""
@@ -198,7 +198,7 @@ def worth(
     if objective == "visionthink":
         high = library.where(lost, math.nan, library.where(tokens > LOW_SHARE * cap, 1.0, 0.0))
         return visionthink(score, library.zeros_like(score), high)
-    raise InputError(f"objective: {objective!r} is not known; known are {', '.join(OBJECTIVES)}")
+    raise InputError(f"objective: {objective!r} is unknown; use one of {', '.join(OBJECTIVES)}")
 
 
 def birr_cap(cap: Any) -> Any:

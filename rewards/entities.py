@@ -1,4 +1,4 @@
-"""`entity_f1`: whether an open answer finds what the gold text finds, and denies what it denies.
+"""`entity_f1`: whether an open answer affirms and denies the same concepts as the gold text.
 
 Concepts are looked up in a vocabulary: the longest term that stands there counts, whatever its case, hyphens, plural
 and British or American spelling. A concept is negated where a phrase such as "no", "negative for", "not identified" or
@@ -136,12 +136,12 @@ def read_vocabulary(path: str | None = None) -> Vocabulary:
             form = " ".join(_normal_form(t) for sentence in _sentences(term) for t in sentence if t not in _MARKS)
             first, concept = owner.setdefault(form, (number, written[0]))
             if not form:
-                problems.append(f"{path}, line {number}: {term!r} has no letter or digit; take it out")
+                problems.append(f"{path}, line {number}: {term!r} has no letter or digit; remove it")
             elif first != number:
                 problems.append(f"{path}, lines {first} and {number}: {term!r} stands for two concepts; keep one")
             terms.append((term, concept))
     if not terms:
-        problems.append(f"{path} has no term; write one concept a line, its synonyms separated by |")
+        problems.append(f"{path} has no term; write one concept per line, its synonyms separated by |")
     if problems:
         raise InputError(problems)
     return Vocabulary.of(terms)
@@ -183,7 +183,7 @@ def entity_f1(
     vocabulary: str | None = None,
     **columns: Any,
 ) -> list[float | None]:
-    """F1 between the clinical concepts of the answer and of the gold text, denied ones told from affirmed ones.
+    """F1 between the clinical concepts of the answer and the gold text, denied and affirmed ones apart.
 
     Args:
         completions: n completions.

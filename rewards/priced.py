@@ -23,7 +23,7 @@ DUAL_COST = "dual_cost/cost"  # the metric in TRL's log from which the price fol
 
 
 class _Priced(NamedTuple):
-    """What a completion is worth and spends."""
+    """Score and cost of a completion."""
 
     score: float
     tokens: float  # NaN: it gives no answer

@@ -1,4 +1,4 @@
-"""A reward as a recipe names it: a callable in TRL's form that scores in the process or in workers, and counts.
+"""Rewards of a recipe: callables in TRL's form that score in the process or in workers.
 
 Rewards by name: from one line of a recipe to a callable in TRL's form.
 
@@ -44,7 +44,7 @@ TIMEOUT = 60.0  # seconds for one batch, unless the spec says otherwise
 
 @dataclass(frozen=True)
 class Running:
-    """How a reward runs.
+    """Settings for running a reward.
 
     Args:
         timeout: seconds for one batch.
@@ -59,7 +59,7 @@ class Running:
 
 
 class RewardFunction:
-    """A reward as a recipe names it: a callable in TRL's form with a name, a weight and bound parameters.
+    """A reward of a recipe: a callable in TRL's form with a name, a weight and bound parameters.
 
     It can be pickled: the copy finds its function again by module or file.
 
@@ -260,7 +260,7 @@ KEYS = ("name", "weight", "scores", "params", "timeout", "workers", "on_error")
 
 
 def get_reward(spec: str | Mapping[str, Any], base: str | Path | None = None) -> RewardFunction:
-    """The reward that one entry of a recipe's `rewards` names.
+    """Make the reward of one entry of a recipe's `rewards`.
 
     Args:
         spec: a name, or `{"name": name, "weight": 1.0, "scores": True, "params": {...}, "timeout": 60,
@@ -269,7 +269,7 @@ def get_reward(spec: str | Mapping[str, Any], base: str | Path | None = None) ->
         base: folder that a path is relative to (the recipe's); the current folder is tried after it.
 
     Raises:
-        InputError: with all that is wrong with the entry.
+        InputError: lists all problems of the entry.
     """
     if isinstance(spec, str):
         spec = {"name": spec}
@@ -309,7 +309,7 @@ def get_reward(spec: str | Mapping[str, Any], base: str | Path | None = None) ->
 
 
 def get_rewards(specs: Sequence[str | Mapping[str, Any]], base: str | Path | None = None) -> list[RewardFunction]:
-    """All rewards of a recipe, in order; see `get_reward`.
+    """Make all rewards of a recipe, in order; see `get_reward`.
 
     Raises:
         InputError: with the problems of all entries; two rewards of one name could not be told apart in the logs.
@@ -349,7 +349,7 @@ def warn_unscorable(reward_name: str, row_id: str, problem: str) -> None:
 
 
 def _param_problems(name: str, function: RewardFn, params: Mapping[str, Any]) -> list[str]:
-    """What is wrong with a reward's signature and with the parameters given for it."""
+    """Problems of a reward's signature and parameters."""
     arguments = inspect.signature(function).parameters.values()
     named = [a.name for a in arguments if a.kind in (a.POSITIONAL_OR_KEYWORD, a.KEYWORD_ONLY)]
     if "completions" not in named and not any(a.kind is a.VAR_KEYWORD for a in arguments):
@@ -367,10 +367,10 @@ def _param_problems(name: str, function: RewardFn, params: Mapping[str, Any]) ->
 
 
 def _worker_problems(name: str, source: str, function: RewardFn) -> list[str]:
-    """What keeps a reward from running in worker processes."""
+    """Problems that keep a reward from running in worker processes."""
     named = inspect.signature(function).parameters
     problems = [
-        f"reward {name!r} asks for {argument!r}, which only the trainer's process has; take it out of the signature, "
+        f"reward {name!r} asks for {argument!r}, which only the trainer's process has; remove it from the signature, "
         "or set `workers: 0`"
         for argument in HERE_ONLY
         if argument in named

@@ -42,7 +42,7 @@ def retrieval(
     if scores.shape != (len(texts), len(texts)) or len(patients) != len(texts):
         raise ValueError(f"scores {scores.shape} of {len(texts)} texts and {len(patients)} patients")
     if not np.isfinite(scores).all():
-        raise ValueError("scores hold NaN or infinite values")
+        raise ValueError("scores contain NaN or infinite values")
     bootstrap = Bootstrap(patients, resamples, seed)
     named = np.asarray(texts)
     hits = named[:, None] == named[None]

@@ -1,4 +1,4 @@
-"""The score of an answer: the weighted mean of the rewards that say whether it is right."""
+"""Score of an answer: the weighted mean of the rewards that say whether it is correct."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from frugalpath.rewards.registry import RewardFunction
 
 
 class Scorer:
-    """Scores answers by the recipe's rewards, those left out that only shape training.
+    """Score answers by the recipe's rewards, without those that only shape training.
 
     Args:
         rewards: the recipe's rewards.

@@ -1,4 +1,4 @@
-"""`length`, `overlong`, `repetition`: how long a completion is and how often it repeats itself, whatever it says."""
+"""`length`, `overlong`, `repetition`: rewards for the length and repetition of a completion, not its content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bleu4`, `rouge_l`, `meteor`: how much of the gold text an open answer has, by the usual measures.
+"""`bleu4`, `rouge_l`, `meteor`: similarity of an open answer to the gold text by common measures.
 
 Three rules hold for all of them and are not the libraries'. An answer of the same words as the gold scores 1.0; the
 libraries give less to short texts (BLEU-4 below four words, METEOR's penalty for fragments). Text without an
@@ -16,7 +16,7 @@ from typing import Any
 
 from rapidfuzz.distance import LCSseq
 
-from frugalpath.errors import InputError
+from frugalpath.errors import InputError, extra
 from frugalpath.rewards.answer import Completion, extract_answer
 from frugalpath.rewards.registry import column, reward, warn_unscorable
 
@@ -138,7 +138,7 @@ def _scores(
         if row_task not in (None, "open"):
             values.append(None)
         elif not isinstance(gold, str) or not _bounded(gold, words):
-            warn_unscorable(name, str(row_id), "`answer` is no text, has no words or too many")
+            warn_unscorable(name, str(row_id), "`answer` is not text, has no words or too many")
             values.append(None)
         else:
             values.append(score(extract_answer(completion) or "", gold))
@@ -165,7 +165,8 @@ def _bounded(text: str, words: Callable[[str], list[str]]) -> list[str]:
 
 
 def _bleu4(candidate: list[str], reference: list[str]) -> float:
-    from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu  # a second, which most runs need not pay
+    with extra("text", "reward 'bleu4'"):  # imported here: a second, which most runs need not pay
+        from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
 
     return sentence_bleu([reference], candidate, smoothing_function=SmoothingFunction().method4)
 
@@ -189,7 +190,8 @@ def _synonym_words(text: str) -> list[str]:
 
 
 def _meteor(candidate: list[str], reference: list[str], synonyms: bool) -> float:
-    from nltk.translate.meteor_score import single_meteor_score
+    with extra("text", "reward 'meteor'"):
+        from nltk.translate.meteor_score import single_meteor_score
 
     wordnet = SimpleNamespace(synsets=_synsets if synonyms else lambda word: ())
     return single_meteor_score(reference, candidate, stemmer=SimpleNamespace(stem=_stem), wordnet=wordnet)
@@ -206,7 +208,8 @@ def _porter(word: str) -> str:
 
 @functools.cache
 def _stemmer() -> Any:
-    from nltk.stem.porter import PorterStemmer
+    with extra("text", "a reward that stems words"):
+        from nltk.stem.porter import PorterStemmer
 
     return PorterStemmer()
 
@@ -224,7 +227,8 @@ def _lookup(word: str) -> tuple[Any, ...]:
 
 @functools.cache
 def _wordnet() -> Any:
-    from nltk.corpus import wordnet
+    with extra("text", "reward 'meteor'"):
+        from nltk.corpus import wordnet
 
     try:
         wordnet.ensure_loaded()

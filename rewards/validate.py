@@ -1,16 +1,16 @@
-"""Check rewards and reports before anything is trained.
+"""Check rewards and reports before training.
 
-    python -m frugalpath.rewards.validate --config configs/recipes/<x>.yaml
-    python -m frugalpath.rewards.validate --manifest cases.jsonl --rewards choice synoptic
-    python -m frugalpath.rewards.validate --reports reports.jsonl --protocol biopsy
+    frugalpath validate --config configs/recipes/<x>.yaml
+    frugalpath validate --manifest cases.jsonl --rewards choice synoptic
+    frugalpath validate --reports reports.jsonl --protocol biopsy
 
-The first two score, with the rewards of a recipe or those named, every gold answer (each must be 1) and what a policy
-could answer without looking: the commonest gold answer, one option for all, "not applicable" everywhere, the longest
-text. A constant that scores high is a reward that will be hacked. The third reads a file of report texts with a
-protocol, writes each report again, and lists what could not be read or was lost. How-to: docs/rewards.md.
+The first two forms score every gold answer, which must get 1, and answers that a policy could give without seeing the
+image: the commonest gold answer, one option for all cases, "not applicable" everywhere, the longest text. If such a
+constant scores high, training will exploit the reward. The third form parses report texts with a protocol, writes each
+report again, and lists what could not be parsed or was lost. See docs/rewards.md.
 
-The exit status is 0 when all is well and 2 when a gold answer does not score 1, a report cannot be used, or the
-arguments are wrong. Rewards with `scores: false`, which only shape training, need not give 1 to a gold answer.
+Exit status: 0 on success; 2 if a gold answer does not score 1, a report cannot be used, or an argument is invalid.
+Rewards with `scores: false`, which only shape training, need not give a gold answer 1.
 """
 
 from __future__ import annotations
@@ -40,31 +40,33 @@ from frugalpath.rewards.synoptic.protocol import Protocol, load_protocol
 from frugalpath.rewards.synoptic.render import layouts, render_report
 from frugalpath.rewards.synoptic.report import Report
 
-SHOWN = 20  # problems that are printed; the rest is counted
-HIGH = 0.9  # a constant answer that scores this much is marked
+SHOWN = 20  # problems printed; the rest are only counted
+HIGH = 0.9  # score from which a constant answer is flagged
 
 
 @dataclass
 class ValidateArguments:
-    """What to check."""
+    """Command-line arguments."""
 
-    config: str | None = field(default=None, metadata={"help": "recipe; its cases and rewards are checked"})
+    config: str | None = field(default=None, metadata={"help": "recipe whose cases and rewards are checked"})
     manifest: str | None = field(default=None, metadata={"help": "manifest of cases"})
-    rewards: list[str] = field(default_factory=list, metadata={"help": "rewards for the manifest"})
-    reports: str | None = field(default=None, metadata={"help": "JSON lines with a report text each"})
+    rewards: list[str] = field(default_factory=list, metadata={"help": "names of the rewards for --manifest"})
+    reports: str | None = field(default=None, metadata={"help": "JSON lines file with one report text per line"})
     protocol: str | None = field(default=None, metadata={"help": "protocol of the reports: name or YAML file"})
-    column: str = field(default="report", metadata={"help": "column of the report text"})
-    sample: int = field(default=0, metadata={"help": "print so many reports, drawn at random, with what was read"})
-    seed: int = field(default=0, metadata={"help": "of that draw"})
+    column: str = field(default="report", metadata={"help": "key of the report text in each line"})
+    sample: int = field(default=0, metadata={"help": "print this many random reports with what was parsed"})
+    seed: int = field(default=0, metadata={"help": "random seed of --sample"})
     json: str | None = field(default=None, metadata={"help": "also write the findings to this file"})
 
 
 @entry
 def main() -> None:
-    """Check what the arguments name."""
+    """Run the command line."""
     from transformers import HfArgumentParser  # slow to import, and needed here only
 
-    (arguments,) = HfArgumentParser(ValidateArguments).parse_args_into_dataclasses()  # type: ignore[arg-type]
+    description = (__doc__ or "").partition("\n")[0]
+    parser = HfArgumentParser(ValidateArguments, description=description)  # type: ignore[arg-type]
+    (arguments,) = parser.parse_args_into_dataclasses()
     if sum(v is not None for v in (arguments.config, arguments.manifest, arguments.reports)) != 1:
         raise InputError("give one of --config, --manifest and --reports")
     if arguments.reports is not None:
@@ -123,7 +125,7 @@ def check_rewards(cases: Sequence[Case], rewards: Sequence[RewardFunction]) -> d
 
 
 def constant_answers(cases: Sequence[Case]) -> dict[str, list[str]]:
-    """What could be answered without looking, by name: one answer for each case."""
+    """Answers that need no look at the image, by name: one answer for each case."""
     usual: dict[str, str] = {}
     longest: dict[str, str] = {}
     for question in {c.question for c in cases}:
@@ -196,7 +198,7 @@ def check_reports(texts: Sequence[str], protocol: Protocol) -> dict[str, Any]:
 
 
 def report_problems(text: str, report: Report, protocol: Protocol) -> tuple[list[str], bool]:
-    """What is lost between a report, its record and its renderings; and whether it could be parsed at all."""
+    """List what is lost between a report, its record and its renderings, and whether it could be parsed."""
     reasons = list(report.problems)
     if protocol.layout == "biopsy":
         reasons += [f"no {name}" for name in ("organ", "procedure", "diagnoses") if name not in report.record]
@@ -213,10 +215,10 @@ def report_problems(text: str, report: Report, protocol: Protocol) -> tuple[list
 
 
 def read_texts(path: str, column: str) -> list[str]:
-    """A column of a JSON lines file.
+    """Read one key of every line of a JSON lines file.
 
     Raises:
-        InputError: naming the file and line that cannot be read.
+        InputError: a line cannot be read; the message names file and line.
     """
     if not Path(path).is_file():
         raise InputError(f"no file {path}")
@@ -227,9 +229,11 @@ def read_texts(path: str, column: str) -> list[str]:
         try:
             text = parse_json(line)[column]
         except (ValueError, KeyError, TypeError):
-            raise InputError(f"{path}, line {number}: no JSON object with {column!r}; name it with --column") from None
+            raise InputError(
+                f"{path}, line {number}: expected a JSON object with the key {column!r}; set another with --column"
+            ) from None
         if not isinstance(text, str):
-            raise InputError(f"{path}, line {number}: {column!r} is a {type(text).__name__}; it must be text")
+            raise InputError(f"{path}, line {number}: {column!r}: expected text, got {type(text).__name__}")
         texts.append(text)
     return texts
 
@@ -237,7 +241,7 @@ def read_texts(path: str, column: str) -> list[str]:
 def _cases_and_rewards(arguments: ValidateArguments) -> tuple[list[Case], list[RewardFunction]]:
     if arguments.manifest is not None:
         if not arguments.rewards:
-            raise InputError("--manifest needs --rewards, one or more names")
+            raise InputError("--manifest needs --rewards with one or more names")
         return make_env("manifest", {"path": arguments.manifest}), get_rewards(arguments.rewards)
     path = Path(str(arguments.config))
     if not path.is_file():
@@ -247,7 +251,7 @@ def _cases_and_rewards(arguments: ValidateArguments) -> tuple[list[Case], list[R
         params = dict(recipe["cases"])
         specs = recipe["rewards"]
     except (KeyError, TypeError) as error:
-        raise InputError(f"{path}: no recipe with `cases` and `rewards`: {error!r}") from None
+        raise InputError(f"{path}: expected a recipe with `cases` and `rewards`: {error!r}") from None
     return make_env(params.pop("name"), params, path.parent), get_rewards(specs, base=path.parent)
 
 
@@ -279,7 +283,7 @@ def _print_rewards(findings: Mapping[str, Any]) -> None:
         if "gold" in row:
             print(f"  {'gold answer':<36}{row['gold']:.3f}")
         for constant, score in sorted(row.get("constants", {}).items(), key=lambda item: -item[1]):
-            mark = "  <- earns much without looking" if score >= HIGH and row["scores"] else ""
+            mark = "  <- scores high without the image" if score >= HIGH and row["scores"] else ""
             print(f"  {constant:<36}{score:.3f}{mark}")
     _print_problems(findings["problems"])
 
@@ -303,7 +307,7 @@ def _print_problems(problems: Sequence[str]) -> None:
 
 
 def _print_sample(arguments: ValidateArguments) -> None:
-    """Reports with what was read from them, to be read by eye."""
+    """Print random reports next to what was parsed from them, for manual inspection."""
     texts = sorted(set(read_texts(str(arguments.reports), arguments.column)))
     protocol = load_protocol(str(arguments.protocol))
     for text in random.Random(arguments.seed).sample(texts, min(arguments.sample, len(texts))):

@@ -1,4 +1,4 @@
-"""Reward functions in worker processes that are kept for the run and stopped when they hang.
+"""Run reward functions in worker processes that live for the run and are stopped when they hang.
 
 Pebble's pool stops one hung or dead worker and leaves the others at work. Loky's way to start a process neither forks
 a process in which torch has started threads nor imports the training script again, so a worker holds the rewards and

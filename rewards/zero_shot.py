@@ -1,4 +1,4 @@
-"""How well probabilities of classes tell slides apart: AUC of each class and balanced accuracy, with intervals."""
+"""Zero-shot classification of slides: AUC of each class and balanced accuracy, with intervals."""
 
 from __future__ import annotations
 

@@ -22,13 +22,13 @@ from frugalpath.recipe.checkpoints import train_from
 from frugalpath.recipe.sft import training_arguments
 
 STANDARDISED = 256
-"""Slides whose features give the mean and deviation that a new model standardises with."""
+"""Number of slides used for the mean and deviation that standardise a new model's features."""
 
 
 def build_model(
     slides: Sequence[torch.Tensor], tokenizer: Any, shape: dict[str, Any], seed: int = 0
 ) -> SlideTextModel:
-    """A new model for the tokenizer's texts and for slides like these, whose features it standardises.
+    """Build a new model for the tokenizer's texts, which standardises features by these slides.
 
     Args:
         slides: rows (n_i, d + 4) of training slides, see `Tokens.from_rows`.
@@ -40,7 +40,7 @@ def build_model(
     known = set(inspect.signature(SlideTextConfig).parameters) - {"feature_dim", "vocab_size", "kwargs"}
     unknown = sorted(set(shape) - known)
     if unknown:
-        raise InputError(f"slide_text: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        raise InputError(f"slide_text: unknown key {', '.join(unknown)}; use one of {', '.join(sorted(known))}")
     if not len(slides):
         raise InputError("slide_text: there is no slide to train on")
     torch.manual_seed(seed)
@@ -52,15 +52,15 @@ def build_model(
 
 
 class PairCollator:
-    """Pairs as a batch of `SlideTextModel`: patches and tokens padded on the right.
+    """Collate pairs into a batch for `SlideTextModel`, with patches and tokens padded on the right.
 
     Args:
-        slides: rows (n_i, d + 4) of each slide; a sequence that reads a slide when it is asked for will do.
-        texts: of the slides, in the same order.
-        length: tokens of a text at most.
+        slides: rows (n_i, d + 4) of each slide; may be a lazy sequence.
+        texts: texts of the slides, in the same order.
+        length: maximum number of tokens of a text.
         patches: of a slide at most in a batch, drawn anew each time; None takes all. Fewer are quicker, and a slide
             is then never seen twice alike.
-        seed: of the draws.
+        seed: random seed of the patches.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class PairCollator:
 
 
 class ContrastiveTrainer(Trainer):
-    """A trainer that logs the mean of each loss beside their sum."""
+    """Trainer that also logs the mean of each loss."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -122,14 +122,14 @@ def train_contrastive(
     callbacks: Sequence[TrainerCallback] = (),
     resume: str | None = None,
 ) -> Trainer:
-    """Train the model in place on slide-text pairs; returns the trainer with its log.
+    """Train the model in place on slide-text pairs; return the trainer with its log.
 
     Args:
         slides: rows (n_i, d + 4) of each slide, see `Tokens.from_rows`.
         texts: text of each slide.
         args: see `contrastive_config`.
         patches: see `PairCollator`.
-        resume: checkpoint to go on from.
+        resume: checkpoint to resume from.
 
     Raises:
         InputError: fewer than two pairs, an empty text, or a tokenizer with more tokens than the model knows.
@@ -138,7 +138,7 @@ def train_contrastive(
     if len(slides) != len(texts):
         problems.append(f"contrastive: {len(slides)} slides and {len(texts)} texts; each slide needs its text")
     if len(slides) < 2:
-        problems.append("contrastive: fewer than two pairs; a pair needs others to be told apart from")
+        problems.append("contrastive: fewer than two pairs; each pair needs others to contrast with")
     empty = [str(i) for i, text in enumerate(texts) if not text.strip()]
     if empty:
         problems.append(f"contrastive: {len(empty)} texts are empty, the first is number {empty[0]} (from 0)")
@@ -164,7 +164,7 @@ def train_contrastive(
 def contrastive_config(output_dir: str | Path, options: dict[str, Any], seed: int) -> TrainingArguments:
     """`TrainingArguments` with `options` over the defaults, which are BLIP-2's, see `training_arguments`.
 
-    BLIP-2's batch is in the thousands (Li et al. 2023, section 3.4), which is the one value not taken over.
+    Only BLIP-2's batch size, in the thousands (Li et al. 2023, section 3.4), is not adopted.
     """
     defaults = {
         "learning_rate": 1e-4,

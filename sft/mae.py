@@ -28,17 +28,17 @@ def train_mae(
     callbacks: Sequence[TrainerCallback] = (),
     resume: str | None = None,
 ) -> Trainer:
-    """Pre-train the chain's resampler in place; returns the trainer, whose model has the decoder, with its log.
+    """Pre-train the chain's resampler in place; return the trainer with its log, whose model holds the decoder.
 
     Args:
-        chain: its first learned compressor is the resampler, standardised already.
+        chain: compressors, of which the first learned one is the resampler, already standardised.
         rows: what `chain.prepare` gives of each slide, (n, d + 4): features, place as shares of the slide, size. Any
             object with a length that reads slides as they are asked for will do.
-        ladder: numbers of latents, one drawn for each step.
-        share: of the tokens that are hidden.
+        ladder: numbers of latents, one of which is drawn at each step.
+        share: share of masked tokens.
 
     Raises:
-        InputError: no resampler where one must be, no slide, a share or ladder that cannot be.
+        InputError: no resampler, no slides, or an invalid share or ladder.
     """
     resampler = chain.learned[0] if chain.learned else None
     problems = []
@@ -70,7 +70,7 @@ def train_mae(
 def measure_mae(
     model: MaskedReconstruction, rows: Sequence[torch.Tensor], budget: int, seed: int = 0
 ) -> dict[str, float]:
-    """How well hidden tokens of slides, best of others than were trained on, are told.
+    """Measure how well masked tokens are reconstructed, preferably on slides not used for training.
 
     Returns:
         `loss`: mean squared error of the standardised features. `baseline`: that of predicting the mean of the same
@@ -90,7 +90,7 @@ def measure_mae(
             total += weight @ target
     weights = sums[3]
     if not weights:
-        raise InputError("mae: no slide has more than one token: nothing can be hidden and told")
+        raise InputError("mae: no slide has more than one token: nothing can be masked and reconstructed")
     loss, slide_mean, square = (sums[:3] / weights).tolist()
     baseline = square - float(((total / weights) ** 2).mean())
     return {

@@ -1,4 +1,4 @@
-"""Slides and their texts, from a manifest or from the cases of a recipe."""
+"""Pairs of slides and texts, from a manifest or from the cases of a recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from frugalpath.slides.field_store import StoredField, load_stored
 
 
 class FeatureFiles(Sequence):
-    """Rows (n, d + 4) of slides, read when they are asked for; a pair's files stand one after another.
+    """Lazily read rows (n, d + 4) of slides; the files of a pair are concatenated.
 
     Args:
         files: feature files, or places in a store of fields, of each pair.
@@ -48,13 +48,13 @@ class FeatureFiles(Sequence):
 
 
 def from_manifest(path: Path) -> tuple[list[Item], FeatureFiles]:
-    """Slides and feature files of a manifest (CSV, TSV, JSON lines, JSON or parquet).
+    """Read slides and feature files from a manifest (CSV, TSV, JSON lines, JSON or parquet).
 
-    A row has `slide`, a feature file relative to the manifest (`python -m frugalpath.slides.extract` writes them); `text`, its
+    A row has `slide`, a feature file relative to the manifest (`frugalpath extract` writes them); `text`, its
     report, which may be empty; `patient`, by default the row's id; `id`, by default the file's stem.
 
     Raises:
-        InputError: all rows that cannot be used, with their places.
+        InputError: lists all invalid rows with their positions.
     """
     rows, problems = read_rows(path)
     items, files = [], []
@@ -64,9 +64,7 @@ def from_manifest(path: Path) -> tuple[list[Item], FeatureFiles]:
         if not named:
             problems.append(f"{row.at}: no `slide`; name its feature file")
         elif file.suffix != ".h5":
-            problems.append(
-                f"{row.at}: {named} is no feature file (.h5); write it with `python -m frugalpath.slides.extract`"
-            )
+            problems.append(f"{row.at}: {named} is not a feature file (.h5); write it with `frugalpath extract`")
         elif not file.is_file():
             problems.append(f"{row.at}: no such file {file}")
         name = str(row.values.get("id") or file.stem)
@@ -79,7 +77,7 @@ def from_manifest(path: Path) -> tuple[list[Item], FeatureFiles]:
 
 
 def from_recipe(config: str, split: str, question: str | None) -> tuple[list[Item], FeatureFiles]:
-    """Slides and feature files of a recipe's cases that are answered with text; features are made if need be.
+    """Collect slides and feature files of a recipe's cases with text answers; missing features are extracted.
 
     Raises:
         InputError: there is no such case.
@@ -97,10 +95,10 @@ def from_recipe(config: str, split: str, question: str | None) -> tuple[list[Ite
 
 
 def recipe_labels(config: str, question: str, index: RetrievalIndex) -> dict[int, str]:
-    """Labels of an index' slides: the answers to a question about the same slides, by their number in the index.
+    """Labels of an index's slides, by number: the answers to a question about the same slides.
 
     Raises:
-        InputError: the index was not built of this recipe, or none of its slides is asked this.
+        InputError: the index was not built from this recipe, or the question is asked of none of its slides.
     """
     splits = load_cases(parse_recipe(["--config", config]))
     cases = [c for members in splits.values() for c in members]

@@ -1,13 +1,13 @@
-"""Find slides by text and texts by slide, and measure how well both are found.
+"""Search slides by text and texts by slide, and measure retrieval quality.
 
-    python sft/retrieve.py build --model MODEL --manifest pairs.csv --index INDEX
-    python sft/retrieve.py query --index INDEX --text "carcinoma, grade 3" -k 5
-    python sft/retrieve.py query --index INDEX --slide slide.h5
-    python sft/retrieve.py evaluate --index INDEX [--prompts prompts.yaml --labels labels.csv]
+    frugalpath retrieve build --model MODEL --manifest pairs.csv --index INDEX
+    frugalpath retrieve query --index INDEX --text "carcinoma, grade 3" -k 5
+    frugalpath retrieve query --index INDEX --slide slide.h5
+    frugalpath retrieve evaluate --index INDEX [--prompts prompts.yaml --labels labels.csv]
 
-For the manifest see `frugalpath.sft.pairs.from_manifest`; `--config recipe.yaml` takes the open and synoptic cases of a recipe
-instead. The prompts map each class to its descriptions; the labels are rows of `id` and `label`, or with `--config
-recipe.yaml --question diagnosis` the answers to a question about the same slides. Answers are JSON.
+The manifest has columns `slide`, `text`, `patient` and `id`; `--config recipe.yaml` uses the open and synoptic cases
+of a recipe instead. The prompts map each class to its descriptions. The labels are rows of `id` and `label`, or, with
+`--config recipe.yaml --question diagnosis`, the answers to a question about the same slides. Output is JSON.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from frugalpath.sft.pairs import FeatureFiles, from_manifest, from_recipe, recip
 
 
 def build(options: argparse.Namespace) -> dict[str, Any]:
-    """Embed slides and texts and write the index."""
+    """Embed slides and texts and write an index."""
     if options.manifest:
         items, files = from_manifest(Path(options.manifest))
     else:
@@ -41,7 +41,7 @@ def build(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def query(options: argparse.Namespace) -> list[dict[str, Any]]:
-    """The k best answers of an index to a text or a slide."""
+    """Return the k best matches for a text or a slide."""
     index = RetrievalIndex.load(options.index, options.model)
     if options.text is not None:
         return index.query_text(options.text, options.k)
@@ -51,11 +51,11 @@ def query(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def evaluate(options: argparse.Namespace) -> dict[str, Any]:
-    """Retrieval figures of an index and, with prompts and labels, those of zero-shot classification."""
+    """Measure retrieval and, with prompts and labels, zero-shot classification."""
     index = RetrievalIndex.load(options.index, options.model)
     scores, items = index.pairs()
     if not items:
-        raise InputError(f"{options.index}: none of its slides has a text; build it with texts")
+        raise InputError(f"{options.index}: none of its slides has a text; rebuild it with texts")
     texts, patients = [str(item.text) for item in items], [item.patient for item in items]
     found = {"retrieval": retrieval(scores, texts, patients, options.resamples)}
     if options.prompts:
@@ -68,16 +68,16 @@ def evaluate(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def zero_shot(index: RetrievalIndex, prompts: Path, labels: dict[int, str], resamples: int) -> dict[str, Any]:
-    """Figures of the slides that have a label, by their number in the index.
+    """Measure zero-shot classification on the labelled slides.
 
     Raises:
-        InputError: the prompts are no mapping of classes to texts.
+        InputError: the prompts are not a mapping of classes to texts.
     """
     if not prompts.is_file():
-        raise InputError(f"{prompts}: no such file; it maps each class to its descriptions")
+        raise InputError(f"{prompts}: no such file; expected a YAML file that maps each class to its descriptions")
     classes = read_yaml(prompts)
     if not isinstance(classes, dict):
-        raise InputError(f"{prompts}: write a mapping of each class to a list of texts")
+        raise InputError(f"{prompts}: expected a mapping of each class to a list of texts")
     at, named = list(labels), list(labels.values())
     classes = {str(name): texts for name, texts in classes.items()}
     vectors = class_vectors(index.embedder, classes)
@@ -86,10 +86,10 @@ def zero_shot(index: RetrievalIndex, prompts: Path, labels: dict[int, str], resa
 
 
 def read_labels(path: Path, index: RetrievalIndex) -> dict[int, str]:
-    """Labels of an index' slides from rows of `id` and `label`.
+    """Read labels of an index's slides from rows of `id` and `label`.
 
     Raises:
-        InputError: a row is of no slide, or has no label.
+        InputError: a row has an unknown id or no label.
     """
     rows, problems = read_rows(path)
     number = {item.id: i for i, item in enumerate(index.items)}
@@ -106,7 +106,7 @@ def read_labels(path: Path, index: RetrievalIndex) -> dict[int, str]:
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
     made = {}
@@ -114,35 +114,35 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         made[run] = commands.add_parser(run.__name__, help=str(run.__doc__))
         made[run].add_argument("--index", required=True, help="folder of the index")
         made[run].add_argument(
-            "--model", required=run is build, help="folder of the model; an index knows that of its own"
+            "--model", required=run is build, help="folder of the model; default: the one that built the index"
         )
         made[run].set_defaults(run=run)
     source = made[build].add_mutually_exclusive_group(required=True)
-    source.add_argument("--manifest", help="rows of slide, text, patient and id")
-    source.add_argument("--config", help="a recipe, whose cases are taken")
-    made[build].add_argument("--split", default="test", choices=("train", "val", "test"), help="of the recipe's cases")
+    source.add_argument("--manifest", help="file with columns slide, text, patient and id")
+    source.add_argument("--config", help="recipe whose cases are used")
+    made[build].add_argument("--split", default="test", choices=("train", "val", "test"), help="split of the recipe")
     made[build].add_argument("--question", help="kind of question of the recipe's cases")
     asked = made[query].add_mutually_exclusive_group(required=True)
-    asked.add_argument("--text", help="find slides that fit it")
-    asked.add_argument("--slide", help="feature file (.h5); find texts that fit it")
-    made[query].add_argument("-k", type=int, default=5, help="how many")
-    made[evaluate].add_argument("--prompts", help="YAML: each class with its descriptions")
-    made[evaluate].add_argument("--labels", help="rows of id and label")
-    made[evaluate].add_argument("--config", help="a recipe whose answers to --question are the labels")
+    asked.add_argument("--text", help="find slides that match this text")
+    asked.add_argument("--slide", help="find texts that match this slide (.h5 feature file)")
+    made[query].add_argument("-k", type=int, default=5, help="number of matches")
+    made[evaluate].add_argument("--prompts", help="YAML file that maps each class to its descriptions")
+    made[evaluate].add_argument("--labels", help="file with columns id and label")
+    made[evaluate].add_argument("--config", help="recipe whose answers to --question are the labels")
     made[evaluate].add_argument("--question", help="kind of question of the recipe's cases")
-    made[evaluate].add_argument("--resamples", type=int, default=2000, help="of the bootstrap")
+    made[evaluate].add_argument("--resamples", type=int, default=2000, help="bootstrap resamples")
     options = parser.parse_args(argv)
     if options.run is evaluate:
         if bool(options.config) != bool(options.question):
-            raise InputError("--config and --question belong together; give both or neither")
+            raise InputError("--config and --question: give both or neither")
         if bool(options.prompts) != bool(options.labels or options.config) or (options.labels and options.config):
-            raise InputError("--prompts goes with --labels, or with --config and --question; give one of both")
+            raise InputError("--prompts needs either --labels, or --config and --question")
     return options
 
 
 @entry
 def main() -> None:
-    """Run a command and print its answer as JSON."""
+    """Run the command line and print the result as JSON."""
     options = parse(sys.argv[1:])
     print(json.dumps(options.run(options), ensure_ascii=False, indent=1))
 

@@ -1,4 +1,4 @@
-"""One stage of supervised training, from its keys in a recipe to a trained performer."""
+"""Run one stage of supervised training, from its keys in a recipe to a trained performer."""
 
 from __future__ import annotations
 
@@ -25,17 +25,19 @@ from frugalpath.sft.mae import mae_config, measure_mae, train_mae
 from frugalpath.sft.supervised import adapters_of, sft_config, stage_rates, train_sft
 
 MEASURED = 64
-"""Validation slides that a masked reconstruction is measured on."""
+"""Maximum number of validation slides for measuring masked reconstruction."""
 
 
 @dataclass
 class Supervision:
-    """What all stages of a run share.
+    """Settings shared by all stages of a run.
 
     Args:
         train, val: cases.
         questions: kinds of question that a stage trains on unless it names others; None is all.
-        ladder: budgets. config: of the performer. seed: of everything that is drawn.
+        ladder: budgets.
+        config: configuration of the performer.
+        seed: random seed.
     """
 
     train: Sequence[Case]
@@ -53,13 +55,13 @@ class Supervision:
         callbacks: Sequence[TrainerCallback],
         resume: str | None,
     ) -> tuple[Trainer, dict[str, Any]]:
-        """Train the performer in place; returns the trainer and what else is to be kept of the stage.
+        """Train the performer in place; return the trainer and further results of the stage.
 
         Args:
-            folder: the stage's, for checkpoints and for what belongs to this stage alone.
+            folder: folder of the stage, for checkpoints and its own files.
 
         Raises:
-            InputError: a key that the stage does not have, or a performer that has not what it trains.
+            InputError: an unknown key of the stage, or a performer without the parts that it trains.
         """
         options = dict(stage.options)
         cases = with_questions(self.train, options.pop("questions", self.questions), f"sft.{stage.kind}")
@@ -141,7 +143,7 @@ class Supervision:
         target = performer.model.model.compressor.learned[0] if performer.chain.learned else None
         if performer.chain.fixed:
             raise InputError(
-                "the contrastive stage trains on patches as they are, as a retrieval index reads them: name no "
+                "the contrastive stage trains on uncompressed patches, as a retrieval index reads them: name no "
                 "compressor before `qformer`"
             )
         if not isinstance(target, QFormer):
@@ -176,7 +178,7 @@ class Supervision:
 
 
 class Prepared(Sequence):
-    """What learned compressors get of images and slides: rows (n, d + 4), read as they are asked for."""
+    """Input of learned compressors: lazily read rows (n, d + 4) of images and slides."""
 
     def __init__(self, performer: SlidePerformer, sources: Sequence[str]):
         self.performer, self.sources = performer, sources
@@ -189,7 +191,7 @@ class Prepared(Sequence):
 
 
 def shown(performer: Performer, cases: Sequence[Case]) -> list[str]:
-    """The images and slides of cases, each once."""
+    """Distinct images and slides of cases."""
     return list(dict.fromkeys(s for c in cases for s in performer.sources(c)))
 
 

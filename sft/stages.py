@@ -1,4 +1,4 @@
-"""The supervised stages of a run. Each writes a folder, is skipped when that is finished, and resumes when it is not."""
+"""Supervised stages of a run: each writes a folder, resumes if interrupted, and is skipped once finished."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from frugalpath.sft.running import Supervision
 
 
 def warm_start(data: RunData) -> Performer:
-    """The stages of `sft`, one after another; without any, the recipe's performer as it is."""
+    """Run the stages of `sft` in order; without any, return the recipe's performer."""
     stages, folder = data.run.sft, data.run.folder
     done = [at for at, stage in enumerate(stages) if is_done(folder / stage.name, sft_key(data, at + 1))]
     performer = load_stage(data, stages[done[-1]].name) if done else base(data)
@@ -30,7 +30,7 @@ def warm_start(data: RunData) -> Performer:
 
 
 def base(data: RunData) -> Performer:
-    """The recipe's performer before any training here."""
+    """Load the recipe's performer before training."""
     run = data.run
     # What it will be asked by the form that writes budgets; otherwise a new tokenizer spells it byte by byte.
     texts = BUDGET_TEXTS if run.allocator.form == "text" else ()
@@ -38,7 +38,7 @@ def base(data: RunData) -> Performer:
 
 
 def sft_continued(data: RunData) -> Performer:
-    """The last stage trained on for the FLOPs that the joint stage took: the control of equal compute."""
+    """Continue the last stage for the FLOPs of the joint stage, as the control of equal compute."""
     folder, last, key = data.run.folder, data.run.sft[-1], sft_key(data)
     spent, before = is_done(folder / "grpo", grpo_key(data)), is_done(folder / "sft", key)
     assert spent is not None and before is not None
@@ -51,12 +51,12 @@ def sft_continued(data: RunData) -> Performer:
 
 
 def load_stage(data: RunData, name: str) -> Performer:
-    """The performer that a finished stage wrote."""
+    """Load the performer of a finished stage."""
     return placed(load_performer(data.run.folder / name, data.run.performer, data.bank))
 
 
 def placed(performer: Performer) -> Performer:
-    """The performer on this process's device."""
+    """Move the performer to this process's device."""
     performer.model.to(PartialState().device)
     return performer
 
@@ -64,7 +64,7 @@ def placed(performer: Performer) -> Performer:
 def finish_stage(
     folder: Path, key: dict[str, Any], performer: Performer, clock: Clock, allocator: Any = None, **record: Any
 ) -> None:
-    """Write what a stage has trained, then that it is finished."""
+    """Write the trained weights of a stage, then mark it as finished."""
     if is_main():
         performer.save(folder)
         if allocator is not None:
@@ -74,13 +74,13 @@ def finish_stage(
 
 
 def trained(trainer: Any) -> dict[str, Any]:
-    """What is recorded of a trainer's work."""
+    """Record of a trainer's work."""
     state = trainer.state
     return {"steps": state.global_step, "flops": state.total_flos, "log": state.log_history}
 
 
 def _train(data: RunData, stage: Stage, performer: Performer, key: dict[str, Any]) -> Performer:
-    """Train a stage, write its folder and read it again."""
+    """Train a stage, write its folder and load it again."""
     run, folder = data.run, data.run.folder / stage.name
     shared = Supervision(
         data.all_splits["train"], data.splits["val"], run.questions, run.ladder, run.performer, run.grpo.seed

@@ -40,14 +40,14 @@ RATES: dict[str, dict[str, float]] = {
 PARTS = ("seeing", "lora", "language")
 
 OWN_KEYS = ("questions", "learning_rates", "lora", "ladder", "text_only")
-"""Keys of a stage in a recipe that are not arguments of its trainer."""
+"""Keys of a stage that are not trainer arguments."""
 
 LANGUAGE_WEIGHTS = "language.safetensors"
-"""File of a checkpoint: weights of the language model that are trained beside its adapters."""
+"""Checkpoint file with the weights trained besides the language model's adapters."""
 
 
 def part_of(name: str) -> str | None:
-    """Which of `PARTS` a parameter belongs to.
+    """Return which of `PARTS` a parameter belongs to.
 
     None for a vision tower, and for the original of a module that adapters have replaced.
     """
@@ -79,7 +79,7 @@ class StageTrainer(SFTTrainer):
         return self._flops.take()
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """As its base; every group is divided by part, before anything of it is used."""
+        """Create the optimizer and split each parameter group by part."""
         optimizer = super().create_optimizer(model)
         if self.rates is None:
             return optimizer
@@ -94,7 +94,7 @@ class StageTrainer(SFTTrainer):
         return optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """As its base, and the weights that are trained beside adapters, which PEFT leaves out of its checkpoints."""
+        """Save a checkpoint, with the weights trained besides adapters, which PEFT leaves out."""
         super()._save(output_dir, state_dict)
         names = self._beside_adapters()
         if names and self.args.should_save:
@@ -119,13 +119,13 @@ class StageTrainer(SFTTrainer):
 
 
 def gold_ids(tokenizer: Any, case: Case) -> list[int]:
-    """Token ids of a case's gold completion, its end token with them."""
+    """Token ids of a case's gold completion, including the end token."""
     text = gold_completion({"answer": case.answer}) + tokenizer.eos_token
     return tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
 class BudgetCollator:
-    """Cases as an SFT batch: prompt at a drawn budget, gold completion, labels on the completion only.
+    """Collate cases into an SFT batch: prompt at a random budget, gold completion, labels on the completion only.
 
     A batch is drawn at one budget, so that no row is padded to the tokens of another; over the steps the budgets are
     uniform on the ladder. A share of the rows sees no image at all, which keeps the text-only control in
@@ -184,14 +184,14 @@ def train_sft(
     lora: LoraConfig | None = None,
     rates: Mapping[str, float] | None = None,
 ) -> SFTTrainer:
-    """Fine-tune the performer in place on the gold answers of `cases`; returns the trainer with its log.
+    """Fine-tune the performer in place on the gold answers of `cases`; return the trainer with its log.
 
     Args:
         lora: train through adapters, which are merged into the weights at the end.
         rates: learning rate of each of `PARTS`; those without one are frozen. None trains all at that of `args`.
 
     Raises:
-        InputError: the performer has none of the parts that are to be trained.
+        InputError: the performer has none of the parts to train.
     """
     model = performer.model if lora is None else get_peft_model(performer.model, lora)
     if rates is not None:
@@ -199,7 +199,7 @@ def train_sft(
             parameter.requires_grad_(rates.get(part_of(name) or "", 0.0) > 0)
         if not any(p.requires_grad for p in model.parameters()):
             raise InputError(
-                f"sft: learning_rates names {', '.join(rates)}, and the performer has none of it, so that nothing is "
+                f"sft: learning_rates names {', '.join(rates)}, none of which the performer has, so nothing is "
                 "trained; name other parts"
             )
     trainer = StageTrainer(
@@ -221,13 +221,13 @@ def train_sft(
 
 
 def stage_rates(kind: str, given: Mapping[str, float] | None) -> dict[str, float] | None:
-    """Learning rates of a stage: the recipe's over the published ones; None for a stage that has neither.
+    """Learning rates of a stage: the published ones, overridden by the recipe; None if there are none.
 
     Raises:
-        InputError: an unknown part, or nothing that is trained.
+        InputError: an unknown part, or no part is trained.
     """
     if given is not None and not isinstance(given, Mapping):
-        raise InputError(f"sft: learning_rates: {given!r} is no mapping of {', '.join(PARTS)} to rates")
+        raise InputError(f"sft: learning_rates: {given!r} is not a mapping of {', '.join(PARTS)} to rates")
     wrong = [
         f"{part}: {rate!r}" for part, rate in (given or {}).items() if not isinstance(rate, int | float) or rate < 0
     ]
@@ -248,13 +248,15 @@ def adapters_of(
     """Adapters that a stage trains: its own key `lora`, else the performer's where they have a learning rate.
 
     Args:
-        options: the stage's. rates: see `stage_rates`. lora: of the performer.
+        options: keys of the stage.
+        rates: see `stage_rates`.
+        lora: adapters of the performer.
     """
     return options.get("lora", lora if rates is None or "lora" in rates else None)
 
 
 def merged(trainer: Any) -> Any:
-    """The trained model with all its weights on every process; adapters are kept in its folder and added to them."""
+    """Gather the trained model on every process, with adapters saved in its folder and merged."""
     adapted = isinstance(trainer.accelerator.unwrap_model(trainer.model), PeftModel)
     if adapted:
         trainer.save_model(str(Path(trainer.args.output_dir) / ADAPTER))

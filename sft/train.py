@@ -1,10 +1,10 @@
-"""Supervised training alone: the stages of a recipe's `sft`, which `rl/grpo.py` goes on from.
+"""Run only the supervised stages of a recipe's `sft`, which `frugalpath grpo` continues from.
 
     accelerate launch sft/train.py --config configs/recipes/<x>.yaml [--set sft.max_steps=500 ...]
 
 Writes the performer to `sft/` of the recipe's `output_dir`, stages before the last to `sft_<stage>/`, and prints its
-score on the validation cases at every budget. A finished stage is not run again; a stopped one goes on from its last
-whole checkpoint.
+score on the validation cases at every budget. Finished stages are skipped; an interrupted one resumes from its last
+complete checkpoint.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ def main() -> None:
         )
     data = load_data(run)
     performer = warm_start(data)
-    if run.sft and run.sft[-1].wordless:
+    if run.sft and run.sft[-1].no_language_model:
         if is_main():
-            print(f"written to {run.folder / 'sft'}; nothing of it answers questions yet")
+            print(f"written to {run.folder / 'sft'}; the language model is untrained and cannot answer questions yet")
         return
     table = RunTables(data, "sft", performer, sft_key(data), run.ladder)["val"]
     if is_main():

@@ -3,5 +3,5 @@
 - Commands: `extract` (slides to feature files) and `count` (tiles only).
 - Reading by microns per pixel, tissue and quality control, tiles, the frozen patch `encoder`.
 - `store`: HDF5 files of features, ours, CLAM's and TRIDENT's; `fields`: images instead of slides.
-- `images` and `errors`: how any picture is opened, and how bad input is told.
+- `images`: opening images safely.
 """

@@ -1,4 +1,4 @@
-"""What files hold: the digest of each, read once and remembered until the file changes.
+"""Digests of files, computed once and cached until a file changes.
 
 The cache is one SQLite file in the user's cache folder (`XDG_CACHE_HOME`, else `~/.cache`), which processes may share.
 It knows a file by a hash of its real path, size and times, since a path may hold a patient's number.
@@ -26,7 +26,7 @@ from loky import ProcessPoolExecutor, cpu_count
 logger = logging.getLogger(__name__)
 
 WHOLE = 64 * 2**20
-"""Files up to this size are hashed whole, larger ones (slides) at three places."""
+"""Files up to this size are hashed completely, larger ones (slides) at three places."""
 _PIECE = 2**20
 _THREADS = 8
 _PROCESSES = 16
@@ -35,7 +35,7 @@ _BATCH = 5000  # files that one query or one transaction is about; SQLite takes 
 
 
 class Content(NamedTuple):
-    """What is known of a file: SHA-256 (hex), and width and height in px once it was decoded as an image."""
+    """Facts about a file: SHA-256 (hex), and width and height in px once it was decoded as an image."""
 
     digest: str
     width: int | None = None
@@ -70,8 +70,8 @@ def file_digests(
     """Digests of files; those that the cache knows are not read.
 
     Args:
-        paths: of files of any kind.
-        workers: threads that read.
+        paths: files of any kind.
+        workers: number of reading threads.
         use_cache: look digests up in the cache, and add new ones.
 
     Returns:

@@ -1,11 +1,10 @@
-"""Count the tissue tiles of slides at several scales, without encoding any.
+"""Count the tissue tiles of slides at several scales, without encoding them.
 
-    python -m frugalpath.slides.count --slides slides/ --setting 2.0:512 --setting 0.5:256
+    frugalpath count --slides slides/ --setting 2.0:512 --setting 0.5:256
 
-A setting is `mpp:tile_px`. Tissue and tiles are those of `python -m frugalpath.slides.extract` with the same `--mpp`, `--tile-px`
-and `--min-tissue`, before `--max-tiles`. A slide that was scanned coarser than a setting is counted by its geometry,
-which needs no pixels of that scale, and marked `upsampled`: extract refuses it. Slides of all stains are counted. The
-last line is JSON. How-to: docs/slides.md.
+A setting is `mpp:tile_px`. Counts match `frugalpath extract` with the same `--mpp`, `--tile-px` and `--min-tissue`,
+before `--max-tiles`. Slides scanned coarser than a setting are counted from their geometry and marked `upsampled`;
+`extract` rejects them. Slides of all stains are counted. The last line of output is JSON. See docs/slides.md.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ from frugalpath.slides.tiling import select, tissue_fraction
 
 @dataclass(frozen=True)
 class Setting:
-    """A scale and a size of tiles: microns per pixel and pixels of a side."""
+    """Scale (microns per pixel) and side (pixels) of tiles."""
 
     mpp: float
     tile_px: int
@@ -40,23 +39,23 @@ class Setting:
 
 
 def parse_setting(text: str) -> Setting:
-    """`2.0:512` as a setting; InputError where it is none."""
+    """Parse `2.0:512`; raise InputError if it is invalid."""
     mpp, _, tile_px = text.partition(":")
     try:
         setting = Setting(float(mpp), int(tile_px))
     except ValueError:
-        raise InputError(f"--setting {text}: write mpp:tile_px, such as 2.0:512") from None
+        raise InputError(f"--setting {text}: expected mpp:tile_px, such as 2.0:512") from None
     if not plausible(setting.mpp) or setting.tile_px < 1:
-        raise InputError(f"--setting {text}: mpp lies in {MIN_MPP} to {MAX_MPP:g}, tile_px is at least 1")
+        raise InputError(f"--setting {text}: mpp must be between {MIN_MPP} and {MAX_MPP:g}, tile_px at least 1")
     return setting
 
 
 def count_tiles(job: SlideJob, settings: Sequence[Setting], options: ExtractOptions) -> dict[str, Any]:
-    """Tissue tiles of one slide by setting.
+    """Count the tissue tiles of one slide at each setting.
 
     Returns:
-        `tiles` (number by setting), `area` (of the tissue, in tiles, by setting: what the number tends to where tiles
-        are small against the tissue), `mpp` (of level 0) and `upsampled` (settings finer than the slide).
+        `tiles` (count by setting), `area` (tissue area in tiles, by setting: the limit of the count for tiles that
+        are small compared to the tissue), `mpp` (of level 0) and `upsampled` (settings finer than the slide).
 
     Raises:
         SlideError: the slide cannot be read, its scale is unknown, or it shows no tissue.
@@ -80,10 +79,10 @@ def count_tiles(job: SlideJob, settings: Sequence[Setting], options: ExtractOpti
 
 
 def count_slides(jobs: Sequence[SlideJob], settings: Sequence[Setting], options: ExtractOptions) -> dict[str, Any]:
-    """Counts of all slides, those that could not be counted with their reasons, totals, and ratios.
+    """Count the tiles of all slides; also return totals, ratios, and the slides that failed with their reasons.
 
-    `ratio` is the largest count over the smallest, of a slide and of the totals, `area_ratio` the same of the areas;
-    None where the smallest is 0.
+    `ratio` is the largest count over the smallest, per slide and for the totals; `area_ratio` is the same for areas.
+    Both are None where the smallest is 0.
     """
     slides, failed = {}, {}
     for job in tqdm(jobs, desc="slides", unit="slide", disable=None, leave=False):
@@ -106,16 +105,16 @@ def _ratio(tiles: Mapping[str, float]) -> float | None:
 
 
 def parse(arguments: list[str] | None = None) -> tuple[list[SlideJob], list[Setting], ExtractOptions]:
-    """Slides, settings and options from the command line."""
+    """Parse slides, settings and options from the command line."""
     default = ExtractOptions()
-    parser = argparse.ArgumentParser(prog="frugalpath.slides.count", description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(prog="frugalpath count", description=__doc__.partition("\n")[0])
     parser.add_argument("--slides", required=True, help="folder, manifest or one slide")
-    parser.add_argument("--setting", action="append", required=True, help="mpp:tile_px, such as 2.0:512; repeat it")
-    parser.add_argument("--min-tissue", type=float, default=default.min_tissue, help="fraction of a tile; as extract")
-    parser.add_argument("--slide-mpp", type=float, help="level-0 mpp of slides that record none; as extract")
-    parser.add_argument("--override-mpp", action="store_true", help="as extract")
-    parser.add_argument("--dark-background", action="store_true", help="read fluorescence too; as extract")
-    parser.add_argument("--allow-outside", action="store_true", help="let a manifest name slides outside its folder")
+    parser.add_argument("--setting", action="append", required=True, help="mpp:tile_px, such as 2.0:512; repeatable")
+    parser.add_argument("--min-tissue", type=float, default=default.min_tissue, help="tissue fraction, as in extract")
+    parser.add_argument("--slide-mpp", type=float, help="level-0 mpp of slides that record none, as in extract")
+    parser.add_argument("--override-mpp", action="store_true", help="prefer --slide-mpp over the file, as in extract")
+    parser.add_argument("--dark-background", action="store_true", help="read fluorescence too, as in extract")
+    parser.add_argument("--allow-outside", action="store_true", help="allow manifest paths outside its folder")
     found = parser.parse_args(arguments)
     settings = list(dict.fromkeys(map(parse_setting, found.setting)))
     options = dataclasses.replace(
@@ -131,7 +130,7 @@ def parse(arguments: list[str] | None = None) -> tuple[list[SlideJob], list[Sett
 
 @entry
 def main() -> None:
-    """Run the command line; exit status 2 for bad arguments or when not one slide could be counted."""
+    """Run the command line; exit with status 2 for bad arguments or if no slide could be counted."""
     jobs, settings, options = parse()
     counted = count_slides(jobs, settings, options)
     for name, found in counted["slides"].items():
@@ -141,7 +140,7 @@ def main() -> None:
     for name, reason in counted["failed"].items():
         print(f"{name}  not counted: {reason}")
     if not counted["slides"]:
-        raise InputError(f"--slides: not one of {len(jobs)} slides could be counted, for the reasons above")
+        raise InputError(f"--slides: none of {len(jobs)} slides could be counted, for the reasons above")
     print(json.dumps(counted, ensure_ascii=False))
 
 

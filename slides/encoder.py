@@ -34,10 +34,10 @@ def load_encoder(
         revision: revision on the model hub, where the weights come from there.
         trust_remote_code: allow code of the model's own repository to run (transformers only).
         device: where it runs: `cpu`, `cuda:0`, or `auto` for the process's accelerator, the CPU where there is none.
-        precision: of its arithmetic, one of `PRECISIONS`; part of the fingerprint.
+        precision: precision of the arithmetic, one of `PRECISIONS`; part of the fingerprint.
 
     Raises:
-        InputError: the encoder cannot be loaded; the message tells why and what to do.
+        InputError: the encoder cannot be loaded; the message states the reason and a remedy.
     """
     where = {"device": device, "precision": precision}
     if name == DEFAULT:

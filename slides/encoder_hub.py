@@ -41,7 +41,7 @@ def load_timm(name: str, *, revision: str | None, **where: Any) -> PatchEncoder:
         from timm.data import resolve_model_data_config
     except ImportError as error:
         raise InputError(
-            f"encoder {name}: timm is not usable here ({error}): pip install 'frugalpath[timm]'"
+            f"encoder {name}: timm cannot be imported ({error}): pip install 'frugalpath[timm]'"
         ) from error
     model_name = name.removeprefix("timm:")
     if revision is not None:

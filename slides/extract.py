@@ -1,13 +1,13 @@
-"""Extract the patch features of slides.
+"""Extract patch features from slides.
 
-    python -m frugalpath.slides.extract --slides slides/ --out features/
+    frugalpath extract --slides slides/ --out features/
     accelerate launch --multi_gpu --num_processes 2 slides/extract.py --slides slides.csv --out features/
-    python -m frugalpath.slides.extract --config extract.yaml
+    frugalpath extract --config extract.yaml
 
-`--slides` is a folder, a manifest (csv, tsv, jsonl, parquet: file, and optionally id, case, stain, mpp) or one slide.
-`--out` gets `features/`, `status/`, `qc/`, `geojson/` and `extract.jsonl`. The exit status is 0 when the run finished,
-also with slides that could not be read (they are listed with their reasons), and 2 for bad arguments or when not one
-slide could be extracted. How-to: docs/slides.md.
+`--slides` is a folder, a manifest (csv, tsv, jsonl or parquet with the column file and optionally id, case, stain,
+mpp) or one slide. `--out` receives `features/`, `status/`, `qc/`, `geojson/` and `extract.jsonl`. Exit status: 0 if
+the run finished, even if some slides could not be read (they are listed with reasons); 2 for bad arguments or if no
+slide could be extracted. See docs/slides.md.
 """
 
 from __future__ import annotations
@@ -36,22 +36,22 @@ __all__ = ["ExtractOptions", "SlideJob", "SlideStatus", "extract_slides", "find_
 
 @dataclass
 class ExtractArguments(ExtractOptions):
-    """The command line: what to extract, where to, and how."""
+    """Command-line arguments."""
 
     slides: str = field(default="", metadata={"help": "folder, manifest or one slide"})
     out: str = field(default="", metadata={"help": "output folder"})
-    allow_outside: bool = field(default=False, metadata={"help": "let a manifest name slides outside of its folder"})
+    allow_outside: bool = field(default=False, metadata={"help": "allow manifest paths outside its folder"})
     device: str = field(
         default="auto",
-        metadata={"help": "where the encoder runs: auto (one GPU a process, if any), cpu, cuda, cuda:1"},
+        metadata={"help": "device of the encoder: auto (one GPU per process, if any), cpu, cuda, cuda:1"},
     )
 
 
 def parse(arguments: list[str] | None = None) -> ExtractArguments:
-    """Arguments from the command line and the YAML file that `--config` names; InputError for unknown YAML keys."""
+    """Parse the command line and the YAML file of `--config`; raise InputError for unknown YAML keys."""
     from trl import TrlParser
 
-    parser = TrlParser(dataclass_types=[ExtractArguments])
+    parser = TrlParser(dataclass_types=[ExtractArguments], description=(__doc__ or "").partition("\n")[0])
     try:
         (found,) = parser.parse_args_and_config(arguments)
     except (ValueError, OSError) as error:
@@ -97,7 +97,7 @@ def main() -> None:
 
 
 def report(jobs: list[SlideJob], out: Path, own: list[SlideStatus]) -> None:
-    """Write `extract.jsonl` and print the table; InputError when there is not one slide with features."""
+    """Write `extract.jsonl` and print the table; raise InputError if no slide has features."""
     found = {status.id: status for status in own}
     outputs = Outputs(out)
     for job in jobs:
@@ -113,7 +113,7 @@ def report(jobs: list[SlideJob], out: Path, own: list[SlideStatus]) -> None:
     if not any(status.status == DONE for status in statuses):
         failed = [status for status in statuses if status.status == FAILED]
         why = f"{failed[0].id}: {failed[0].reason}" if failed else statuses[0].reason
-        raise InputError(f"no slide could be extracted; the table tells each one's reason and remedy, e.g. {why}")
+        raise InputError(f"no slide could be extracted; the table lists each reason and remedy, such as {why}")
 
 
 if __name__ == "__main__":

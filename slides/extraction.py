@@ -1,4 +1,4 @@
-"""Slides to feature files: scale, tissue, tiles, encoder, store, for one slide and for a list of them."""
+"""Extract feature files from slides: scale, tissue, tiles, encoder and store."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ MASK_SIDE, MASK_PARTS = 4096, 32
 
 
 class Outputs:
-    """Where the outputs of a slide lie in the output folder."""
+    """Paths of a slide's outputs in the output folder."""
 
     def __init__(self, out: str | Path):
         self.out = Path(out)
 
     def features(self, key: str) -> Path:
-        """The feature file."""
+        """Path of the feature file."""
         return self.out / "features" / f"{key}.h5"
 
     def status(self, key: str) -> Path:
-        """The status file."""
+        """Path of the status file."""
         return self.out / "status" / f"{key}.json"
 
     def picture(self, key: str) -> Path:
-        """The QC picture."""
+        """Path of the QC picture."""
         return self.out / "qc" / f"{key}.jpg"
 
     def geojson(self, key: str) -> Path:
-        """The tissue and tiles for QuPath."""
+        """Path of the GeoJSON file with tissue and tiles for QuPath."""
         return self.out / "geojson" / f"{key}.geojson"
 
 
@@ -65,23 +65,23 @@ def extract_slides(
     world: int = 1,
     progress: bool = True,
 ) -> list[SlideStatus]:
-    """Extract the features of slides; what is in `out` already is not done again.
+    """Extract the features of slides; results already in `out` are reused.
 
     Args:
         slides: jobs or paths.
         out: output folder: `features/<id>.h5`, `status/<id>.json`, `qc/<id>.jpg`, `geojson/<id>.geojson`.
         options: see `ExtractOptions`.
-        encoder: a loaded encoder, to spare loading it again; else `options.encoder` is loaded when it is needed.
+        encoder: a loaded encoder; by default `options.encoder` is loaded when needed.
         device: where the encoder runs, see `frugalpath.slides.encoder.load_encoder`.
         rank, world: this process takes one of `world` shares of the slides.
         progress: show progress bars.
 
     Returns:
-        The status of each slide of this share, in their order. A slide that cannot be read is one of them; it does
+        The status of each slide of this share, in order. A slide that cannot be read has the status failed and does
         not stop the others.
 
     Raises:
-        InputError: bad options, two slides with one id, or `out` holds features made with other options.
+        InputError: invalid options, duplicate slide ids, or features in `out` made with other options.
     """
     options = options or ExtractOptions()
     options.check()
@@ -107,7 +107,7 @@ def extract_slides(
 
 
 def _share(jobs: Sequence[SlideJob], rank: int, world: int) -> list[SlideJob]:
-    """This process's slides: the largest files are dealt out first, back and forth, so that shares are even."""
+    """This process's share of slides, balanced by file size."""
     if world == 1:
         return list(jobs)
     sizes = {job.id: job.file.stat().st_size if job.file.is_file() else 0 for job in jobs}
@@ -123,7 +123,7 @@ def _check_out(
     identity: dict[str, Any],
     options: ExtractOptions,
 ) -> None:
-    """Refuse to mix features of different options in one folder."""
+    """Raise InputError if the folder holds features made with other options."""
     if options.overwrite:
         return
     others = [s for s in found.values() if s is not None and s.status == DONE and s.options != identity]
@@ -142,7 +142,7 @@ def _check_out(
 
 
 def _inputs(job: SlideJob, options: ExtractOptions) -> dict[str, Any]:
-    """What the outcome for one slide hangs on besides the options' identity."""
+    """What the result of a slide depends on besides the options' identity."""
     return {
         "file": file_identity(job.file),
         "mpp": [job.mpp, options.slide_mpp, options.override_mpp],
@@ -153,7 +153,7 @@ def _inputs(job: SlideJob, options: ExtractOptions) -> dict[str, Any]:
 def _stands(
     before: SlideStatus, job: SlideJob, outputs: Outputs, identity: dict[str, Any], options: ExtractOptions
 ) -> bool:
-    """Whether the outcome of an earlier run still holds."""
+    """Whether the result of an earlier run is still valid."""
     now = _inputs(job, options)
     if before.status == DONE:
         if not outputs.features(job.id).is_file() or before.options != identity or _unwanted(job, options):
@@ -168,12 +168,12 @@ def _stands(
 
 
 def _unwanted(job: SlideJob, options: ExtractOptions) -> str:
-    """Why the stain of a slide is not asked for, or nothing."""
+    """Reason to skip a slide by its stain, or an empty text."""
     wanted = {stain_key(stain) for stain in options.stains}
     if not job.stain or wanted & {"any", "all", stain_key(job.stain)}:
         return ""
     asked = " ".join(options.stains)
-    return f"stain {job.stain} is not asked for (--stains {asked}); add it, or read every stain with --stains any"
+    return f"stain {job.stain} is not selected (--stains {asked}); add it, or use --stains any"
 
 
 class _Run:
@@ -197,7 +197,7 @@ class _Run:
 
     @property
     def encoder(self) -> PatchEncoder:
-        """Loaded at first use: a run with nothing to do needs none."""
+        """Encoder, loaded at first use."""
         if self._encoder is None:
             options = self.options
             self._encoder = load_encoder(
@@ -339,13 +339,13 @@ class _Run:
 def find_grid(
     reader: SlideReader, scale: Scale, job: SlideJob, options: ExtractOptions
 ) -> tuple[np.ndarray, Grid, np.ndarray]:
-    """Where the tiles of a slide would lie and where its tissue is.
+    """Find the tile grid and the tissue of a slide.
 
     Returns:
         the thumbnail (h, w, 3) uint8, the grid of tiles, and the tissue mask (h, w) bool of the thumbnail.
 
     Raises:
-        SlideError: damaged, no tissue, or a dark background that was not asked for.
+        SlideError: damaged, no tissue, or a dark background without the option for it.
     """
     grid = make_grid(reader.bounds, scale.mpp, options.mpp, options.tile_px)
     ratio = max(1.0, grid.step / MASK_PARTS, max(reader.bounds[2:]) / MASK_SIDE)
@@ -364,7 +364,7 @@ def _workers(options: ExtractOptions) -> int:
 
 
 def batches(stream: Iterator[tuple[np.ndarray, np.ndarray]], size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Blocks of tiles joined into batches of `size`; the last is what is left."""
+    """Join blocks of tiles into batches of `size`; the last may be smaller."""
     places: list[np.ndarray] = []
     images: list[np.ndarray] = []
     count = 0

@@ -27,7 +27,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from frugalpath.errors import InputError
-from frugalpath.files import whole
+from frugalpath.files import atomic_write
 from frugalpath.slides.store import Features, count_features, features_dim, read_features
 
 logger = logging.getLogger(__name__)
@@ -35,9 +35,9 @@ logger = logging.getLogger(__name__)
 FORMAT = "frugalpath.fields/1"
 SUFFIX = ".safetensors"
 SHARD_BYTES = 64 * 2**20
-"""Features after which a shard is written."""
+"""Number of features after which a shard is written."""
 PAUSES = (10.0, 300.0)
-"""Seconds after which a smaller one is written: a twentieth of the time since filling began, within these bounds."""
+"""Bounds of the seconds after which a smaller shard is written: a twentieth of the time since filling began."""
 MAX_HEADER = 2**20
 _TYPES = {"keys": "<i8", "checks": "<u4", "shapes": "<i4", "features": "<f2"}
 _CODES = {"keys": "I64", "checks": "U32", "shapes": "I32", "features": "F16"}
@@ -45,40 +45,41 @@ _CODES = {"keys": "I64", "checks": "U32", "shapes": "I32", "features": "F16"}
 
 @dataclass(frozen=True)
 class StoredField:
-    """Where the features of one field of view are: a store and the SHA-256 of the image file, in hex."""
+    """Location of a field's features: a store and the SHA-256 of the image file, in hex."""
 
     store: FieldStore
     key: str
 
 
 def load_stored(where: str | StoredField) -> Features:
-    """Features at a path (HDF5, see `frugalpath.slides.store.read_features`) or in a store of fields.
+    """Load features from a path (HDF5, see `frugalpath.slides.store.read_features`) or a store of fields.
 
     Raises:
-        InputError: they are not there, or damaged.
+        InputError: missing or damaged.
     """
     return where.store.read(where.key) if isinstance(where, StoredField) else read_features(where)
 
 
 def count_stored(where: str | StoredField) -> int:
-    """How many features there are, without reading them."""
+    """Count features without reading them."""
     return where.store.count(where.key) if isinstance(where, StoredField) else count_features(where)
 
 
 def stored_dim(where: str | StoredField) -> int:
-    """How wide features are, without reading them."""
+    """Width of features, without reading them."""
     return where.store.dim(where.key) if isinstance(where, StoredField) else features_dim(where)
 
 
 class FieldStore:
     """The shards of one setting (encoder and size of the fields) in a folder.
 
-    Use it in a `with` block to add fields: what is added is written at its end, also after an error.
+    Use it in a `with` block to add fields; they are written at its end, even after an error.
 
     Args:
         folder: may hold shards of other settings, and other files.
         setting: names the encoder and the size at which it was shown the fields.
-        stride: px of a cell of the encoder's map. encoder, fingerprint: of the encoder.
+        stride: px per cell of the encoder's map.
+        encoder, fingerprint: name and fingerprint of the encoder.
     """
 
     def __init__(self, folder: str | Path, setting: str, *, stride: int, encoder: str, fingerprint: str):
@@ -105,7 +106,7 @@ class FieldStore:
         return _reopened, (self.folder, self.setting, own)
 
     def refresh(self) -> None:
-        """Take in shards that this or another process has written."""
+        """Load shards written by this or another process."""
         names = {p.name: p for p in self.folder.glob(f"{self.setting}-*{SUFFIX}")}
         fresh = {name: p for name, p in sorted(names.items()) if name not in self._shards}
         if not fresh:
@@ -123,7 +124,7 @@ class FieldStore:
         return len(np.unique(self._keys))
 
     def missing(self, keys: Sequence[str]) -> list[str]:
-        """Those of the keys that no shard has."""
+        """Keys that are in no shard."""
         if not keys or not len(self._keys):
             return list(keys)
         wanted = np.frombuffer(bytes.fromhex("".join(keys)), "S32")
@@ -131,7 +132,7 @@ class FieldStore:
         return [key for key, there in zip(keys, self._keys[at] == wanted, strict=True) if not there]
 
     def count(self, key: str) -> int:
-        """Features of a field.
+        """Number of features of a field.
 
         Raises:
             InputError: it is not in the store.
@@ -162,12 +163,12 @@ class FieldStore:
                 return self._features(cells, rows, columns)
         paths = ", ".join(str(shard.path) for shard, _ in found)
         raise InputError(
-            f"{paths}: damaged, the features of a field are not those that were written; delete the file and give the "
+            f"{paths}: damaged, the features of a field are not those that were written; delete the file and run the "
             "command again, which encodes its fields anew"
         )
 
     def add(self, key: str, cells: np.ndarray) -> None:
-        """Add a field; it is written with others, and found after that.
+        """Add a field; it is available once it is written together with others.
 
         Args:
             cells: (rows, columns, d) float16.
@@ -183,7 +184,7 @@ class FieldStore:
             self.flush()
 
     def flush(self) -> None:
-        """Write what was added as a shard.
+        """Write the added fields as a shard.
 
         Raises:
             InputError: the folder cannot be written to.
@@ -206,7 +207,7 @@ class FieldStore:
             "stride": str(self.stride),
         }
         try:
-            with whole(self.folder / f"{self.setting}-{uuid.uuid4().hex[:16]}{SUFFIX}") as part:
+            with atomic_write(self.folder / f"{self.setting}-{uuid.uuid4().hex[:16]}{SUFFIX}") as part:
                 save_file(tensors, part, about)
         except OSError as error:
             raise InputError(
@@ -243,7 +244,7 @@ class FieldStore:
 
 
 class _Shard:
-    """The fields of a shard that are whole; one that cannot be used has none, and says so once."""
+    """Intact fields of a shard; an unusable shard has none, with one warning."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -258,12 +259,12 @@ class _Shard:
             logger.warning("%s: cut short; %d of its %d fields are left", path, whole_fields, stated)
 
     def _open(self) -> tuple[int, int]:
-        """Map the file; how many of its fields are whole, of how many."""
+        """Map the file; return the numbers of intact and of all fields."""
         size = self.path.stat().st_size
         with open(self.path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= min(MAX_HEADER, size - 8):
-                raise ValueError("its header is not whole")
+                raise ValueError("its header is incomplete")
             header = json.loads(file.read(length))
             about = header["__metadata__"]
             if about["format"] != FORMAT:
@@ -272,7 +273,7 @@ class _Shard:
             for name in ("keys", "checks", "shapes"):
                 dtype, shape, start, end = _described(header[name], name)
                 if 8 + length + end > size:
-                    raise ValueError("its index is not whole")
+                    raise ValueError("its index is incomplete")
                 file.seek(8 + length + start)
                 tensors[name] = np.frombuffer(file.read(end - start), dtype).reshape(shape)
         dtype, (cells, dim), start, _ = _described(header["features"], "features")
@@ -280,7 +281,7 @@ class _Shard:
         ends = np.cumsum(counts)
         n = len(counts)
         if (tensors["shapes"] < 1).any() or not n == len(tensors["keys"]) == len(tensors["checks"]):
-            raise ValueError("its index contradicts itself")
+            raise ValueError("its index is inconsistent")
         if not n or ends[-1] != cells:
             raise ValueError(f"its index is of {ends[-1] if n else 0} features, {cells} are stated")
         offset = 8 + length + start
@@ -295,7 +296,7 @@ class _Shard:
         return kept, n
 
     def read(self, record: int) -> np.ndarray | None:
-        """Features (cells, d) float16 of a field; None where they are not what was written."""
+        """Features (cells, d) float16 of a field; None if damaged."""
         start = int(self.starts[record])
         cells = self.features[start : start + int(self.shapes[record].prod())]
         whole_ = _check(self.raw_keys[record].tobytes(), self.shapes[record], cells) == int(self.checks[record])
@@ -303,7 +304,7 @@ class _Shard:
 
 
 def _described(entry: dict, name: str) -> tuple[str, tuple[int, ...], int, int]:
-    """Type, shape, first and last byte of a tensor, as the header has them."""
+    """Type, shape, first and last byte of a tensor, from the header."""
     shape = tuple(int(n) for n in entry["shape"])
     start, end = (int(n) for n in entry["data_offsets"])
     dtype = _TYPES[name]

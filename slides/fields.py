@@ -1,4 +1,4 @@
-"""Features of fields of view: every image encoded once, kept in the store under its content's name."""
+"""Features of fields of view: each image is encoded once and stored by its content."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from frugalpath.slides.patch_encoder import PatchEncoder
 from frugalpath.slides.stream import read_ahead
 
 BUFFER_PIXELS = 64 * 2**20
-"""Pixels of fields that wait for others of their size; then the most numerous are encoded as they are."""
+"""Maximum pixels of fields that wait for others of their size; above it, the largest group is encoded."""
 _REMEDY = "choose another encoder or precision, or drop its row"
 
 
@@ -36,7 +36,7 @@ def encode_fields(
     workers: int | None = None,
     progress: bool = True,
 ) -> dict[str, str | StoredField]:
-    """Encode images that are not stored yet; returns where the features of each path are.
+    """Encode images that are not stored yet; return the location of each path's features.
 
     A field becomes the cells of the encoder's feature map, one a `stride` square. Equal content is encoded once.
     Fields of one size are encoded together, while others are read.
@@ -81,14 +81,14 @@ def encode_fields(
 def _encode(
     images: dict[str, str], store: FieldStore, encoder: PatchEncoder, side: int | None, workers: int, progress: bool
 ) -> list[tuple[str, str]]:
-    """Encode images by key into the store; those that could not be, and why."""
+    """Encode images by key into the store; return the failed ones with reasons."""
     problems: list[tuple[str, str]] = []
     waiting: dict[tuple[int, int], list[tuple[str, np.ndarray]]] = {}
     held = 0
     bar = tqdm(total=len(images), desc="encoding fields", unit="field", disable=not progress or not images)
 
     def encode(size: tuple[int, int]) -> int:
-        """Encode all waiting fields of a size; their pixels."""
+        """Encode all waiting fields of a size; return their number of pixels."""
         group = waiting.pop(size)
         grids = encoder.feature_map(np.stack([pixels for _, pixels in group])).to(torch.float16)
         whole = torch.isfinite(grids).flatten(1).all(1).tolist()
@@ -97,7 +97,7 @@ def _encode(
                 store.add(key, cells)
             else:
                 problems.append(
-                    (images[key], f"the features that {encoder.name} gives of it are no numbers of 16 bits; {_REMEDY}")
+                    (images[key], f"the features that {encoder.name} gives of it do not fit into 16 bits; {_REMEDY}")
                 )
         bar.update(len(group))
         return len(group) * size[0] * size[1]
@@ -123,7 +123,7 @@ def _encode(
 
 
 def read_field(path: str, side: int | None, stride: int) -> np.ndarray | str:
-    """Pixels (h, w, 3) at which an image is shown to an encoder, or what is wrong with it; see `encode_fields`."""
+    """Pixels (h, w, 3) of an image as the encoder reads it, or the problem; see `encode_fields`."""
     try:
         image = read_image(path)
     except ImageError as error:

@@ -1,4 +1,4 @@
-"""Opening images: one limit of pixels for all of them, and only formats that Pillow decodes by itself."""
+"""Open images with one limit of pixels, and only formats that Pillow decodes by itself."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from frugalpath.errors import InputError
 MAX_PIXELS = 100_000_000
 """10,000 x 10,000: more than any field of view, less than what exhausts a machine."""
 FORMATS = ("PNG", "JPEG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "PPM")
-"""Whatever a file is called: for others, such as EPS, Pillow starts a program of the machine."""
+"""Allowed formats, whatever a file is called: for others, such as EPS, Pillow starts an external program."""
 
 # Pillow's own limit is the limit here, so that it also holds where other packages open an image. By default Pillow
 # warns at 89 million pixels and refuses at twice that.
@@ -27,11 +27,11 @@ OR_DROP = " or drop its row"
 
 
 class ImageError(InputError):
-    """An image that is not decoded; the sentence reads on from its path."""
+    """An image that cannot be decoded; the message continues a sentence that begins with its path."""
 
 
 def allow_pixels(pixels: int) -> None:
-    """Let images of up to so many pixels be opened in this process; a limit that is higher already stays."""
+    """Raise this process's limit of pixels per image; a higher limit stays."""
     Image.MAX_IMAGE_PIXELS = max(pixels, Image.MAX_IMAGE_PIXELS or 0)
 
 
@@ -41,7 +41,7 @@ def open_image(
     """Open an image file and check its size; nothing is decoded yet.
 
     Args:
-        max_pixels: a limit below that of the process.
+        max_pixels: stricter limit than that of the process.
         formats: of `FORMATS`, where the format is known: trying the others takes as long as opening it.
 
     Raises:
@@ -75,12 +75,12 @@ def read_image(path: str | os.PathLike, mode: str | None = "RGB", max_pixels: in
 
 
 def too_large(width: int, height: int, limit: int) -> ImageError:
-    """What is said of an image over a limit of pixels."""
+    """Message for an image over a limit of pixels."""
     return ImageError(f"has {width} x {height} pixels, more than max_pixels = {limit:,}; {_REMEDY}")
 
 
 def undecodable(error: Exception) -> ImageError:
-    """What is said of a file that holds no whole image."""
+    """Message for a file without an intact image."""
     return ImageError(f"cannot be decoded ({error}); replace the file{OR_DROP}")
 
 
@@ -94,7 +94,7 @@ def slide_format(path: str | os.PathLike) -> str | None:
 
 
 def plain_picture(path: str | os.PathLike, data: bytes) -> bool:
-    """Whether a file is surely no whole slide, by its name and its first 132 bytes; `slide_format` need not be asked.
+    """Whether a file is certainly not a whole slide, by its name and first 132 bytes, without `slide_format`.
 
     OpenSlide knows slides by TIFF or DICOM heads, by heads that Pillow does not read, or by names of their own: the
     file of a MIRAX slide (.mrxs) is a JPEG.

@@ -1,4 +1,4 @@
-"""Which slides to extract: a folder, a manifest, one file or a list of paths."""
+"""Find the slides to extract: a folder, a manifest, one file or a list of paths."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class SlideJob:
         file: the slide.
         id: names its outputs; may hold sub-folders. The file's name without its suffix where it is empty.
         case: groups the slides of one case.
-        stain: as the manifest tells it; empty when unknown.
+        stain: as in the manifest; empty if unknown.
         mpp: level-0 microns per pixel for a file that records none.
     """
 
@@ -47,13 +47,13 @@ class SlideJob:
 
 
 def stain_key(stain: str) -> str:
-    """One key for all spellings of a stain: `H&E`, `HE`, `Hematoxylin and eosin` are `he`."""
+    """Normalise the spellings of a stain: `H&E`, `HE`, `Hematoxylin and eosin` become `he`."""
     key = "".join(char for char in stain.lower() if char.isalnum())
     return "he" if key in _HE else key
 
 
 def find_jobs(source: str | os.PathLike, *, allow_outside: bool = False) -> list[SlideJob]:
-    """The slides of a folder (with its sub-folders), of a manifest, or one slide.
+    """Find the slides of a folder (with its sub-folders), of a manifest, or one slide.
 
     A manifest is csv, tsv, jsonl or parquet with the column `file` (or `slide`) and, as wanted, `id`, `case`, `stain`
     and `mpp`. A file `slides.csv` (or .tsv, .jsonl, .parquet) in a folder tells these of the slides that it names.
@@ -80,14 +80,14 @@ def find_jobs(source: str | os.PathLike, *, allow_outside: bool = False) -> list
 
 
 def as_jobs(slides: Iterable[SlideJob | str | os.PathLike]) -> list[SlideJob]:
-    """Paths and jobs as jobs with distinct ids; InputError where two share one."""
+    """Convert paths to jobs; raise InputError for duplicate ids."""
     jobs = [slide if isinstance(slide, SlideJob) else SlideJob(Path(slide)) for slide in slides]
     check_ids(jobs)
     return jobs
 
 
 def check_ids(jobs: Sequence[SlideJob]) -> None:
-    """InputError where two slides would write the same output, or an id would leave the output folder."""
+    """Raise InputError if two slides have the same output or an id leaves the output folder."""
     problems = []
     files = defaultdict(list)
     for job in jobs:
@@ -105,7 +105,7 @@ def check_ids(jobs: Sequence[SlideJob]) -> None:
 
 
 def read_jobs(path: Path, *, allow_outside: bool = False) -> list[SlideJob]:
-    """The rows of a manifest; relative paths are relative to it, and none may leave its folder unless allowed."""
+    """Read the rows of a manifest; paths are relative to it and must stay in its folder unless allowed."""
     table = _table(path)
     column = next((name for name in ("file", "slide") if name in table.columns), None)
     if column is None:
@@ -126,7 +126,7 @@ def read_jobs(path: Path, *, allow_outside: bool = False) -> list[SlideJob]:
             problems.append(f"{where}: {name[:80]!r} is not a path ({error})")
             continue
         if leaves and not allow_outside:
-            problems.append(f"{where}: {name} leaves the manifest's folder; set --allow_outside true if you trust it")
+            problems.append(f"{where}: {name} leaves the manifest's folder; set --allow_outside if you trust it")
         mpp, problem = _mpp(values["mpp"])
         if problem:
             problems.append(f"{where}: {problem}")

@@ -1,4 +1,4 @@
-"""The options of an extraction, for the command line, YAML and code alike."""
+"""Options of feature extraction, for the command line, YAML and code."""
 
 from __future__ import annotations
 
@@ -16,63 +16,63 @@ from frugalpath.slides.status import file_identity
 
 @dataclass
 class ExtractOptions:
-    """How slides are turned into features; the defaults are 5x tiles through the packaged encoder."""
+    """How features are extracted from slides; the defaults use 5x tiles and the packaged encoder."""
 
-    mpp: float = field(default=2.0, metadata={"help": "microns per pixel of the tiles: 2 is 5x, 0.5 is 20x"})
+    mpp: float = field(default=2.0, metadata={"help": "microns per pixel of the tiles: 2 for 5x, 0.5 for 20x"})
     tile_px: int = field(default=224, metadata={"help": "side of a tile, px"})
     cells: int = field(default=1, metadata={"help": "features per side of a tile: 1 pools it, 7 keeps a 7 x 7 map"})
     encoder: str = field(
         default=DEFAULT, metadata={"help": "efficientnet-lite0, timm:<model>, or a transformers model or folder"}
     )
-    encoder_revision: str | None = field(default=None, metadata={"help": "revision on the model hub"})
-    trust_remote_code: bool = field(default=False, metadata={"help": "let the encoder's repository run its code"})
+    encoder_revision: str | None = field(default=None, metadata={"help": "encoder revision on the Hub"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code from the encoder's repository"})
     precision: str = field(
-        default="float32", metadata={"help": "of the encoder: float32, or bfloat16 or float16 for speed on a GPU"}
+        default="float32", metadata={"help": "encoder precision: float32; bfloat16 or float16 are faster on a GPU"}
     )
     min_tissue: float = field(default=0.1, metadata={"help": "keep tiles with at least this fraction of tissue"})
     max_tiles: int | None = field(
-        default=50_000, metadata={"help": "cap on the tiles of a slide; those kept are spread evenly"}
+        default=50_000, metadata={"help": "maximum number of tiles per slide, spread evenly"}
     )
     mpp_tolerance: float = field(
-        default=0.1, metadata={"help": "a level may be coarser than --mpp by this fraction; it is resampled to --mpp"}
+        default=0.1, metadata={"help": "fraction by which a level to resample may be coarser than --mpp"}
     )
     slide_mpp: float | None = field(
-        default=None, metadata={"help": "level-0 mpp of the slides that record no scale and have none in the manifest"}
+        default=None, metadata={"help": "level-0 mpp of slides without a scale in the file or manifest"}
     )
     override_mpp: bool = field(
-        default=False, metadata={"help": "let the manifest's mpp and --slide-mpp win over what the files record"}
+        default=False, metadata={"help": "prefer mpp from the manifest or --slide-mpp over the files'"}
     )
     stains: list[str] = field(
         default_factory=lambda: ["H&E"],
-        metadata={"help": "stains to read; `any` reads all. A slide of unknown stain is read"},
+        metadata={"help": "stains to read, or `any`; slides of unknown stain are always read"},
     )
     dark_background: bool = field(
-        default=False, metadata={"help": "read fluorescence too: on a dark background, bright is tissue"}
+        default=False, metadata={"help": "also read fluorescence slides, where tissue is bright on a dark background"}
     )
-    dtype: str = field(default="float32", metadata={"help": "float32 or float16, of the stored features"})
-    backend: str = field(default="openslide", metadata={"help": "openslide, auto or fastslide"})
+    dtype: str = field(default="float32", metadata={"help": "type of the stored features: float32 or float16"})
+    backend: str = field(default="openslide", metadata={"help": "reading library: openslide, fastslide or auto"})
     workers: int | None = field(
-        default=None, metadata={"help": "reading threads; by default as many as the process may use cores, at least 2"}
+        default=None, metadata={"help": "reading threads; default: number of usable cores, at least 2"}
     )
     batch_size: int | None = field(
-        default=None, metadata={"help": "tiles encoded at once; by default 64 on a CPU and 256 on a GPU"}
+        default=None, metadata={"help": "tiles per encoder batch; default: 64 on a CPU, 256 on a GPU"}
     )
-    read_timeout: float = field(default=120.0, metadata={"help": "seconds that one read may take"})
-    qc: bool = field(default=True, metadata={"help": "write a picture and GeoJSON of each slide"})
-    overwrite: bool = field(default=False, metadata={"help": "replace features made with other options"})
-    retry: bool = field(default=False, metadata={"help": "try slides again that failed before"})
+    read_timeout: float = field(default=120.0, metadata={"help": "timeout of one read, in seconds"})
+    qc: bool = field(default=True, metadata={"help": "write a QC picture and GeoJSON for each slide"})
+    overwrite: bool = field(default=False, metadata={"help": "replace features extracted with other options"})
+    retry: bool = field(default=False, metadata={"help": "retry slides that failed before"})
 
     def check(self) -> None:
-        """InputError with all options that cannot be."""
+        """Raise one InputError that lists all invalid options."""
         problems = []
         if not plausible(self.mpp):
-            problems.append(f"--mpp {self.mpp}: must lie in {MIN_MPP} to {MAX_MPP:g}")
+            problems.append(f"--mpp {self.mpp}: must be between {MIN_MPP} and {MAX_MPP:g}")
         if self.slide_mpp is not None and not plausible(self.slide_mpp):
-            problems.append(f"--slide-mpp {self.slide_mpp}: must lie in {MIN_MPP} to {MAX_MPP:g}")
+            problems.append(f"--slide-mpp {self.slide_mpp}: must be between {MIN_MPP} and {MAX_MPP:g}")
         if not 0 <= self.min_tissue <= 1:
-            problems.append(f"--min-tissue {self.min_tissue}: must lie in 0 to 1")
+            problems.append(f"--min-tissue {self.min_tissue}: must be between 0 and 1")
         if not 0 <= self.mpp_tolerance <= 1:
-            problems.append(f"--mpp-tolerance {self.mpp_tolerance}: must lie in 0 to 1")
+            problems.append(f"--mpp-tolerance {self.mpp_tolerance}: must be between 0 and 1")
         for name in ("max_tiles", "workers", "batch_size", "read_timeout"):
             value = getattr(self, name)
             if value is not None and value <= 0:
@@ -89,7 +89,7 @@ class ExtractOptions:
             raise InputError(problems)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the features' values; two runs of equal identity may share an output folder."""
+        """Return the options that determine feature values; runs with equal identity may share an output folder."""
         names = "mpp tile_px cells encoder encoder_revision min_tissue max_tiles mpp_tolerance dark_background dtype"
         values = {name: getattr(self, name) for name in names.split()}
         if self.precision != "float32":  # outputs of versions without the option stay valid

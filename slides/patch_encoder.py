@@ -1,4 +1,4 @@
-"""A frozen encoder of tiles: how it is called, and what its features are known by."""
+"""Interface and fingerprint of a frozen tile encoder."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # time a tile than 64 on two cores. A GPU wants large ones.
 _PASS_PIXELS = {"cpu": 8 * 224 * 224, "cuda": 256 * 224 * 224}
 PRECISIONS = ("float32", "bfloat16", "float16")
-"""Of an encoder's arithmetic. `float32` gives a GPU's features to about 1e-5 those of a CPU."""
+"""Precisions of an encoder. With `float32`, features of GPU and CPU agree to about 1e-5."""
 
 
 class PatchEncoder:
@@ -64,7 +64,7 @@ class PatchEncoder:
         self._shift = (-torch.tensor(tuple(mean)) * 255 / std_255).view(3, 1, 1).to(self.device)
 
     def encode(self, tiles: np.ndarray | torch.Tensor) -> torch.Tensor:
-        """One vector a tile: uint8 (B, H, W, 3) -> float32 (B, dim) on the encoder's device.
+        """Encode one vector per tile: uint8 (B, H, W, 3) -> float32 (B, dim) on the encoder's device.
 
         H and W are multiples of `stride`. Raises InputError for any other shape or type.
         """
@@ -78,7 +78,7 @@ class PatchEncoder:
         return self._run(images, pooled=False)
 
     def images_per_pass(self, height: int, width: int) -> int:
-        """How many images of a size, in px, are best encoded in one pass on this device."""
+        """Best number of images of a size (in px) per pass on this device."""
         return max(1, _PASS_PIXELS.get(self.device.type, _PASS_PIXELS["cuda"]) // (height * width))
 
     def _run(self, tiles: np.ndarray | torch.Tensor, pooled: bool) -> torch.Tensor:
@@ -100,7 +100,7 @@ class PatchEncoder:
 
     @contextlib.contextmanager
     def _arithmetic(self) -> Iterator[None]:
-        """The precision; float32 is no TF32, which cuDNN takes for convolutions unless it is told otherwise."""
+        """Context of the precision; for float32 it disables TF32, cuDNN's default for convolutions."""
         if self.precision != "float32":
             with torch.autocast(self.device.type, dtype=getattr(torch, self.precision)):
                 yield
@@ -131,7 +131,7 @@ class PatchEncoder:
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name; `auto` is the accelerator that this process has as its current one, or the CPU.
+    """Device by name; `auto` is this process's current accelerator, or the CPU.
 
     Raises:
         InputError: there is no such device.

@@ -1,4 +1,4 @@
-"""Whether the plainest of PNG and JPEG files can be decoded, in a fraction of the time that Pillow takes to open them.
+"""Check quickly whether plain PNG and JPEG files can be decoded, in a fraction of the time Pillow needs to open them.
 
 For small images, most of the time to open and decode one goes into all that a file might hold beside its pixels. Here
 only files without any of that are looked at, and more strictly than Pillow does: of what is called whole here, Pillow
@@ -19,11 +19,11 @@ _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
 
 
 def plain_size(data: bytes, max_pixels: int) -> tuple[int, int] | None:
-    """Width and height of a plain image that is whole, else None.
+    """Width and height of an intact plain image, else None.
 
     Args:
-        data: all of the file.
-        max_pixels: nothing is said of larger images.
+        data: content of the file.
+        max_pixels: larger images give None.
     """
     try:
         if data.startswith(_PNG):

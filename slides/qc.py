@@ -1,4 +1,4 @@
-"""What a person checks a slide by: a picture with the tissue outline and the tiles, and GeoJSON for QuPath."""
+"""Quality control of a slide: a picture with tissue outline and tiles, and GeoJSON for QuPath."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 from skimage.measure import approximate_polygon, find_contours
 
-from frugalpath.files import whole, write_text
+from frugalpath.files import atomic_write, write_text
 from frugalpath.slides.tiling import Grid
 
 LONGEST_SIDE = 1600
@@ -23,7 +23,7 @@ _OUTLINE, _TILE = (0, 150, 60), (30, 60, 220)
 def qc_picture(
     thumbnail: np.ndarray, mask: np.ndarray, grid: Grid, tiles: np.ndarray, bounds: tuple[int, int, int, int]
 ) -> Image.Image:
-    """The thumbnail with the outline of the tissue (green) and the kept tiles (blue).
+    """Draw the outline of the tissue (green) and the kept tiles (blue) on the thumbnail.
 
     Args:
         thumbnail: uint8 (h, w, 3) over `bounds`.
@@ -50,14 +50,14 @@ def qc_picture(
 
 def write_picture(path: Path, image: Image.Image) -> None:
     """Write a JPEG atomically."""
-    with whole(path) as part:
+    with atomic_write(path) as part:
         image.save(part, "JPEG", quality=85)
 
 
 def write_geojson(
     path: Path, name: str, mask: np.ndarray, grid: Grid, tiles: np.ndarray, bounds: tuple[int, int, int, int]
 ) -> None:
-    """Tissue outlines as annotations and tiles as tiles, which QuPath opens by drag and drop.
+    """Write tissue outlines and tiles as GeoJSON, which QuPath opens by drag and drop.
 
     Positions are pixels of level 0 from the corner of `bounds`: QuPath shows a slide cropped to them.
     """

@@ -1,4 +1,4 @@
-"""Reading slides: any box of any level at any size, in bounded memory, by OpenSlide or fastslide.
+"""Read any region of a slide at any level and size, in bounded memory, with OpenSlide or fastslide.
 
 Only the pyramid is read. Label and macro images, which may show a patient's name, are never opened.
 """
@@ -40,8 +40,8 @@ class SlideReader:
         level_dimensions: (width, height) of each level, px.
         level_downsamples: level-0 pixels per pixel of each level.
         properties: OpenSlide's properties.
-        background: RGB of places where the scanner recorded nothing.
-        bounds: x, y, width, height of the part that was scanned, in level-0 px.
+        background: RGB of areas that were not scanned.
+        bounds: x, y, width, height of the scanned area, in level-0 px.
     """
 
     def __init__(self, path: str | os.PathLike, backend: str = "openslide", *, timeout: float = 120.0):
@@ -79,7 +79,7 @@ class SlideReader:
         self.close()
 
     def close(self) -> None:
-        """Close the file, unless it was given up."""
+        """Close the file, unless a read hangs in it."""
         if self._stuck:
             return
         self._slide.close()
@@ -87,11 +87,11 @@ class SlideReader:
             self._fast.close()
 
     def give_up(self) -> None:
-        """A thread hangs in a read: never close the file under it."""
+        """Never close the file, since a thread hangs in a read."""
         self._stuck = True
 
     def best_level(self, downsample: float, tolerance: float = 0.0) -> int:
-        """The coarsest level that is no coarser than `downsample` by more than the fraction `tolerance`.
+        """Coarsest level that exceeds `downsample` by at most the fraction `tolerance`.
 
         A rounding of 1 per mille in the level's downsample is always allowed. Level 0 where none is fine enough.
         """
@@ -130,7 +130,7 @@ class SlideReader:
         return np.concatenate([first, second], axis=0)
 
     def native(self, level: int, x: int, y: int, width: int, height: int) -> np.ndarray:
-        """Pixels of a level as they are; outside of the level there is background.
+        """Read pixels of a level without resampling; areas outside it are background.
 
         Returns:
             uint8 (height, width, 3 or 4); a fourth channel is 255 throughout and spares a copy here: drop it.
@@ -177,7 +177,7 @@ class SlideReader:
         return np.ascontiguousarray(pixels)
 
     def _open_fast(self, *, required: bool, timeout: float) -> Any:
-        """A fastslide handle that agrees with OpenSlide, or None; BackendError where it was required."""
+        """Open a fastslide handle that agrees with OpenSlide, or return None; raise BackendError if it is required."""
         fastslide = _fastslide()
         if fastslide is None:
             if required:
@@ -194,7 +194,7 @@ class SlideReader:
         return slide
 
     def _agreeing(self, slide: Any) -> Any:
-        """`slide` if it shows what OpenSlide shows in the middle of level 0, else None."""
+        """Return `slide` if it agrees with OpenSlide in the middle of level 0, else None."""
         same = tuple(slide.level_dimensions) == self.level_dimensions
         if not same or slide.dtype != "uint8" or slide.num_channels != 3 or "openslide.bounds-x" in self.properties:
             return None
@@ -242,7 +242,7 @@ def resample(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def within(seconds: float, call: Any) -> Any:
-    """The result of `call()`, or TimeoutError after some seconds; its own errors are raised here.
+    """Return the result of `call()`, or raise its errors, or TimeoutError after some seconds.
 
     The thread of a call that never returns is given up; it does not keep the process from ending.
     """

@@ -1,4 +1,4 @@
-"""How large a pixel of a slide is, and where that is known from. An unknown scale is refused, never assumed."""
+"""Find the pixel size of a slide and its source. An unknown scale is an error, never assumed."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ ANISOTROPY = 0.05
 
 
 class SlideError(Exception):
-    """Why one slide cannot be extracted. It is reported with the slide; the other slides go on."""
+    """Reason why a slide cannot be extracted; it is reported, and the other slides continue."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """Microns per pixel at level 0, the property or setting it comes from, and what else the user should know."""
+    """Microns per pixel at level 0, the property or setting it comes from, and notes for the user."""
 
     mpp: float
     source: str
@@ -36,16 +36,16 @@ def find_scale(
     flag_mpp: float | None = None,
     override: bool = False,
 ) -> Scale:
-    """The scale of a slide: its recorded mpp, else its objective power, else the manifest's value, else the flag's.
+    """Find the scale of a slide: its recorded mpp, else its objective power, the manifest's value, or the flag's.
 
     Args:
         properties: OpenSlide's properties.
         manifest_mpp: level-0 microns per pixel from the slide's row of the manifest.
         flag_mpp: the same from `--slide-mpp`, for every slide that records none.
-        override: the manifest's and the flag's value win over what the file records.
+        override: prefer the manifest's and the flag's value over the file's.
 
     Raises:
-        SlideError: none of them is known; the message tells what was read, from which property, and the remedy.
+        SlideError: none of them is known; the message states what was read from which property, and the remedy.
     """
     given = [(manifest_mpp, "the manifest's mpp"), (flag_mpp, "--slide-mpp")]
     stated = [Scale(mpp, source) for mpp, source in given if mpp is not None]
@@ -69,7 +69,7 @@ def find_scale(
 
 
 def _recorded(properties: Mapping[str, str]) -> tuple[list[Scale], list[str]]:
-    """What the file itself records, best first, and what is wrong with the rest."""
+    """Scales recorded in the file, best first, and problems of the others."""
     scales, problems = [], []
     texts = [properties[key] for key in ("openslide.mpp-x", "openslide.mpp-y") if key in properties]
     if len(texts) < 2:
@@ -94,7 +94,7 @@ def _recorded(properties: Mapping[str, str]) -> tuple[list[Scale], list[str]]:
         if power > 0 and plausible(10 / power):
             scales.append(Scale(10 / power, "openslide.objective-power"))
         else:
-            problems.append(f"openslide.objective-power = {text} is no magnification")
+            problems.append(f"openslide.objective-power = {text} is not a valid magnification")
     return scales, problems
 
 

@@ -1,4 +1,4 @@
-"""What became of each slide: one JSON file a slide, written when it is finished, and the table at the end of a run."""
+"""Status of each slide: one JSON file per finished slide, and the table at the end of a run."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ DONE, FAILED, SKIPPED = "done", "failed", "skipped"
 
 @dataclass
 class SlideStatus:
-    """The outcome for one slide.
+    """Result of one slide.
 
     Attributes:
-        id, file, case, stain: of the job.
+        id, file, case, stain: from the job.
         status: `done`; `failed`: asked for and not possible; `skipped`: not asked for.
-        reason: why it is not done.
+        reason: reason if it is not done.
         tiles: how many tiles were encoded; `tissue_tiles` how many hold tissue (more, when capped).
-        level0_mpp, mpp_source: the slide's scale and where it is known from.
+        level0_mpp, mpp_source: the slide's scale and its source.
         level, level_mpp: the level that was read.
-        backend: what read it.
-        notes: what the user should know about a slide that is done.
-        seconds: for this slide, all in all.
-        options: what decides the features' values.
-        inputs: what else the outcome hangs on: the file and the settings for this slide.
-        again: taken over from an earlier run (not stored).
+        backend: reading library.
+        notes: notes on a slide that is done.
+        seconds: total time of this slide.
+        options: options that determine feature values.
+        inputs: what else the result depends on: the file and its settings.
+        again: taken from an earlier run (not stored).
     """
 
     id: str
@@ -54,7 +54,7 @@ class SlideStatus:
     again: bool = False
 
     def stored(self) -> dict[str, Any]:
-        """All fields that go to disk."""
+        """Fields to store."""
         return {key: value for key, value in asdict(self).items() if key != "again"}
 
 
@@ -64,7 +64,7 @@ def write_status(path: Path, status: SlideStatus) -> None:
 
 
 def read_status(path: Path) -> SlideStatus | None:
-    """A status file, or None where there is none, or one of another version of this package."""
+    """Read a status file; None if it is missing or of another version."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -92,13 +92,13 @@ def file_identity(path: Path) -> str:
 
 
 def write_summary(path: Path, statuses: Iterable[SlideStatus]) -> None:
-    """One line of JSON a slide."""
+    """Write one line of JSON per slide."""
     lines = [json.dumps(status.stored(), ensure_ascii=False) for status in statuses]
     write_text(path, "\n".join(lines) + "\n")
 
 
 def table(statuses: Sequence[SlideStatus], limit: int = 60) -> str:
-    """The summary as text: every slide, or with more than `limit` slides all that are not done or have a note."""
+    """Format the summary: every slide, or, with more than `limit`, those that are not done or have a note."""
     shown = [s for s in statuses if len(statuses) <= limit or s.status != DONE or s.notes]
     rows = [("slide", "status", "tiles", "mpp", "s", "")]
     for status in shown:
@@ -122,10 +122,10 @@ def table(statuses: Sequence[SlideStatus], limit: int = 60) -> str:
 
 
 def totals(statuses: Sequence[SlideStatus]) -> str:
-    """One line: how many slides are done, failed and skipped, and how many tiles there are."""
+    """Format the numbers of slides done, failed and skipped, and of tiles, as one line."""
     counts = {kind: sum(s.status == kind for s in statuses) for kind in (DONE, FAILED, SKIPPED)}
     tiles = sum(s.tiles for s in statuses if s.status == DONE)
     text = ", ".join(f"{count} {kind}" for kind, count in counts.items())
     if statuses and all(s.again for s in statuses):
-        return f"nothing to do: {text}, {tiles} tiles, all from earlier runs (--retry tries failed slides again)"
+        return f"nothing to do: {text}, {tiles} tiles, all from earlier runs (--retry retries failed slides)"
     return f"{text}, {tiles} tiles"

@@ -30,9 +30,9 @@ _TRIDENT = {"patch_size_level0": "patch_size", "level0_width": "width", "level0_
 
 
 MAX_VALUES = 2**33
-"""Values of a dataset: 6.7 million features of 1,280 values, several times the most that a slide gives."""
+"""Maximum values of a dataset: 6.7 million features of 1,280 values, several times those of a large slide."""
 MAX_PACKED = 1100
-"""Times that a compressed dataset is larger than what is stored of it: deflate reaches 1,032."""
+"""Maximum compression ratio of a dataset: deflate reaches 1,032."""
 _HEAP = b"GCOL\1"
 _NUMBERS = ("patch_size", "mpp", "level0_mpp", "width", "height")
 
@@ -44,7 +44,7 @@ class Features:
     Attributes:
         features: (N, d) float32.
         coords: (N, 2) int64, x and y of each feature's upper left corner in level-0 pixels.
-        attrs: what is known about them; any of `encoder`, `patch_size` (side at level 0 of the square that a feature
+        attrs: metadata; any of `encoder`, `patch_size` (side at level 0 of the square that a feature
             describes, px), `mpp` (of the tiles that were encoded, microns per pixel), `level0_mpp`, `width`, `height`
             (of level 0, px), `tile_px`, `cells` and others. Values are text, numbers, booleans or flat lists of them.
     """
@@ -65,7 +65,7 @@ class Features:
 
 
 class FeatureWriter:
-    """Writes a feature file in parts, so that the features of a slide need not fit in memory.
+    """Write a feature file in parts, so that the features of a slide need not fit in memory.
 
     Use it in a `with` block: at its end the file takes its name; after an error nothing is left behind and an older
     file of that name is untouched.
@@ -139,7 +139,7 @@ def read_features(path: str | os.PathLike) -> Features:
     """
     path = Path(path)
     if not path.is_file():
-        raise InputError(f"{path}: no such feature file; write it with `python -m frugalpath.slides.extract`")
+        raise InputError(f"{path}: no such feature file; write it with `frugalpath extract`")
     with _datasets(path) as (file, stored, places):
         features = stored[()].reshape(stored.shape[-2:])
         coords = places[()].reshape(places.shape[-2:])
@@ -148,26 +148,26 @@ def read_features(path: str | os.PathLike) -> Features:
     if not np.isfinite(features).all():
         raise InputError(f"{path}: features hold NaN or infinite values; extract this slide again")
     if not (np.abs(coords) < 2**53).all():
-        raise InputError(f"{path}: coords hold what is no place on a slide; extract this slide again")
+        raise InputError(f"{path}: coords hold invalid positions; extract this slide again")
     coords = coords.astype(np.int64)
     try:
         attrs = attrs if own else _translate(attrs, coords)
         wrong = [k for k in _NUMBERS if k in attrs and not 0 <= float(attrs[k]) < math.inf]
     except (TypeError, ValueError, OverflowError) as error:
-        raise InputError(f"{path}: an attribute is no number ({error}); extract this slide again") from error
+        raise InputError(f"{path}: an attribute is not a number ({error}); extract this slide again") from error
     if wrong:
-        raise InputError(f"{path}: {wrong[0]} is {attrs[wrong[0]]}, which cannot be; extract this slide again")
+        raise InputError(f"{path}: {wrong[0]} is {attrs[wrong[0]]}, which is not possible; extract this slide again")
     return Features(features, coords, attrs)
 
 
 def count_features(path: str | os.PathLike) -> int:
-    """Number N of features of a file that `read_features` reads, without reading them."""
+    """Number of features in a file, without reading them."""
     with _datasets(Path(path)) as (_, _, coords):
         return int(coords.shape[-2])
 
 
 def features_dim(path: str | os.PathLike) -> int:
-    """Width d of the features of a file that `read_features` reads, without reading them."""
+    """Width of the features in a file, without reading them."""
     with _datasets(Path(path)) as (_, features, _):
         return int(features.shape[-1])
 
@@ -203,7 +203,7 @@ def _datasets(path: Path) -> Iterator[tuple[h5py.File, h5py.Dataset, h5py.Datase
 
 
 def _endless(path: Path) -> bool:
-    """Whether the HDF5 library (2.0 and before) would read the file for ever.
+    """Whether the HDF5 library (2.0 and earlier) would loop forever on the file.
 
     It goes through a heap of texts from object to object; where damaged bytes say that one takes no space, or a
     negative one, it comes back to where it was. https://support.hdfgroup.org: file format, III.E, Global Heap.
@@ -227,12 +227,12 @@ def _endless(path: Path) -> bool:
 
 
 def _storage_problem(file: h5py.File, name: str) -> str | None:
-    """Why a dataset is not to be read: other files stand behind it, or it states what the file cannot hold."""
+    """Reason not to read a dataset: it refers to other files, or states more than the file can hold."""
     if not isinstance(file.get(name, getlink=True), h5py.HardLink):
-        return f"{name} is a link to elsewhere, which is not followed"
+        return f"{name} is a link to another file, which is not followed"
     data = file[name]
     if not isinstance(data, h5py.Dataset) or data.shape is None:
-        return f"{name} is no dataset of numbers"
+        return f"{name} is not a dataset of numbers"
     if data.is_virtual or data.external:
         return f"the values of {name} are in other files, which are not read"
     if data.size > MAX_VALUES:
@@ -261,7 +261,7 @@ def _shape_problem(features: np.ndarray | h5py.Dataset, coords: np.ndarray | h5p
 
 
 def _trident_attrs(name: str, attrs: dict[str, Any]) -> dict[str, Any]:
-    """What TRIDENT's readers look for on `coords`; its `patch_size` is the tile's side in encoded pixels."""
+    """Attributes of `coords` that TRIDENT reads; its `patch_size` is the tile's side in encoded pixels."""
     found = {theirs: attrs[ours] for theirs, ours in _TRIDENT.items() if ours in attrs}
     found |= {"name": name, "overlap": 0}
     if "tile_px" in attrs:
@@ -278,7 +278,7 @@ def _trident_attrs(name: str, attrs: dict[str, Any]) -> dict[str, Any]:
 
 
 def _translate(attrs: dict[str, Any], coords: np.ndarray) -> dict[str, Any]:
-    """Foreign attributes in this package's terms."""
+    """Translate attributes of other tools to this package's names."""
     found = dict(attrs)
     if "patch_size_level0" in attrs:
         found["tile_px"] = attrs.get("patch_size")

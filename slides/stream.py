@@ -1,4 +1,4 @@
-"""Reading ahead: threads read and resample blocks of a slide while the encoder works on the ones before."""
+"""Read ahead: threads read and resample blocks of a slide while the encoder processes earlier ones."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def read_tiles(
 
 
 def encode_tiles(encoder: PatchEncoder, tiles: np.ndarray, cells: int) -> np.ndarray:
-    """Features of tiles, uint8 (n, px, px, 3) -> float32 (n * cells ** 2, dim), the cells of a tile row by row."""
+    """Encode tiles, uint8 (n, px, px, 3) -> float32 (n * cells ** 2, dim), the cells of a tile row by row."""
     if cells == 1:
         return encoder.encode(torch.from_numpy(tiles)).cpu().numpy()
     grid = encoder.feature_map(torch.from_numpy(tiles))
@@ -185,7 +185,7 @@ def encode_tiles(encoder: PatchEncoder, tiles: np.ndarray, cells: int) -> np.nda
 
 
 def check_tile(encoder: PatchEncoder, tile_px: int, cells: int) -> None:
-    """InputError where an encoder cannot take tiles of that size, or its map cannot be cut into cells."""
+    """Raise InputError if the encoder cannot take tiles of this size or its map cannot be cut into cells."""
     if tile_px <= 0 or tile_px % encoder.stride:
         raise InputError(f"--tile-px {tile_px}: {encoder.name} takes multiples of {encoder.stride}")
     side = tile_px // encoder.stride

@@ -1,4 +1,4 @@
-"""Where the tissue of a slide is, from a thumbnail.
+"""Find the tissue of a slide in a thumbnail.
 
 Glass is colourless and tissue is stained: Otsu's threshold on colour strength, kept within limits so that the noise of
 blank glass does not become tissue, then hysteresis (pale areas that touch strongly stained ones belong to them) and
@@ -28,7 +28,7 @@ HOLE_UM2 = 60_000.0
 def find_tissue(
     thumbnail: np.ndarray, mpp: float, *, ink: bool | None = None, dark_background: bool = False
 ) -> np.ndarray:
-    """The tissue mask of a thumbnail.
+    """Compute the tissue mask of a thumbnail.
 
     Args:
         thumbnail: uint8 (h, w, 3).
@@ -41,7 +41,7 @@ def find_tissue(
         bool (h, w).
 
     Raises:
-        SlideError: no tissue, or a dark background that was not asked for.
+        SlideError: no tissue, or a dark background without the option for it.
     """
     if not is_dark(thumbnail):
         mask = _stained(thumbnail, mpp, ink)
@@ -49,8 +49,8 @@ def find_tissue(
         mask = _bright(thumbnail, mpp)
     else:
         raise SlideError(
-            "dark background: fluorescence, which is not read as brightfield; --dark-background reads it, taking what "
-            "is bright as tissue"
+            "dark background: fluorescence is not read as brightfield; use --dark-background to treat bright areas as "
+            "tissue"
         )
     mask = _tidy(mask, mpp)
     if not mask.any():

@@ -1,4 +1,4 @@
-"""A first reading of feature files that others made, in a process of its own.
+"""Try reading feature files of other tools in a separate process.
 
 The HDF5 library (2.0 and before) may crash or never return on a file whose attributes are damaged, and takes the
 process with it. What has been read here once can be read anywhere.
@@ -16,11 +16,11 @@ from frugalpath.errors import InputError
 from frugalpath.slides.store import read_features
 
 PATIENCE = 600.0
-"""Seconds that one file may take, on a slow disk too."""
+"""Timeout per file in seconds, generous for slow disks."""
 
 
 def try_features(paths: Iterable[str], timeout: float = PATIENCE) -> Iterator[tuple[int, int, bool] | str]:
-    """Rows, width and whether the patch size is known, of each file; or what is wrong with it."""
+    """Rows, width and whether the patch size is known, of each file; or its problem."""
     with ProcessPool(1, context=get_context("loky")) as pool:
         for path in paths:
             try:

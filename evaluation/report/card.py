@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from frugalpath.evaluation.report.examples import example
+from frugalpath.evaluation.report.examples import example_arguments
 from frugalpath.evaluation.report.tables import of_patients, unit
 from frugalpath.files import write_text
 from frugalpath.recipe.run import Run
@@ -17,25 +17,27 @@ from frugalpath.recipe.run import Run
 TEMPLATE = Path(__file__).with_name("card.md.j2")
 DIFFERENCES = {
     "gain_over_sft": "over the supervised stage",
-    "gain_over_sft_continued": "over the supervised stage trained on for the same compute",
-    "gain_over_random": "over the same budgets dealt out at random",
+    "gain_over_sft_continued": "over the supervised stage continued for the same compute",
+    "gain_over_random": "over the same budgets assigned at random",
     "gain_over_text_only": "over no image",
     "gain_over_majority": "over the commonest answer",
     "accuracy_lost": "lost against the best fixed budget on validation cases",
 }
-"""Keys of the headline, and what they compare the operating point with."""
-OF_RUN = """    python deploy/answer.py --config RECIPE {example}
-    python deploy/publish.py --config RECIPE --to FOLDER"""
-"""How a run's own folder is used."""
+"""Keys of the headline, with what the operating point is compared to."""
+OF_RUN = """    frugalpath answer --config RECIPE {example}
+    frugalpath publish --config RECIPE --to FOLDER"""
+"""Commands that use a run's folder."""
 
 
 @dataclass(frozen=True)
 class About:
-    """What a run does not know of itself.
+    """Facts for the card that the run does not hold.
 
     Args:
-        title: of the card. data: name of the data; None takes the recipe's. data_license: of the data.
-        license: of the model, an identifier of the Hub.
+        title: title of the card.
+        data: name of the data; None takes the recipe's.
+        data_license: license of the data.
+        license: license of the model, as a Hub identifier.
     """
 
     title: str | None = None
@@ -52,7 +54,7 @@ def write_card(
     base: str | None = None,
     use: str | None = None,
 ) -> None:
-    """Write the card.
+    """Write the model card.
 
     Args:
         summary: of the run's report. base: name of the model that training began with. use: how it is asked,
@@ -109,24 +111,24 @@ def write_card(
         training=training(run),
         versions=", ".join(f"{k} {v}" for k, v in summary["versions"].items()),
         asked=(summary.get("asked") or {}).get("questions", []),
-        use=OF_RUN.format(example=example(summary)) if use is None else use,
+        use=OF_RUN.format(example=example_arguments(summary)) if use is None else use,
     )
     write_text(path, str(card).rstrip() + "\n")
 
 
 def data_name(run: Run) -> str:
-    """What the recipe says of its data: the environment, or the manifest's file."""
+    """Name of the recipe's data: the environment, or the manifest's file."""
     source = run.cases.get("path") if run.cases["name"] == "manifest" else None
     return Path(source).stem if source else str(run.cases["name"]).rpartition(":")[2]
 
 
 def training(run: Run) -> str:
-    """How it was trained, in a few sentences."""
+    """Describe the training in a few sentences."""
     grpo, kinds = run.grpo, ", ".join(stage.kind.replace("_", " ") for stage in run.sft)
     own = f"LoRA {run.performer.lora}" if run.performer.lora is not None else "all weights"
     return (
         f"Supervised stages: {kinds or 'none'}. Then GRPO ({grpo.mode}, {grpo.loss_type}) of {own}: {grpo.max_steps} "
-        f"steps, {grpo.num_generations} completions for each of {grpo.budgets_per_image} budgets an image, learning "
+        f"steps, {grpo.num_generations} completions for each of {grpo.budgets_per_image} budgets per image, learning "
         f"rate {grpo.learning_rate:g}, beta {grpo.beta:g}. Budgets {run.ladder}; allocator of the form "
         f"`{run.allocator.form}`. Rewards: {', '.join(_named(r) for r in run.rewards)}."
     )

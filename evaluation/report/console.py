@@ -1,4 +1,4 @@
-"""The headline of a report on standard output."""
+"""Print a summary of the report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ GAINS = (
 
 
 def print_summary(summary: dict[str, Any], folder: Path) -> None:
-    """The report of a run."""
+    """Print the summary of a run."""
     _table(summary)
     print("attribution: " + ", ".join(f"{k} {v['accuracy']:.3f}" for k, v in summary["attribution"].items()))
     _headline(summary)
@@ -27,7 +27,7 @@ def print_summary(summary: dict[str, Any], folder: Path) -> None:
 
 
 def print_outcome(summary: dict[str, Any], folder: Path) -> None:
-    """The report of a run on the cases of another recipe."""
+    """Print the summary of a run applied to the cases of another recipe."""
     _table(summary)
     _headline(summary)
     _notes(summary, folder)
@@ -45,7 +45,7 @@ def _table(summary: dict[str, Any]) -> None:
     for name, p in rows:
         low, high = p["ci95"]
         print(f"{name:26s}{p['accuracy']:9.3f}  [{low:.3f}, {high:.3f}] {p['tokens']:7.1f}{p['flops'] / largest:8.3f}")
-    print("cost: FLOPs, the largest budget = 1, deciding included; the random allocator pays for no look")
+    print("cost: FLOPs including the decision, largest budget = 1; the random allocator pays for no probe")
 
 
 def _headline(summary: dict[str, Any]) -> None:
@@ -54,13 +54,13 @@ def _headline(summary: dict[str, Any]) -> None:
         if name in head:
             print(f"{name}: {_figure(head[name])}")
     print(
-        f"cost: {_figure(head['cost_share'], '.1%')} of the largest budget's, of which {found['stage1_share']:.1%} to "
-        "decide"
+        f"cost: {_figure(head['cost_share'], '.1%')} of the largest budget's, {found['stage1_share']:.1%} of it for "
+        "the decision"
     )
     for name, text in (("step", "the cheapest static budget"), ("mixed", "static budgets mixed at random")):
         equal = found["equal_accuracy"][name]
         share = _figure(equal["cost_share"], ".1%") if equal["cost"] is not None else "not reached by any"
-        print(f"cost against {text} of equal accuracy: {share}")
+        print(f"cost relative to {text} of equal accuracy: {share}")
     spent, told = summary["calibration"]["spend"], summary["information"]
     print(f"rank correlation of spend with gain: {_figure(spent['rank_correlation'])}")
     scores = summary["calibration"]["scores"]
@@ -75,22 +75,22 @@ def _headline(summary: dict[str, Any]) -> None:
         for name in ("question", "image_given_question")
         if (row := told[name])
     ]
-    print(f"bits of the budget's {told['entropy']:.3f} that tell of the {', '.join(parts)}")
+    print(f"mutual information of the budget (entropy {told['entropy']:.3f} bits) with {', '.join(parts)}")
     times = summary["latency"]
     answers = ", ".join(f"{b}: {t['median_ms']:.1f}" for b, t in times["answer"].items())
-    print(f"median ms of an answer by budget {answers}; of deciding {times['look']['median_ms']:.1f}")
+    print(f"median ms per answer by budget {answers}; per decision {times['look']['median_ms']:.1f}")
 
 
 def _notes(summary: dict[str, Any], folder: Path) -> None:
     for lost in summary["missing_slides"]:
-        print(f"left out of {lost['cases']} cases: {lost['slide']}: {lost['reason']}")
+        print(f"missing in {lost['cases']} cases: {lost['slide']}: {lost['reason']}")
     for warning in summary.get("warnings", ()):
         print(f"warning: {warning}")
     print(f"report: {folder}")
 
 
 def _figure(figure: dict[str, Any], form: str = "+.3f") -> str:
-    """A value with its interval, as text."""
+    """Format a value with its interval."""
     if figure["value"] is None:
         return "undefined"
     low, high = figure["ci95"]

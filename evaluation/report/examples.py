@@ -1,7 +1,4 @@
-"""The questions that a run was trained on: what it can be asked, for its card and for those who ask it.
-
-What is told of single cases: where the budget went, and the cases that the allocator gained or lost most on.
-"""
+"""Questions that a run was trained on, and single cases for the report: those that gained or lost most."""
 
 from __future__ import annotations
 
@@ -18,17 +15,17 @@ from frugalpath.rewards.answer import extract_answer
 from frugalpath.rewards.label import normalise
 
 SHARED = 5
-"""Patients of whom a question must be asked to be told; others may be about a single case."""
+"""Minimum number of patients of a listed question; others may identify a single case."""
 MOST = 12
-"""Questions that are told."""
+"""Maximum number of listed questions."""
 
 
-def asked_of(cases: Sequence[Case]) -> dict[str, Any]:
-    """Questions that cases of several patients share.
+def question_examples(cases: Sequence[Case]) -> dict[str, Any]:
+    """List the questions shared by cases of several patients.
 
     Returns:
         `questions`: the commonest, each with `prompt`, `options` (None if free), `task` and `source` (image or slide).
-        `all`: whether they are all that was asked.
+        `all`: whether the list is complete.
     """
     patients: dict[tuple[Any, ...], set[str]] = {}
     for case in cases:
@@ -40,8 +37,8 @@ def asked_of(cases: Sequence[Case]) -> dict[str, Any]:
     return {"all": len(kept) == len(patients), "questions": [dict(zip(names, key, strict=True)) for key in kept]}
 
 
-def example(summary: Mapping[str, Any]) -> str:
-    """Arguments of deploy/answer.py that ask the run's commonest question."""
+def example_arguments(summary: Mapping[str, Any]) -> str:
+    """Arguments of `frugalpath answer` that ask the run's commonest question."""
     known = (summary.get("asked") or {}).get("questions")
     if not known:
         return '--image field.png --question "..."'
@@ -53,16 +50,16 @@ def example(summary: Mapping[str, Any]) -> str:
 
 
 def foreign(case: Case, summary: Mapping[str, Any]) -> str | None:
-    """What is said of a question that is none of the run's own; None where it is one, or the run's differ by case."""
+    """Warn of a question or options that the run was not trained on; None if it was, or if its questions vary."""
     asked = summary.get("asked") or {}
     if not asked.get("all"):
         return None
     told = "; ".join(_named(row["prompt"], row["options"]) for row in asked["questions"])
     same = [row for row in asked["questions"] if normalise(row["prompt"]) == normalise(case.prompt)]
     if not same:
-        return f"the run was never asked {case.prompt!r}; its own questions are {told}"
+        return f"the run was not trained on the question {case.prompt!r}, only on {told}"
     if case.options and not any(_set(row["options"]) == _set(case.options) for row in same):
-        return f"the run never had the options {', '.join(case.options)}; its own questions are {told}"
+        return f"the run was not trained on the options {', '.join(case.options)}, only on {told}"
     return None
 
 
@@ -77,30 +74,30 @@ def _set(options: Sequence[str] | None) -> set[str]:
 Row = dict[str, Any]
 
 CLASSES = 12
-"""Answers of a kind of question that are told apart; one with more of them has no classes."""
+"""Maximum number of answers listed per kind of question; with more, they are not split."""
 OPEN = "open answer, not shown"
-"""Stands for the text of open answers and reports, which may name people."""
+"""Placeholder for the text of open answers and reports, which may name people."""
 
 
 def rung_of(row: Row) -> int:
-    """Budget of the ladder that a case was answered at, the nearest one where it was another."""
+    """Budget of the ladder nearest to the one that a case was answered at."""
     return row["rung"] if "rung" in row else row["budget"]
 
 
 def ladder_of(rows: Sequence[Row]) -> list[int]:
-    """Budgets above 0 that the cases were answered at, ascending."""
+    """Budgets above 0 of the cases' answers, ascending."""
     return sorted({int(b) for row in rows for b in row["score_by_budget"]} - {0})
 
 
 def answers_of(row: Row) -> tuple[str, str]:
-    """Gold answer and the performer's, as they may be shown."""
+    """Gold answer and the performer's answer, in a form that may be shown."""
     if row.get("task") not in ("choice", "detection"):
         return OPEN, OPEN
     return row["answer"], extract_answer(row["completion"]) or "no answer"
 
 
 def spread(rows: Sequence[Row], ladder: Sequence[int]) -> list[Row]:
-    """Where the budgets went: a row for all cases, for each task, each kind of question and each of its answers.
+    """Distribution of budgets: a row for all cases, each task, each kind of question and each of its answers.
 
     Returns:
         rows of `name`, `level` (0 all, 1 task, 2 question, 3 answer), `n`, `tokens`, `accuracy`, and `shares` of the
@@ -121,7 +118,7 @@ def spread(rows: Sequence[Row], ladder: Sequence[int]) -> list[Row]:
 
 
 def helps(rows: Sequence[Row], ladder: Sequence[int]) -> list[Row]:
-    """Whether more is spent where it helps: for the cases of each chosen budget, their mean score at every budget."""
+    """Mean score at every budget, for the cases of each chosen budget."""
     made = []
     for budget in ladder:
         own = [row for row in rows if rung_of(row) == budget]
@@ -132,7 +129,7 @@ def helps(rows: Sequence[Row], ladder: Sequence[int]) -> list[Row]:
 
 
 def gains(rows: Sequence[Row], ladder: Sequence[int], static: int, most: int) -> list[Row]:
-    """Cases that gained most: right where the largest or the best static budget is wrong, then those that saved most.
+    """Cases that gained most: correct where the largest or best static budget is wrong, then those that saved most.
 
     Args:
         static: the best static budget. most: so many cases, of every kind of question in turn.
@@ -148,7 +145,7 @@ def gains(rows: Sequence[Row], ladder: Sequence[int], static: int, most: int) ->
 
 
 def mistakes(rows: Sequence[Row], ladder: Sequence[int], most: int) -> list[Row]:
-    """The worst mistakes: low score at the chosen budget, high at another; the surer the allocator was, the worse."""
+    """Worst mistakes: low score at the chosen budget, high at another, highest predicted score first."""
 
     def regret(row: Row) -> float:
         return max(row["score_by_budget"][str(b)] for b in ladder) - row["score"]
@@ -160,7 +157,7 @@ def mistakes(rows: Sequence[Row], ladder: Sequence[int], most: int) -> list[Row]
 
 
 def _in_turn(rows: Sequence[Row], key: Callable[[Row], tuple], most: int) -> list[Row]:
-    """The first of every kind of question, then the second of each, so that no kind fills the page."""
+    """Interleave the kinds of question, so that no kind fills the page."""
     groups = [sorted(group, key=key, reverse=True)[:most] for group in _by(rows, lambda r: r["question"]).values()]
     groups.sort(key=lambda group: key(group[0]), reverse=True)
     return [row for rank in zip_longest(*groups) for row in rank if row is not None][:most]

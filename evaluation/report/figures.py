@@ -1,6 +1,6 @@
-"""The interactive figures of a report, as plotly's own dictionaries: data and layout.
+"""Figures of a report: interactive ones as plotly dictionaries of data and layout, and a static picture.
 
-Accuracy against cost as one picture.
+The static picture plots accuracy against cost.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from matplotlib import colormaps
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 
-from frugalpath.files import whole
+from frugalpath.files import atomic_write
 
 Figure = dict[str, Any]
 
@@ -38,7 +38,7 @@ CURVES = (
 
 
 def layout(x: str, y: str, **axes: Any) -> Figure:
-    """What all figures share. `axes` are further keys of the layout."""
+    """Layout shared by all figures; `axes` are further keys."""
     line = {"gridcolor": GRID, "zeroline": False, "linecolor": "#afb8c1", "ticks": "outside", "tickcolor": "#afb8c1"}
     return {
         "font": {"family": "system-ui, sans-serif", "size": 13, "color": INK},
@@ -54,7 +54,7 @@ def layout(x: str, y: str, **axes: Any) -> Figure:
 
 
 def frontier(summary: dict[str, Any]) -> dict[str, Any]:
-    """Accuracy against cost: `views`, one list of traces for each unit of cost that was measured; and `layout`."""
+    """Accuracy against cost: `views` with one list of traces per measured unit of cost, and `layout`."""
     largest = summary["static"][-1]["flops"]
     measures: dict[str, Callable[[dict], float | None]] = {
         "flops": lambda p: p["flops"] / largest,
@@ -74,7 +74,7 @@ LEVELS = (("text_only", "text only", TEXT_ONLY, "dashdot"), ("majority", "majori
 
 
 def _level(point: dict[str, Any], name: str, color: str, dash: str) -> list[Figure]:
-    """A control that has no place on the axis of costs: a line through the figure, in its interval."""
+    """A control without a cost: a line across the figure, with its interval."""
     low, high = point["ci95"]
     across = {"xref": "paper", "x0": 0, "x1": 1, "layer": "below", "legendgroup": name}
     band = {"type": "rect", "y0": low, "y1": high, "fillcolor": color, "opacity": 0.09, "line": {"width": 0}}
@@ -148,7 +148,7 @@ def _where(point: dict[str, Any]) -> str:
 
 
 def describe(point: dict[str, Any], largest: float) -> str:
-    """A point in words, for its hover text."""
+    """Hover text of a point."""
     low, high = point["ci95"]
     words = f"accuracy {point['accuracy']:.3f} [{low:.3f}, {high:.3f}]<br>cost {point['flops'] / largest:.3f}"
     words += f" · {point['tokens']:.1f} tokens"
@@ -179,7 +179,7 @@ def training(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def reliability(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Predicted against observed scores, as a small figure; none where the summary has no predictions."""
+    """Predicted against observed scores, as a small figure; none without predictions."""
     scores = (summary.get("calibration") or {}).get("scores")
     if not scores:
         return []
@@ -208,7 +208,7 @@ def reliability(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def budget_colors(n: int) -> list[str]:
-    """A colour for each budget, from light to dark; cividis, which the colour-blind see alike."""
+    """A colour for each budget, from light to dark, of the colour-blind-safe map cividis."""
     return [to_hex(c) for c in colormaps["cividis_r"](np.linspace(0.06, 1, n))]
 
 
@@ -216,7 +216,7 @@ matplotlib.use("agg")
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
-    """Accuracy against cost: static budgets, allocator, random allocator, oracle, text only, majority answer."""
+    """Plot accuracy against cost: static budgets, allocator, random allocator, oracle, text only, majority answer."""
     largest = summary["static"][-1]["flops"]
     figure, axes = plt.subplots(figsize=(7.5, 5), layout="constrained")
 
@@ -247,6 +247,6 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     axes.set_xlabel("cost of an answer (FLOPs, largest budget = 1, allocator's look counted)")
     axes.set_ylabel(f"accuracy (n = {summary['n']}, 95 % interval)")
     axes.legend(fontsize=8, loc="lower right")
-    with whole(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, dpi=150, format="png")
     plt.close(figure)

@@ -1,4 +1,4 @@
-"""The report as one page, `report.html`: everything is in the file, nothing is loaded from anywhere."""
+"""Render the report as one self-contained page, `report.html`."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from frugalpath.files import write_text
 Pictured: TypeAlias = Callable[[str, int], Sequence[Shown]]
 
 SHOWN = 6
-"""Cases of each kind that are shown."""
+"""Number of example cases of each kind."""
 PROMPT = 240
-"""Characters of a question that are shown."""
+"""Maximum length of a displayed question, in characters."""
 STAGES = {
     "base": "base",
     "sft": "SFT",
@@ -51,8 +51,8 @@ GAINS = {
 }
 CONTROLS = {
     "operating_point": "allocator",
-    "operating_random": "random, same mean budget, no look paid",
-    "oracle": "oracle, cheapest right budget",
+    "operating_random": "random, same mean budget, no probe paid",
+    "oracle": "oracle, cheapest correct budget",
     "text_only": "text only, no image",
     "majority": "majority answer",
 }
@@ -63,7 +63,7 @@ def write_page(folder: str | Path, pictures: Pictured | None = None) -> Path:
 
     Args:
         folder: the report's folder.
-        pictures: gives the pictures of a case at a budget; without it the cases are told in words.
+        pictures: makes the pictures of a case at a budget; without it, cases are shown as text only.
     """
     folder = Path(folder)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -77,24 +77,24 @@ def write_page(folder: str | Path, pictures: Pictured | None = None) -> Path:
 
 
 class Axis(NamedTuple):
-    """Accuracies that the lines beside a table's figures run over."""
+    """Accuracy range of the interval bars in a table."""
 
     low: float
     high: float
 
     @classmethod
     def of(cls, points: Iterable[dict[str, Any]]) -> Axis:
-        """The tenths around the intervals of some points."""
+        """Smallest range of tenths that covers the intervals of some points."""
         ends = [end for point in points for end in (*point["ci95"], point["accuracy"])]
         return cls(math.floor(10 * min(ends)) / 10, math.floor(10 * max(ends) + 1) / 10)
 
     def at(self, accuracy: float) -> str:
-        """Share of the way along the axis."""
+        """Position along the axis, as a share."""
         return f"{(accuracy - self.low) / (self.high - self.low):.4f}"
 
 
 def render(summary: dict[str, Any], rows: Sequence[Row], name: str, pictures: Pictured | None = None) -> str:
-    """The page's HTML. Ids of cases are shown, ids of patients and text of open answers are not.
+    """Render the page as HTML. Case ids are shown; patient ids and text of open answers are not.
 
     Args:
         summary, rows: content of `summary.json` and `cases.jsonl`; what a summary has not is left out of the page.
@@ -154,14 +154,14 @@ def render(summary: dict[str, Any], rows: Sequence[Row], name: str, pictures: Pi
 
 
 def headline(summary: dict[str, Any]) -> dict[str, str]:
-    """What came out in plain words: `title`, and `text` with the rivals."""
+    """Summarize the result in words: `title`, and `text` with the comparisons."""
     head, own, random = summary["headline"], summary["operating_point"], summary["operating_random"]
     share = own["flops"] / summary["static"][-1]["flops"]
     lost = head["accuracy_lost"]
     best = f"the best static budget, {head['best_static_budget']} tokens"
     text = f"That is {_beside(lost, -1)} {best}{_ends(lost, -1)}. "
     dealt = random["flops"] / summary["static"][-1]["flops"]
-    text += "A random allocator with the same mean budget, which pays for no look, reaches "
+    text += "A random allocator with the same mean budget, which pays for no probe, reaches "
     text += f"{random['accuracy']:.3f} at {dealt:.0%} of the largest budget's cost".replace("%", " %")
     if "gain_over_random" in head:
         gain = head["gain_over_random"]
@@ -172,39 +172,39 @@ def headline(summary: dict[str, Any]) -> dict[str, str]:
 
 
 def _beside(difference: dict[str, Any], sign: int) -> str:
-    """Which side of the other ours is on, in points."""
+    """Phrase a difference as points above or below."""
     points = round(100 * sign * difference["value"], 1)
     return f"{abs(points):.1f} points {'above' if points > 0 else 'below'}" if points else "level with"
 
 
 def _ends(difference: dict[str, Any], sign: int) -> str:
-    """The 95 % interval of a difference in points, ours minus the other's."""
+    """Format the 95 % interval of a difference, in points."""
     low, high = sorted(100 * sign * end + 0.0 for end in difference["ci95"])
     return f" [{low:+.1f}, {high:+.1f}]".replace("-", "−")
 
 
 def tiles(summary: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """Figures under the headline: name, value, remark."""
+    """Figures under the headline, each with name, value and remark."""
     head, own, largest = summary["headline"], summary["operating_point"], summary["static"][-1]
     equal = head.get("cost_saved_vs_static")
-    rival = "no static budget is as accurate" if equal is None else "of the cheapest static budget that is as accurate"
+    rival = "no static budget is as accurate" if equal is None else "of the cheapest equally accurate static budget"
     found = [
         ("Test cases", f"{summary['n']:,}".replace(",", " "), of_patients(summary).strip("()")),
         (
             "Visual tokens",
             f"{own['tokens']:.1f}",
-            f"a case on average; the largest budget takes {round(largest['tokens'], 1):g}",
+            f"per case on average; the largest budget takes {round(largest['tokens'], 1):g}",
         ),
-        ("Cost of equal accuracy", "—" if equal is None else f"{1 - equal:.0%}".replace("%", " %"), rival),
+        ("Cost at equal accuracy", "—" if equal is None else f"{1 - equal:.0%}".replace("%", " %"), rival),
     ]
     if own.get("latency_ms"):
-        remark = f"an answer at batch size 1; the largest budget takes {largest['latency_ms']:.1f} ms"
+        remark = f"per answer at batch size 1; the largest budget takes {largest['latency_ms']:.1f} ms"
         found.append(("Latency", f"{own['latency_ms']:.1f} ms", remark))
     return found
 
 
 def points(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows of the table of operating points; `command` is None where the summary does not tell it."""
+    """Rows of the table of operating points; `command` is None where the summary has none."""
     largest, price = summary["static"][-1]["flops"], summary["headline"]["price"]
     curve = list(summary["allocator"])
     if price not in [p["price"] for p in curve]:
@@ -229,18 +229,18 @@ def points(summary: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def command_prefix(commands: Sequence[str]) -> str:
-    """The words that all commands begin with."""
+    """Common first words of all commands."""
     words = zip(*(command.split(" ") for command in commands), strict=False)
     return "".join(f"{first} " for first, *rest in takewhile(lambda column: len(set(column)) == 1, words) if rest)
 
 
 def at_budget(point: dict[str, Any]) -> str:
-    """What a stage of the attribution was run at."""
+    """Budget of a stage in the attribution."""
     return f"{point['budget']} tokens" if "budget" in point else f"λ = {point['price']:g}"
 
 
 def colors(n: int) -> list[tuple[str, str]]:
-    """A colour for each budget and that of text upon it."""
+    """Background and text colour of each budget."""
     found = []
     for color in figures.budget_colors(n):
         red, green, blue = to_rgb(color)
@@ -249,7 +249,7 @@ def colors(n: int) -> list[tuple[str, str]]:
 
 
 def environment_of(summary: dict[str, Any]) -> list[tuple[str, str]]:
-    """What the run hangs on: names and values."""
+    """Settings and versions of the run, as names and values."""
     found = [(key, number(summary[key])) for key in ("git", "seed") if summary.get(key) is not None]
     found += [(f"weight of {name} in the score", number(w)) for name, w in (summary.get("scored_by") or {}).items()]
     found += [(f"{name} cases", number(n)) for name, n in (summary.get("splits") or {}).items()]
@@ -258,7 +258,7 @@ def environment_of(summary: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _example(row: Row, ladder: Sequence[int], pictures: Pictured | None) -> Row:
-    """A case as the page shows it."""
+    """A case as shown on the page."""
     gold, answer = answers_of(row)
     prompt = row.get("prompt", "") if row.get("task") in ("choice", "detection") else ""
     shown = pictures(row["id"], row["budget"]) if pictures else ()

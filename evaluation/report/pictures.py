@@ -1,4 +1,4 @@
-"""Pictures of what the performer was shown of a case: each image or slide whole, and as it is at the budget."""
+"""Pictures of a case as shown to the performer: each image or slide in full, and at the budget."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from frugalpath.slides.reader import SlideReader
 from frugalpath.slides.scale import SlideError
 
 SIDE = 320
-"""Pixels of a picture's longer side."""
+"""Longer side of a picture, in pixels."""
 MOST_BYTES = 30_000
 MOST_SHOWN = 3
-"""Images or slides of one case that are pictured."""
+"""Maximum number of pictured images or slides per case."""
 EMPTY = 244
-"""Grey level of what no token covers."""
+"""Grey level of areas without a token."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,10 @@ class Shown:
     """One image or slide of a case.
 
     Args:
-        name: what it is. full, seen: JPEG of the whole, and of what was shown at the budget.
-        tokens: realised visual tokens. note: how the second picture was made.
+        name: such as "slide 1".
+        full, seen: JPEG of the full image, and of what was shown at the budget.
+        tokens: realised visual tokens.
+        note: how the second picture was made.
     """
 
     name: str
@@ -47,7 +49,7 @@ class Pictures:
     """Makes the pictures of a run's cases.
 
     Args:
-        performer: it says what it is shown.
+        performer: defines what is shown.
         cases: the run's cases.
     """
 
@@ -56,7 +58,7 @@ class Pictures:
         self.cases = {case.id: case for case in cases}
 
     def __call__(self, name: str, budget: int) -> list[Shown]:
-        """Pictures of a case at a budget; none of what is there only as features, or cannot be read any more."""
+        """Pictures of a case at a budget, without inputs that are only features or can no longer be read."""
         case = self.cases[name]
         made = []
         order = {str(source): number for number, source in enumerate((*case.images, *case.slides), 1)}
@@ -73,9 +75,9 @@ class Pictures:
 
 
 def read_whole(path: str, slide: bool) -> np.ndarray | None:
-    """A whole image or slide as uint8 (h, w, 3), the longer side at most `SIDE`; None where it has no pixels to read.
+    """Read a full image or slide as uint8 (h, w, 3) of at most `SIDE` pixels; None if it has no pixels.
 
-    Of slides only the pyramid is read, never the label or macro image.
+    Only the pyramid of a slide is read, never its label or macro image.
     """
     # A report on finished scores does not end for a picture that was moved since.
     if not slide:
@@ -99,7 +101,7 @@ def read_whole(path: str, slide: bool) -> np.ndarray | None:
 
 
 def as_seen(view: VisualTokens | ImageView, pixels: np.ndarray) -> tuple[np.ndarray, str]:
-    """Pixels (h, w, 3) as they are at the view's budget, and how the picture was made."""
+    """Pixels (h, w, 3) at the view's budget, and how the picture was made."""
     if isinstance(view, ImageView):
         image = view.image()
         return np.asarray(image), f"resized to {image.width} × {image.height} px"
@@ -110,7 +112,7 @@ def as_seen(view: VisualTokens | ImageView, pixels: np.ndarray) -> tuple[np.ndar
 
 
 def mean_cells(pixels: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """The mean colour of each token's cell, (h, w, 3) uint8; what no cell covers is grey.
+    """Mean colour of each token's cell, (h, w, 3) uint8; areas without a cell are grey.
 
     Args:
         pixels: (h, w, 3) uint8. places: (n, 3) centre x, centre y as shares of width and height, side as a share of
@@ -134,7 +136,7 @@ def mean_cells(pixels: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def jpeg(pixels: np.ndarray, most: int = MOST_BYTES) -> bytes:
-    """JPEG of uint8 (h, w, 3), at most `SIDE` px and `most` bytes; quality gives way first, then size."""
+    """Encode uint8 (h, w, 3) as JPEG of at most `SIDE` px and `most` bytes, reducing quality first, then size."""
     image = Image.fromarray(pixels)
     image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
     while True:

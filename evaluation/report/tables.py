@@ -1,6 +1,6 @@
-"""How a report tells of patients: where the data name none each case counts as one, which intervals do not show.
+"""Parts of a summary as tables of the page: `caption`, `head` (column names) and `rows` of texts.
 
-Parts of a summary as tables of the page: `caption`, `head` (names of columns) and `rows` of texts.
+Where the data name no patients, each case counts as one, and the report says so.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ from typing import Any
 
 
 def of_patients(summary: Mapping[str, Any]) -> str:
-    """How many patients the test cases are of, after their number."""
+    """Phrase for the number of patients, to follow the number of test cases."""
     lost, number = summary.get("n_without_patient", 0), summary["n_patients"]
     if lost == summary["n"]:
-        return "(no patients named: each case counts as one, so that intervals may be too narrow)"
+        return "(no patients given: each case counts as one, so intervals may be too narrow)"
     told = f"of {number} patient{'' if number == 1 else 's'}"
     if lost:
-        told += f" ({lost} cases name none: each counts as one, so that intervals may be too narrow)"
+        told += f" ({lost} cases without a patient: each counts as one, so intervals may be too narrow)"
     return told
 
 
 def unit(summary: Mapping[str, Any]) -> str:
-    """What resamples draw and splits keep together."""
+    """Unit of the bootstrap and of the splits: case or patient."""
     return "case" if summary.get("n_without_patient", 0) == summary["n"] else "patient"
 
 
@@ -44,7 +44,7 @@ AREAS = {
 
 
 def number(value: Any) -> str:
-    """A value as text: floats to three decimals or three digits, `—` for none."""
+    """Format a value: floats to three decimals or three digits, `—` for None."""
     if value is None:
         return "—"
     if isinstance(value, bool):
@@ -59,29 +59,29 @@ def number(value: Any) -> str:
 
 
 def interval(value: Any) -> str:
-    """A 95 % interval."""
+    """Format a 95 % interval."""
     low, high = value
     return f"[{number(float(low))}, {number(float(high))}]"
 
 
 def label(name: Any) -> str:
-    """Words of a key."""
+    """Turn a key into words."""
     return str(name).replace("_", " ")
 
 
 def figure(value: Mapping[str, Any] | None) -> str:
-    """`{value, ci95}` with its interval."""
+    """Format `{value, ci95}` with its interval."""
     if value is None or value["value"] is None:
         return "—"
     return number(float(value["value"])) + (f" {interval(value['ci95'])}" if value.get("ci95") else "")
 
 
 def measures(summary: Mapping[str, Any]) -> dict[str, list[Table]]:
-    """Tables of what a summary tells of frontier, calibration, information and latency, by heading."""
+    """Tables of a summary's frontier, calibration, information and latency, by heading."""
     makers = {
-        "frontier": ("Against the static frontier", _frontier),
-        "calibration": ("Are predicted scores true?", _calibration),
-        "information": ("What the chosen budget hangs on", _information),
+        "frontier": ("Comparison with the static frontier", _frontier),
+        "calibration": ("Calibration of predicted scores", _calibration),
+        "information": ("What the chosen budget depends on", _information),
         "latency": ("Latency at batch size 1", _latency),
     }
     found = {title: make(summary[key]) for key, (title, make) in makers.items() if summary.get(key)}
@@ -92,10 +92,8 @@ def _frontier(part: Mapping[str, Any]) -> list[Table]:
     rows = [[name, figure(part[a][b])] for (a, b), name in AREAS.items() if a in part and b in part[a]]
     if "chosen_on_val" in part:
         chosen = part["chosen_on_val"]["linear"]
-        rows.append(["area between lines through points chosen on validation cases", figure(chosen)])
-    caption = (
-        "Mean height in accuracy above the static frontier over the costs that both have, and hypervolumes [95 %]"
-    )
+        rows.append(["area between the lines through points chosen on validation cases", figure(chosen)])
+    caption = "Mean accuracy above the static frontier over the common cost range, and hypervolumes [95 %]"
     tables = [{"caption": caption, "head": ["measure", "value"], "rows": rows}] if rows else []
     units = []
     for unit, row in part.get("operating", {}).items():
@@ -112,11 +110,9 @@ def _frontier(part: Mapping[str, Any]) -> list[Table]:
             ]
         )
     if units:
-        head = ["cost in", "of the largest", "deciding", "of equal static", "its budget", "of mixed static", "gain"]
-        caption = (
-            "Cost of the operating point as a share of that of the largest budget, of the cheapest static budget of "
-        )
-        caption += "equal accuracy and of static budgets mixed to it; accuracy gained over these at equal cost [95 %]"
+        head = ["cost in", "vs largest", "decision", "vs equal static", "its budget", "vs mixed static", "gain"]
+        caption = "Cost of the operating point relative to the largest budget, to the cheapest static budget of equal "
+        caption += "accuracy and to mixed static budgets of equal accuracy; accuracy gain at equal cost [95 %]"
         tables.append({"caption": caption, "head": head, "rows": units})
     return tables
 
@@ -137,28 +133,29 @@ def _information(part: Mapping[str, Any]) -> list[Table]:
     kinds = part.get("image_kinds", "?")
     names = {
         "question": "the kind of question",
-        "image_given_question": f"the kind of image ({kinds} kind{'' if kinds == 1 else 's'}), the question known",
+        "image_given_question": f"the kind of image ({kinds} kind{'' if kinds == 1 else 's'}), given the question",
     }
     keys = ("bits", "chance", "chance95", "p")
     rows = [[name, *(number(part[k][key]) for key in keys)] for k, name in names.items() if k in part]
-    caption = f"Bits that the budget tells of it; the choice itself has {number(part.get('entropy'))} bits"
+    caption = f"Mutual information with the budget, whose entropy is {number(part.get('entropy'))} bits"
     if "image_at_most" in part:
-        caption += f", of which the image explains {number(part['image_at_most'])} at most"
-    return [{"caption": caption, "head": ["of", "bits", "by chance", "chance, 95 %", "p"], "rows": rows}]
+        caption += f", of which the image explains at most {number(part['image_at_most'])}"
+    return [{"caption": caption, "head": ["with", "bits", "by chance", "chance, 95 %", "p"], "rows": rows}]
 
 
 def _latency(part: Mapping[str, Any]) -> list[Table]:
-    timed = [(f"answer, budget {b}", row) for b, row in part["answer"].items()] + [("deciding", part["look"])]
+    timed = [(f"answer, budget {b}", row) for b, row in part["answer"].items()] + [("decision", part["look"])]
     rows = [[name, f"{row['median_ms']:.2f}", "{:.2f}–{:.2f}".format(*row["quartiles_ms"])] for name, row in timed]
-    caption = f"{part['cases']} cases, images read and encoded beforehand"
+    caption = f"{part['cases']} cases; images are read and encoded in advance"
     return [{"caption": caption, "head": ["", "median ms", "quartiles"], "rows": rows}]
 
 
 def synoptic_tables(results: Mapping[str, Any], stages: Mapping[str, str]) -> list[Table]:
-    """Tables of synoptic reports: by protocol the means of every stage, and the fields of the last stage.
+    """Tables of synoptic reports, by protocol: means of every stage, and fields of the last stage.
 
     Args:
-        results: what `frugalpath.evaluation.metrics.field_results` gives. stages: words for names of stages.
+        results: result of `frugalpath.evaluation.metrics.field_results`.
+        stages: labels of the stages.
     """
     found = []
     for protocol, by_stage in results.items():

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from accelerate import PartialState
 
 from frugalpath.envs.case import Case
-from frugalpath.evaluation.report.examples import asked_of
+from frugalpath.evaluation.report.examples import question_examples
 from frugalpath.evaluation.report.figures import plot
 from frugalpath.evaluation.report.page import Pictured, write_page
 from frugalpath.evaluation.report.pictures import Pictures
@@ -28,7 +28,7 @@ from frugalpath.recipe.data import RunData
 from frugalpath.recipe.features import cases_of
 
 if TYPE_CHECKING:
-    from frugalpath.evaluation.run import Outcome
+    from frugalpath.evaluation.run import EvaluationResult
 
 PACKAGES = ("torch", "transformers", "trl", "accelerate", "datasets", "numpy", "openslide-python")
 LOGGED = (
@@ -40,14 +40,17 @@ LOGGED = (
     "completions/mean_length",
     "learning_rate",
 )
-"""Columns of the joint stage's log that the summary keeps, beside those of single rewards and of the allocator."""
+"""Columns of the joint stage's log kept in the summary, besides those of single rewards and the allocator."""
 
 
-def write_report(data: RunData, performer: Performer, outcome: Outcome, summary: dict[str, Any]) -> dict[str, Any]:
+def write_report(
+    data: RunData, performer: Performer, outcome: EvaluationResult, summary: dict[str, Any]
+) -> dict[str, Any]:
     """Write `report/` of the run's folder and return the whole summary.
 
     Args:
-        performer: the trained performer. summary: what is known of the test cases.
+        performer: the trained performer.
+        summary: results on the test cases.
     """
     joint = is_done(data.run.folder / "grpo", grpo_key(data)) or {}
     summary = {
@@ -57,7 +60,7 @@ def write_report(data: RunData, performer: Performer, outcome: Outcome, summary:
         "missing_slides": missing_slides(data.cases, data.bank.missing),
         "splits": {s: len(members) for s, members in data.splits.items()},
         "patients": {s: len({c.patient for c in members}) for s, members in data.splits.items()},
-        "asked": asked_of(data.cases),
+        "asked": question_examples(data.cases),
         "seconds": stage_seconds(data.run.folder),
         "reproduce": reproduce(summary, sys.argv[1:]),
         **provenance(data),
@@ -66,8 +69,10 @@ def write_report(data: RunData, performer: Performer, outcome: Outcome, summary:
     return summary
 
 
-def write_outcome(folder: Path, outcome: Outcome, summary: dict[str, Any], pictures: Pictured | None = None) -> None:
-    """Write summary, cases, picture and page; the first process does.
+def write_outcome(
+    folder: Path, outcome: EvaluationResult, summary: dict[str, Any], pictures: Pictured | None = None
+) -> None:
+    """Write summary, cases, picture and page on the main process.
 
     Args:
         pictures: see `write_page`.
@@ -81,7 +86,7 @@ def write_outcome(folder: Path, outcome: Outcome, summary: dict[str, Any], pictu
 
 
 def provenance(data: RunData) -> dict[str, Any]:
-    """What the figures hang on beside the cases: units, rewards of the score, ladder, seed, versions, revision."""
+    """What the results depend on besides the cases: units, rewards of the score, ladder, seed, versions, revision."""
     return {
         "price_unit": "score per cost of the largest budget",
         "scored_by": {r.name: r.score_weight for r in data.scorer.rewards},
@@ -94,7 +99,7 @@ def provenance(data: RunData) -> dict[str, Any]:
 
 
 def curves(log: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
-    """Rows of a training log that have a reward, with the columns that tell how learning went."""
+    """Rows of a training log with a reward, reduced to the columns of the learning curves."""
     kept = [row for row in log if "reward" in row]
     mean = [k for k in (kept[0] if kept else ()) if k.startswith("rewards/") and k.endswith("/mean")]
     online = [k for k in (kept[0] if kept else ()) if k.startswith("allocator/")]
@@ -102,26 +107,26 @@ def curves(log: Sequence[Mapping[str, Any]]) -> list[dict[str, float]]:
 
 
 def reproduce(summary: Mapping[str, Any], arguments: Sequence[str]) -> list[dict[str, Any]]:
-    """The command that answers the test cases at each point: `{price | budget, command}`.
+    """Commands that answer the test cases at each point: `{price | budget, command}`.
 
     Args:
-        arguments: of the present command, which name the recipe and what was changed in it.
+        arguments: of the current command, with the recipe and its changes.
     """
     out = []
     for p in (*summary["static"], *summary["allocator"], summary["operating_point"]):
         (key,) = {"price", "budget"} & p.keys()
         setting = ["--split", "test", f"--{key}", f"{p[key]:g}"]
-        out.append({key: p[key], "command": shlex.join(["python", "deploy/answer.py", *arguments, *setting])})
+        out.append({key: p[key], "command": shlex.join(["frugalpath", "answer", *arguments, *setting])})
     return out
 
 
 def missing_slides(cases: Sequence[Case], missing: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Slides that gave no features: `slide`, `reason`, and the number of `cases` that went on without it."""
+    """Slides without features: `slide`, `reason`, and the number of `cases` that were used without it."""
     count = cases_of(cases, missing)
     return [{"slide": slide, "reason": reason, "cases": count[slide]} for slide, reason in missing.items()]
 
 
-def _cases(outcome: Outcome) -> str:
+def _cases(outcome: EvaluationResult) -> str:
     table, decisions = outcome.whole, outcome.decisions
     lines = []
     for i, case in enumerate(outcome.cases):
@@ -152,10 +157,10 @@ def _cases(outcome: Outcome) -> str:
 
 
 def revision(root: Path = Path(__file__).parents[2]) -> str | None:
-    """Revision of the sources, with a mark when they were changed since; None unless they are a git checkout.
+    """Git revision of the sources, marked if they have changes; None unless they are a git checkout.
 
     Args:
-        root: of the sources. They may also lie inside another repository, whose revision says nothing of them.
+        root: folder of the sources. If it lies inside another repository, that revision is ignored.
     """
 
     def git(*words: str) -> str:
@@ -170,7 +175,7 @@ def revision(root: Path = Path(__file__).parents[2]) -> str | None:
 
 
 def command() -> str:
-    """What was run, as far as the arguments and the launcher's variables tell; its own options are not known."""
+    """Reconstruct the command from its arguments and the launcher's variables, without the launcher's options."""
     processes, launched = PartialState().num_processes, os.environ
     if launched.keys() & {"ACCELERATE_DYNAMO_USE_FULLGRAPH", "ACCELERATE_CONFIG_DS_FIELDS"}:
         words = ["accelerate", "launch", "--num_processes", str(processes)]

@@ -105,7 +105,7 @@ def make_aligner(kind: str, dim: int, hidden: int, width: int, dropout: float) -
         InputError: an unknown kind.
     """
     if kind not in ALIGNERS:
-        raise InputError(f"performer.aligner: {kind!r} is not known; known are {', '.join(ALIGNERS)}")
+        raise InputError(f"performer.aligner: {kind!r} is unknown; use one of {', '.join(ALIGNERS)}")
     if kind == "place":
         return PlaceAligner(dim, hidden, width, dropout)
     return FeatureAligner(kind, dim, hidden, dropout)

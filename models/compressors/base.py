@@ -1,4 +1,4 @@
-"""What all compressors share: tokens in, fewer tokens out.
+"""Base of all compressors: tokens in, fewer tokens out.
 
 A compressor without parameters runs once a slide, outside the model; one with parameters runs within it and is
 trained with it. They stand one after another in a recipe (`frugalpath.models.compressors.chain`).

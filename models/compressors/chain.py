@@ -37,7 +37,7 @@ def make_compressor(spec: str | Mapping[str, Any], dim: int, hidden: int) -> Com
     options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
     if name not in COMPRESSORS:
-        raise InputError(f"performer.compressors: {name!r} is not known; known are {', '.join(COMPRESSORS)}")
+        raise InputError(f"performer.compressors: {name!r} is unknown; use one of {', '.join(COMPRESSORS)}")
     module, _, kind = COMPRESSORS[name].partition(":")
     make = getattr(importlib.import_module(module), kind)
     parameters = inspect.signature(make).parameters

@@ -12,14 +12,14 @@ from frugalpath.rewards.synoptic.values import Unreadable, read_value
 
 
 def check_record(record: Mapping[str, Any], protocol: Protocol, complete: bool = False) -> list[str]:
-    """What is wrong with a record, as sentences for its author; empty when nothing is.
+    """List the problems of a record as sentences.
 
     Args:
         record: field id -> value.
         protocol: of the record.
         complete: also name the required fields that are not answered.
     """
-    problems = [f"{name!r} is no field of {protocol.title}" for name in record if name not in protocol.by_id]
+    problems = [f"{name!r} is not a field of {protocol.title}" for name in record if name not in protocol.by_id]
     problems += _field_problems(protocol.fields, record, complete)
     for field in protocol.fields:
         for number, entry in enumerate(record.get(field.id) or [] if field.type == "list" else [], start=1):

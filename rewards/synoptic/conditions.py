@@ -108,7 +108,7 @@ def read_condition(value: Any, where: str) -> Condition:
     """
     alternatives = value if isinstance(value, list) else [value]
     if not alternatives or not all(isinstance(a, Mapping) and a for a in alternatives):
-        raise InputError(f"{where}: {value!r} is no condition; write {{field: value}}, or a list of such")
+        raise InputError(f"{where}: {value!r} is not a valid condition; write {{field: value}}, or a list of such")
     return Condition(tuple(tuple(_test(str(k), v, where) for k, v in a.items()) for a in alternatives))
 
 
@@ -119,7 +119,9 @@ def read_rule(value: Any, where: str) -> Rule:
         InputError: saying what is wrong with the entry that `where` names.
     """
     if not isinstance(value, Mapping) or not ({"value", "sum"} & set(value)) or set(value) - {"value", "sum", "if"}:
-        raise InputError(f"{where}: {value!r} is no rule; write {{value: ..., if: {{...}}}} or {{sum: [...]}}")
+        raise InputError(
+            f"{where}: {value!r} is not a valid rule; write {{value: ..., if: {{...}}}} or {{sum: [...]}}"
+        )
     condition = read_condition(value["if"], where) if "if" in value else None
     if "sum" in value:
         if not isinstance(value["sum"], list):
@@ -139,7 +141,7 @@ def _test(field: str, value: Any, where: str) -> Test:
     if isinstance(value, str) and value.lstrip()[:1] in ("<", ">"):
         parts = [_BOUND.fullmatch(part) for part in value.split(",")]
         if None in parts:
-            raise InputError(f'{where}: {value!r} for {field!r} is no comparison; write "> 0" or "> 0, <= 3"')
+            raise InputError(f'{where}: {value!r} for {field!r} is not a valid comparison; write "> 0" or "> 0, <= 3"')
         return Test(field, bounds=tuple((match[1], float(match[2])) for match in parts if match))
     return Test(field, _values(value))
 

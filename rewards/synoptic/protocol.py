@@ -226,7 +226,7 @@ def _raw(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         return raw
     parent = path.parent / f"{raw['extends']}.yaml"
     if not _PLAIN.fullmatch(str(raw["extends"])) or not parent.is_file() or parent in (*seen, path):
-        raise InputError(f"{path}: `extends` names {raw['extends']!r}, which is no other protocol in its folder")
+        raise InputError(f"{path}: `extends` names {raw['extends']!r}, which is not another protocol in its folder")
     base = _raw(parent, (*seen, path))
     parts = [r.get("fields") or [] for r in (raw, base)]
     if not all(
@@ -259,7 +259,7 @@ def _fields(raw: Any, where: str, problems: list[str]) -> tuple[Field, ...]:
         asked = {name for c in conditions if c for name in c.fields} | {n for r in field.derive for n in r.sum_of}
         if len(ids) == len(raw):
             problems += [
-                f"{where}: field {field.id!r} looks at {n!r}, which is no field" for n in sorted(asked - set(ids))
+                f"{where}: field {field.id!r} looks at {n!r}, which is not a field" for n in sorted(asked - set(ids))
             ]
     by_id = {field.id: field for field in fields}
     problems += [problem for field in fields for problem in _strange_values(field, by_id, where)]
@@ -278,7 +278,7 @@ def _strange_values(field: Field, by_id: Mapping[str, Field], where: str) -> lis
         for of, word in used
         if of.values and not of.open and normalise(word) not in map(normalise, (*of.values, UNDETERMINED))
     )
-    return [f"{where}: field {field.id!r} names {word!r}, which is no value of {of!r}" for of, word in strange]
+    return [f"{where}: field {field.id!r} names {word!r}, which is not a value of {of!r}" for of, word in strange]
 
 
 _KEYS = {
@@ -327,7 +327,7 @@ def _field(raw: dict[str, Any], where: str) -> Field:
             problems.append(f"{where}: an entry of a list cannot hold a list")
     key = tuple(map(str, raw.get("key", [inner[0].id] if inner else [])))
     problems += [
-        f"{where}: `key` names {k!r}, which is none of its fields" for k in key if k not in {f.id for f in inner}
+        f"{where}: `key` names {k!r}, which is not one of its fields" for k in key if k not in {f.id for f in inner}
     ]
     groups = {str(g): frozenset(normalise(str(v)) for v in vs) for g, vs in (raw.get("groups") or {}).items()}
     applies_if, derive = None, []

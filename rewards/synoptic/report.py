@@ -1,4 +1,4 @@
-"""What was read of a synoptic report, and splitting text outside of brackets."""
+"""Result of parsing a synoptic report, and splitting text outside brackets."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass
 class Report:
-    """A report as read.
+    """A parsed report.
 
     Args:
         record: field id -> value (see `values`), in the protocol's order. None: "not applicable". A field that is not

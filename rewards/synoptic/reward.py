@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from frugalpath.errors import InputError
 from frugalpath.rewards.answer import Completion, extract_answer
 from frugalpath.rewards.registry import column, reward, warn_unscorable
-from frugalpath.rewards.synoptic.parse import parse_report
+from frugalpath.rewards.synoptic.parse import parse_report, read_record
 from frugalpath.rewards.synoptic.protocol import Protocol, load_protocol
 from frugalpath.rewards.synoptic.score import CaseScore, score_case
 
@@ -100,6 +101,24 @@ def score_completions(
     return scores
 
 
+def score_report(text: str, gold: str | Mapping[str, Any], protocol: str | Path | Protocol) -> CaseScore:
+    """Score of one synoptic report.
+
+    Args:
+        text: the report, or a completion whose `<answer>` holds it.
+        gold: the gold report, or its record: field ids or names and their values.
+        protocol: name of a protocol, a file of one, or what `load_protocol` read.
+
+    Raises:
+        InputError: there is no such protocol, or the gold report cannot be read whole.
+    """
+    kind = protocol if isinstance(protocol, Protocol) else load_protocol(protocol)
+    truth = parse_report(gold, kind) if isinstance(gold, str) else read_record(gold, kind)
+    if truth.problems:
+        raise InputError(f"gold report: {problem}" for problem in truth.problems)
+    return score_case(truth.record, parse_report(extract_answer(text) or text, kind), kind)
+
+
 @functools.lru_cache(maxsize=8192)
 def gold_record(text: str, name: str | None) -> tuple[tuple[dict[str, Any], Protocol] | None, str]:
     """Record and protocol of a gold report; None with what is wrong where it cannot be read whole."""
@@ -111,11 +130,11 @@ def gold_record(text: str, name: str | None) -> tuple[tuple[dict[str, Any], Prot
         return None, str(error)
     report = parse_report(text, protocol)
     if report.problems:
-        # Its text stays out of the log: `python -m frugalpath.rewards.validate` shows it.
+        # Its text stays out of the log: `frugalpath validate` shows it.
         bad = ", ".join([*report.unreadable, *report.repeated]) or "none"
         return None, f"gold report: fields not read: {bad}; lines of no field: {len(report.unknown)}"
     if all(value is None for value in report.record.values()):
-        return None, "the gold report answers no field"
+        return None, "the gold report answers none of the fields"
     return (report.record, protocol), ""
 
 

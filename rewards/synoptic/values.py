@@ -239,7 +239,7 @@ def _entries(field: Field, raw: Any) -> list[dict[str, Any]] | None:
             return None
         raise Unreadable(f"{field.name}: write its entries on lines of their own, each behind a dash")
     if not isinstance(raw, list) or not all(isinstance(entry, Mapping) for entry in raw):
-        raise Unreadable(f"{field.name}: a list of entries is wanted")
+        raise Unreadable(f"{field.name}: expected a list of entries")
     if len(raw) > MAX_ENTRIES:
         raise Unreadable(f"{field.name}: more than {MAX_ENTRIES} entries")
     entries = []
