@@ -68,6 +68,7 @@ def test_deciding_costs_what_the_looks_before_the_last_took(decider):
         np.testing.assert_allclose(decided.cost, decided.flops + decided.look)
 
 
+@pytest.mark.slow
 def test_plans_are_written(decider):
     rows = json.loads((decider.data.run.folder / "allocator" / "escalate.json").read_text())
     kinds = [None, *decider.known.kinds]

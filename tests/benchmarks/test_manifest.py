@@ -36,6 +36,7 @@ def test_all_manifests_are_of_the_same_images(options, tmp_path, monkeypatch):
     assert len(answers) == 1
 
 
+@pytest.mark.slow
 def test_readings_are_measured(options):
     found = measure("labels_csv", options)
     assert found["cases"] == 60 and found["again_s"] > 0 and found["cache_mb"] > 0

@@ -17,6 +17,7 @@ from frugalpath.models.adapters import ADAPTER
 from frugalpath.models.build import PerformerConfig, load_performer, lora_config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen_vl", "gemma_vl"])
 def test_a_family_that_sees_images_is_read_over_its_base(make_performer, tmp_path, family):
     performer = make_performer(family=family)

@@ -158,6 +158,7 @@ def test_stain_model_is_inverted_exactly():
     assert np.abs(found[..., 1] - e * stain.strength[1]).max() < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(6))
 def test_truth_is_what_the_shapes_measure(number):
     spec = specimen(20 + number, ("carcinoma", "adenoma")[number % 2], 1)
@@ -245,6 +246,7 @@ def test_options_are_balanced():
         assert set(counts) == options[kind]
 
 
+@pytest.mark.slow
 def test_patients_stay_in_one_split_and_diagnoses_spread(tmp_path):
     cases = build(folder=str(tmp_path), slides=40, **SMALL | {"val_fraction": 0.2, "test_fraction": 0.3})
     check_cases(cases, need=("train", "val", "test"), allow_shared_text=True)

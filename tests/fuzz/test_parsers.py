@@ -159,6 +159,7 @@ def test_boxes_in_pixels_that_no_image_has(number):
         build(path=str(path), box_frame="pixels")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "text",
     [

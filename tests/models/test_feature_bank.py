@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 
 import numpy as np
+import pytest
 import torch
 
 from frugalpath.models.feature_bank import COLUMNS, FeatureBank, VisualTokens, cells, extent
@@ -63,6 +64,7 @@ def test_memory_stays_under_the_cap_and_the_oldest_go_first(make_bank):
     assert torch.equal(tight.see("field", budgets[0]).rows, seen[0].rows)
 
 
+@pytest.mark.slow
 def test_a_small_cap_still_holds_one_ladder(make_bank):
     tight = make_bank({"field": grid_features(160, 160)}, cache_mb=1)
     budgets = list(range(20000, 20016))

@@ -213,6 +213,7 @@ def share(folder: str, start: int, limit: int, results) -> None:
     results.put((wrong, cache.hits, cache.misses))
 
 
+@pytest.mark.slow
 def test_processes_share_a_folder(tmp_path):
     context = multiprocessing.get_context("spawn")
     results, limit = context.Queue(), 60_000  # about 53 values; the three put 100

@@ -236,6 +236,7 @@ def test_the_tower_costs_the_same_at_every_budget(gemma, image_cases):
     assert costs[0] == by_hand
 
 
+@pytest.mark.slow
 @needs_features
 def test_a_saved_performer_answers_alike(gemma, image_cases, tmp_path):
     before = gemma.answer(image_cases, BUDGETS, max_new_tokens=6)

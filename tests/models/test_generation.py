@@ -129,6 +129,7 @@ def test_a_prompt_that_is_not_completed_or_has_one_token(qwen, image_cases):
     assert written == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copies", [1, 4])
 @pytest.mark.parametrize(
     "changes", [{}, {"temperature": 2.0, "top_k": 5}, {"top_p": 0.5}, {"min_p": 0.05, "repetition_penalty": 1.5}]
@@ -149,6 +150,7 @@ def test_samples_of_one_prompt_are_those_of_the_stock_model(qwen, image_cases, c
     assert len({tuple(row) for row in outs[0]}) == copies, "copies are drawn apart"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -88,6 +88,7 @@ def test_gradients_reach_the_scorer_also_through_a_layer_norm(scorer, norm):
     assert (tokens.features.grad[1, 5:] == 0).all(), "padding has no part in it"
 
 
+@pytest.mark.slow
 def test_it_learns_what_a_question_asks_for():
     """A question names one of four kinds; the answer is the mean content of the four tokens of that kind, of 16."""
     torch.manual_seed(0)

@@ -44,6 +44,7 @@ def fresh(performer, case, budget):
     return performer.answer([case], [budget], 6)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [BUDGETS, (57, 1, 21), (0, 5, 5, 1), (4, 16, 0)])
 def test_answers_are_those_of_fresh_prompts(kind, cases, pair, order):
     name, performer = kind

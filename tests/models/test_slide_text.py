@@ -184,6 +184,7 @@ def test_a_word_is_written_from_the_slide_and_the_words_before_it(model, tokeniz
     assert not (logits[0] == logits[2]).all(-1).any()
 
 
+@pytest.mark.slow
 def test_all_three_losses_are_learned(tokenizer):
     model = make(tokenizer, dropout=0.0)
     inputs = batch(tokenizer)

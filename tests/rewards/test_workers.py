@@ -222,6 +222,7 @@ def test_on_error_none_finds_the_one_bad_row_of_eight(make, deed, caplog):
     assert "gives None for 1 of 8 completions" in caplog.text and "row 5 of the batch" in caplog.text
 
 
+@pytest.mark.slow
 def test_batches_larger_than_a_pipe_wait_behind_a_worker_that_hangs(make):
     reward = make("do", workers=1, on_error="none", timeout=2)
     values = reward(["a" * 300_000] * 4, deed=["", "sum", "", ""])
@@ -247,6 +248,7 @@ def test_what_crosses_the_border(make):
         make("length")(["a", "b"], answer=[threading.Lock()] * 2, budget=[1, 2])
 
 
+@pytest.mark.slow
 def test_what_workers_cannot_do_is_told_with_the_recipe(user_file, monkeypatch):
     path = user_file("def f(completions, log_extra, trainer_state=None): return [0.0] * len(completions)")
     with pytest.raises(InputError) as error:

@@ -50,6 +50,7 @@ def test_figures_are_logged_and_no_words(make_performer, make_trainer, events, c
     assert not any(case.prompt in words or case.id in words or case.patient in words for case in cases)
 
 
+@pytest.mark.slow
 def test_completions_and_budgets_are_logged(make_performer, make_trainer, events, cases, tmp_path):
     make_trainer(make_performer(), report_to="tensorboard", log_completions=True).train()
     words = texts(events(tmp_path))
