@@ -134,7 +134,7 @@ class Allocator(Trained):
     def choose(self, cases: Sequence[Case], price: float | None = None) -> list[int]:
         """Budgets of the cases in tokens at a price, by default the report's; arguments as for `answer`.
 
-        The form `escalate` answers while it chooses, so that this costs as much as to answer.
+        The form `cascade` answers while it chooses, so that this costs as much as to answer.
         """
         price = self._priced(price)
         self.encode(cases)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from pathlib import Path
 # rounded, and workers that each take all cores slow one another down. Libraries read these when they are loaded.
 for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS"):
     os.environ[_name] = "1"
+# Tests start many processes, of which each would compile the packages again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # What files hold is remembered in a folder of this session. Workers have it from the process that started them.
@@ -20,7 +24,6 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     _session = tempfile.TemporaryDirectory(prefix="frugalpath-")
     os.environ["XDG_CACHE_HOME"] = _session.name
 
-import sys
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any

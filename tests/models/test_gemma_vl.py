@@ -167,10 +167,10 @@ def test_packed_rows_give_the_log_probabilities_of_the_stock_forward(gemma, imag
     prompts = [gemma.prompt(c, 64 * len(c.images)) for c in image_cases]
     packed = pack([p.ids for p in prompts], [p.positions for p in prompts], groups, completions, valid, 0)
     decoder(model).set_attn_implementation(attention)
-    trainer = SimpleNamespace(sight=sight)
+    trainer = SimpleNamespace(sight=sight, _attention=attention, _dtype=lambda: model.dtype)
+    causal = packed_mask(packed.segment, attention, model.dtype, None)
     found = {}
-    for name, runs in (("whole", GroupTrainer._runs(trainer, packed.input_ids)), ("causal", None)):
-        mask = packed_mask(packed.segment, attention, model.dtype, runs)
+    for name, mask in (("whole", GroupTrainer._mask(trainer, packed)), ("causal", causal)):
         out = model(
             input_ids=packed.input_ids,
             position_ids=packed.position_ids,

@@ -275,7 +275,7 @@ def test_a_file_that_only_the_trainer_can_import_is_told(user_file):
 SCRIPT = """
 import sys, threading, time
 import numpy
-from rewards import workers
+from frugalpath.rewards import workers
 from frugalpath.rewards.registry import get_reward
 workers.GRACE = 0.5
 print("script starts", flush=True)  # has no `if __name__ == "__main__"`: workers must not run it again

@@ -382,7 +382,7 @@ def test_a_killed_run_resumes(make_slide, tmp_path):
 WATCHED = """
 import sys
 sys.path.insert(0, {root!r})
-from slides import extract
+from frugalpath.slides import extract
 own = extract.extract_slides
 def watched(*arguments, **options):
     found = own(*arguments, **options)
