@@ -11,6 +11,7 @@ import numpy as np
 
 from frugalpath.allocator.base import Allocator, Answered, Decisions, TrainedRun
 from frugalpath.allocator.cascade_plan import Experience, Plan, walk
+from frugalpath.allocator.fitting import check_fitted_on
 from frugalpath.allocator.forecast import Observations, fit_forecast_by_patient
 from frugalpath.allocator.score_table import ScoreTable, chosen
 from frugalpath.distributed import is_main
@@ -165,8 +166,17 @@ def fit_cascade(trained: TrainedRun) -> CascadeAllocator:
 
 
 def load_cascade(trained: TrainedRun) -> CascadeAllocator:
-    """Read what `fit_cascade` left in the run's folder."""
-    return CascadeAllocator(trained, Experience.load(trained.data.run.folder / "allocator" / KEPT))
+    """Read what `fit_cascade` left in the run's folder.
+
+    Raises:
+        InputError: it was fitted on other scores of the validation cases than there are now.
+    """
+    known = Experience.load(trained.data.run.folder / "allocator" / KEPT)
+    if "val" in trained.tables:
+        table = trained.tables["val"].at(trained.data.run.ladder)
+        same = known.score.shape == table.score.shape and np.array_equal(known.score, table.score)
+        check_fitted_on(trained, table.digest if same else "")
+    return CascadeAllocator(trained, known)
 
 
 def _all_looks(performer: Performer, cases: Sequence[Case], table: ScoreTable) -> np.ndarray:

@@ -18,6 +18,7 @@ from sklearn.model_selection import GroupKFold
 from frugalpath.allocator.base import TrainedRun
 from frugalpath.allocator.network import AllocatorInputs, AllocatorNetwork
 from frugalpath.distributed import is_main
+from frugalpath.errors import InputError
 from frugalpath.recipe.checkpoints import Clock, is_done, mark_done
 
 FOLDS = 5
@@ -170,8 +171,9 @@ def fitted(trained: TrainedRun, start: Network, aim: Aim[Network]) -> tuple[Netw
     options, folder = run.allocator, run.folder / "allocator"
     key = fit_key(trained)
     table = trained.tables["val"].at(run.ladder)
-    if is_done(folder, key) and (found := read_fit(trained, type(start))) and len(found[1]) == len(table.ids):
-        return found
+    record = is_done(folder, key)
+    if record and record.get("table") == table.digest:
+        return read_fit(trained, type(start))
     clock, cases = Clock(), trained.data.splits["val"]
     look, question = AllocatorInputs(trained.performer, start.config)(cases)
     network, values, losses = fit_by_patient(
@@ -189,18 +191,38 @@ def fitted(trained: TrainedRun, start: Network, aim: Aim[Network]) -> tuple[Netw
     if is_main():
         network.save_pretrained(folder)
         np.save(folder / OUT_OF_FOLD, values)
-        mark_done(folder, key, n=len(cases), loss=losses, seconds=clock.seconds)
+        mark_done(folder, key, n=len(cases), loss=losses, table=table.digest, seconds=clock.seconds)
     return network, values
+
+
+def check_fitted_on(trained: TrainedRun, digest: str | None) -> None:
+    """Refuse a fit on other scores of the validation cases than there are now.
+
+    Args:
+        digest: of the table it was fitted on; None where an earlier version kept none.
+
+    Raises:
+        InputError: labels, rewards or answers have changed since.
+    """
+    run = trained.data.run
+    if digest is None or "val" not in trained.tables or trained.tables["val"].at(run.ladder).digest == digest:
+        return
+    recipe = f"--config {run.path}" if run.path else "--config RECIPE"
+    raise InputError(
+        f"{run.folder / 'allocator'}: was fitted on other scores of the validation cases (labels, rewards or answers "
+        f"have changed since); run: frugalpath pareto {recipe}"
+    )
 
 
 def read_fit(trained: TrainedRun, network: type[Network]) -> tuple[Network, np.ndarray]:
     """What `fitted` left in the run's folder; a published one has nothing of the validation cases.
 
     Raises:
-        InputError: other settings were fitted.
+        InputError: other settings were fitted, or other scores of the validation cases.
     """
     folder, rungs = trained.data.run.folder / "allocator", len(trained.data.run.ladder)
     if trained.key:
-        is_done(folder, fit_key(trained))
+        record = is_done(folder, fit_key(trained)) or {}
+        check_fitted_on(trained, record.get("table"))
     kept = folder / OUT_OF_FOLD
     return network.from_pretrained(folder), np.load(kept) if kept.is_file() else np.zeros((0, rungs))

@@ -62,6 +62,11 @@ class ScoreTable:
         text = [[row[k] for k in keep] for row in self.text]
         return replace(self, budgets=list(budgets), text=text, **arrays)
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what a fit learns from: the cases and their scores."""
+        return sha256_of([self.ids, self.budgets, self.score.tolist()])
+
     def save(self, path: str | Path) -> None:
         """Write as JSON lines, one case a line, atomically."""
         with atomic_write(path) as part, part.open("w") as file:
@@ -114,10 +119,9 @@ class TableKey:
             cases: those that are answered.
         """
         run = data.run
-        seen = [(c.prompt, c.options, c.task, c.protocol) for c in cases]
-        inputs = cases_digest([replace(c, answer="", extra={}, patient="", question="", split="train") for c in cases])
+        shown = [replace(c, answer="", extra={}, patient="", question="", split="train") for c in cases]
         rewards = [run.rewards, reward_digest(run), cases_digest(cases)]
-        return cls(sha256_of([performer, seen, inputs, data.max_new_tokens]), sha256_of(rewards))
+        return cls(sha256_of([performer, cases_digest(shown), data.max_new_tokens]), sha256_of(rewards))
 
 
 class RunTables(Mapping[str, ScoreTable]):
@@ -176,7 +180,8 @@ def score_table(
     """Answer every case at every budget, the cases shared out over the processes; every process gets the whole table.
 
     A table that is there already is read instead, as long as it has these cases and is known by this key. Where only
-    gold answers or rewards have changed since, its answers are scored again.
+    gold answers or rewards have changed since, its answers are scored again, and those of an earlier version, whose
+    tables do not say what they were scored by.
 
     Args:
         path: where it is kept. key: None takes what is there for it.
@@ -184,14 +189,17 @@ def score_table(
     state = PartialState()
     kept = ScoreTable.load(path) if path is not None and Path(path).is_file() else None
     if kept is not None and path is not None and _same_answers(kept, cases, budgets, key):
-        if key is None or kept.made_of.get("scores", key.scores) == key.scores:
-            return kept
-        logger.warning("%s: gold answers, rewards or further columns have changed; its answers are scored again", path)
+        if key is None or kept.made_of.get("scores") == key.scores:
+            return kept.at(budgets)
+        if kept.made_of:
+            logger.warning("%s: gold answers, rewards or other columns have changed; answers are scored again", path)
         kept = _scored(kept, cases, scorer, key)
+        # All processes have read it before one of them writes: one that found the new scores would not wait here.
+        state.wait_for_everyone()
         if state.is_main_process:
             kept.save(path)
         state.wait_for_everyone()
-        return kept
+        return kept.at(budgets)
     if kept is not None:
         logger.warning("%s: holds answers to other cases, or of another performer; it is made again", path)
 

@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from frugalpath.allocator.base import Allocator, Answered, Decisions, TrainedRun
 from frugalpath.allocator.frozen import FrozenAnswers
+from frugalpath.allocator.score_table import TableKey
 from frugalpath.distributed import is_main, map_over_processes
 from frugalpath.envs.case import Case
 from frugalpath.errors import InputError
@@ -225,25 +227,36 @@ class TextAllocator(Allocator):
         """What was asked for, answered and paid for every case of a split; kept beside the adapter."""
         if split in self._found:
             return self._found[split]
-        path = self.data.run.folder / "text" / f"{split}.jsonl"
-        if path.is_file():
-            rows = [json.loads(line) for line in path.read_text().splitlines()]
-        else:
-            cases, run = self.data.splits[split], self.data.run
-            answers = FrozenAnswers(
-                self.performer, self.data.scorer, self.data.max_new_tokens, run.evaluation.batch_size
-            )
-            asked = map_over_processes(cases, self._ask)
-            scored = answers(cases, [a.budget for a in asked], together=True)
-            rows = [
-                {"id": c.id, "asked": a.text, "number": a.number, "budget": a.budget, "look": a.flops}
-                | {"score": s.score, **asdict(s.answer)}
-                for c, a, s in zip(cases, asked, scored, strict=True)
-            ]
+        cases, path = self.data.splits[split], self.data.run.folder / "text" / f"{split}.jsonl"
+        key = asdict(TableKey.of(self.data, text_key(self.trained), cases))
+        rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+        # An earlier version kept no key; its rows are known by the names of their cases.
+        made_of = rows.pop(0)["made_of"] if rows and "made_of" in rows[0] else {} if rows else None
+        same = made_of is not None and made_of.get("answers", key["answers"]) == key["answers"]
+        if not same or [row["id"] for row in rows] != [c.id for c in cases]:
+            rows = self._answered_rows(cases)
+        elif made_of != key:
+            texts, budgets, visual = ([row[k] for row in rows] for k in ("text", "budget", "visual"))
+            scores = self.data.scorer(texts, cases, budgets, visual)
+            rows = [{**row, "score": float(score)} for row, score in zip(rows, scores, strict=True)]
+        if made_of != key:
+            PartialState().wait_for_everyone()  # all have read it
             if is_main():
-                write_text(path, "".join(f"{json.dumps(row)}\n" for row in rows))
+                write_text(path, "".join(f"{json.dumps(row)}\n" for row in [{"made_of": key}, *rows]))
         self._found[split] = rows
         return rows
+
+    def _answered_rows(self, cases: Sequence[Case]) -> list[dict[str, Any]]:
+        answers = FrozenAnswers(
+            self.performer, self.data.scorer, self.data.max_new_tokens, self.data.run.evaluation.batch_size
+        )
+        asked = map_over_processes(cases, self._ask)
+        scored = answers(cases, [a.budget for a in asked], together=True)
+        return [
+            {"id": c.id, "asked": a.text, "number": a.number, "budget": a.budget, "look": a.flops}
+            | {"score": s.score, **asdict(s.answer)}
+            for c, a, s in zip(cases, asked, scored, strict=True)
+        ]
 
 
 def load_text(trained: TrainedRun) -> TextAllocator:

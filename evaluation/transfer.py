@@ -14,7 +14,7 @@ from typing import Any
 from accelerate import PartialState
 
 from frugalpath.allocator.base import Allocator
-from frugalpath.allocator.score_table import score_table
+from frugalpath.allocator.score_table import TableKey, score_table
 from frugalpath.envs.case import Case
 from frugalpath.envs.registry import make_env
 from frugalpath.errors import InputError
@@ -59,9 +59,8 @@ def transfer(allocator: Allocator, recipe: Path) -> tuple[dict[str, Any], Path]:
         run.evaluation.batch_size,
         tables / "grpo.test.jsonl",
         label=f"{recipe.stem} test",
+        key=TableKey.of(data, allocator.trained.key, cases),
     )
-    if table.ids != [c.id for c in cases]:
-        raise InputError(f"{folder}: holds a table of other cases than {recipe} has now; delete the folder")
     outcome = evaluator.on(cases, table, scorer, tables)
     shared = len({c.patient for c in cases} & {c.patient for s in ("train", "val") for c in data.all_splits[s]})
     if shared:

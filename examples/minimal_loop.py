@@ -1,6 +1,6 @@
 """GRPO of performer and allocator as one loop with nothing hidden: no recipe, no trainer, two minutes on two cores.
 
-    python examples/minimal_loop.py --folder /tmp/minimal_loop
+    python examples/minimal_loop.py --folder runs/minimal_loop
 
 Simulated slides are drawn and encoded, a small performer learns the form of an answer from gold ones, and then both
 policies learn from the same rollouts. `rl/grpo.py` does the same with reports, resuming, several GPUs and each piece

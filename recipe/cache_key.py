@@ -82,19 +82,30 @@ def reward_digest(run: Run) -> str:
     files: list[str] = []
     for entry in run.rewards:
         name, params = (entry.get("name", ""), entry.get("params")) if isinstance(entry, dict) else (entry, None)
-        named = [str(v) for v in params.values() if isinstance(v, str)] if isinstance(params, dict) else []
         module = str(name).rpartition(":")[0]
         if module and not module.endswith(".py"):
             spec = find_spec(current_name(module))
             module = spec.origin or "" if spec else ""
-        files += [str(path) for n in (module, *named) if n and (path := _file(n, run.base)) is not None]
+        files += [file for n in (module, *_texts(params)) if n for file in _files(n, run.base)]
     digests, _ = file_digests(files)
     return sha256_of([digests.get(file) for file in files])
 
 
-def _file(name: str, base: Path) -> Path | None:
-    """The file of that name, in the working folder or else beside the recipe."""
-    return next((path for path in (Path(name), base / name) if path.is_file()), None)
+def _files(name: str, base: Path) -> list[str]:
+    """Files of that name, beside the recipe and in the working folder: whichever is read is among them."""
+    paths = (folder / Path(name).expanduser() for folder in (base, Path.cwd()))
+    try:
+        return list(dict.fromkeys(str(path) for path in paths if path.is_file()))
+    except (OSError, ValueError):  # a text that cannot be a name, too long or with a zero byte
+        return []
+
+
+def _texts(params: Any) -> list[str]:
+    """Texts among parameters, at any depth; some name files."""
+    if isinstance(params, str):
+        return [params]
+    inner = params.values() if isinstance(params, dict) else params if isinstance(params, list | tuple) else ()
+    return [text for value in inner for text in _texts(value)]
 
 
 def _scoring(reward: Any) -> Any:

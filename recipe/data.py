@@ -186,10 +186,11 @@ def cases_digest(cases: Sequence[Case]) -> str:
     """SHA-256 of cases in their order: every field, and what their images and slides hold; not where these lie."""
     files = list(dict.fromkeys(p for c in cases for p in (*c.images, *c.slides)))
     digests, _ = file_digests(files)
+    names = [f.name for f in dataclasses.fields(Case)]
     rows = []
     for case in cases:
-        row = dataclasses.asdict(case)
-        row |= {k: [digests.get(p, p) for p in getattr(case, k)] for k in ("images", "slides")}
+        row = {name: getattr(case, name) for name in names}
+        row |= {k: [digests.get(p, p) for p in row[k]] for k in ("images", "slides")}
         rows.append(row)
     return sha256_of(rows)
 

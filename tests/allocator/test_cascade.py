@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from frugalpath.allocator.base import TrainedRun
 from frugalpath.allocator.cascade import CascadeAllocator, fit_cascade, load_cascade
+from frugalpath.errors import InputError
 from tests.allocator.planted import BUDGETS, PRICES, planted
 
 
@@ -103,3 +105,14 @@ def test_what_was_learnt_is_read_again_and_decides_alike(decider):
 def test_time_of_deciding_is_not_negative(decider):
     times = decider.look_ms(decider.data.splits["test"], 0.1)
     assert len(times) == 4 and (times >= 0).all()
+
+
+def test_a_cascade_of_other_validation_scores_is_refused(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(trained.data.run, "folder", tmp_path)
+    monkeypatch.setattr(trained.data.run, "path", None, raising=False)
+    fit_cascade(trained)
+    load_cascade(trained)
+    load_cascade(replace(trained, tables={}))  # answering new cases takes no table
+    val = trained.tables["val"]
+    with pytest.raises(InputError, match=r"other scores of the validation cases .*frugalpath pareto"):
+        load_cascade(replace(trained, tables={"val": replace(val, score=1 - val.score)}))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from frugalpath.allocator.value import ValueAllocator, fit_value
+from frugalpath.allocator.value import ValueAllocator, fit_value, load_value
+from frugalpath.errors import InputError
 from tests.allocator.planted import PRICES, planted
 
 
@@ -48,3 +50,20 @@ def test_a_look_costs_its_network(world):
     decider = fit(world)
     decided = decider.decide("test", 0.1)
     np.testing.assert_array_equal(decided.look, [decider.network.flops(n) for n in (1, 1, 1, 2)])
+
+
+def test_a_fit_follows_the_scores_of_the_validation_cases(world, monkeypatch):
+    """Labels of validation cases that were mended left the network, and what it predicts, as they were."""
+    trained = replace(world[0], key={"seed": 0})
+    monkeypatch.setattr(trained.data.run, "path", None, raising=False)
+    first = fit_value(trained, copy.deepcopy(world[1]))
+    written = (trained.data.run.folder / "allocator" / "model.safetensors").stat().st_mtime_ns
+    assert np.array_equal(load_value(trained).predicted("val"), first.predicted("val"))
+    val = trained.tables["val"]
+    mended = replace(trained, tables={**trained.tables, "val": replace(val, score=1 - val.score)})
+    with pytest.raises(InputError, match=r"other scores of the validation cases .*frugalpath pareto"):
+        load_value(mended)
+    again = fit_value(mended, copy.deepcopy(world[1]))
+    assert (trained.data.run.folder / "allocator" / "model.safetensors").stat().st_mtime_ns != written
+    assert not np.allclose(again.predicted("val"), first.predicted("val"))
+    assert np.array_equal(load_value(mended).predicted("val"), again.predicted("val"))

@@ -119,6 +119,8 @@ def test_a_run_is_transferred_to_other_cases(finished, fields, tmp_path, called)
     assert status == 0, err[-3000:]
     summary, own = json.loads((folder / "summary.json").read_text()), read_summary(recipe)
     rows = [json.loads(line) for line in (folder / "cases.jsonl").read_text().splitlines()]
+    table = (folder / "tables" / "grpo.test.jsonl").read_text().splitlines()[0]
+    assert set(json.loads(table)["made_of"]) == {"answers", "scores"}, "mended labels are noticed here too"
     assert summary["n"] == len(rows) == 6 and {row["answer"] for row in rows} <= {"dark", "light"}
     same = {
         "static",

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from frugalpath.envs.case import Case
-from frugalpath.recipe.cache_key import CONTENTS, sft_key
+from frugalpath.recipe.cache_key import CONTENTS, reward_digest, sft_key
 from frugalpath.recipe.data import RunData, cases_digest
 from frugalpath.recipe.run import parse_recipe
 
@@ -48,6 +48,23 @@ def test_a_digest_is_that_of_rows_and_pixels_not_of_paths(case, tmp_path):
 def test_another_row_is_another_digest(case, changes):
     assert cases_digest([dataclasses.replace(case, **changes)]) != cases_digest([case])
     assert cases_digest([case, case]) != cases_digest([case])
+
+
+def test_a_reward_file_is_the_one_that_is_read_also_where_two_have_its_name(tmp_path, monkeypatch):
+    """The digest was of the file in the working folder, the reward that of the recipe's folder."""
+    (tmp_path / "recipe").mkdir()
+    for folder in (tmp_path, tmp_path / "recipe"):
+        (folder / "mine.py").write_text("def mine(completions, **columns):\n    return [1.0]\n")
+    (tmp_path / "terms.txt").write_text("a")
+    monkeypatch.chdir(tmp_path)
+    params = {"params": {"lists": [{"terms": "terms.txt"}], "text": "x" * 5000}}
+    run = SimpleNamespace(rewards=[{"name": "mine.py:mine", **params}], base=tmp_path / "recipe")
+    before = reward_digest(run)
+    (tmp_path / "recipe" / "mine.py").write_text("def mine(completions, **columns):\n    return [0.0]\n")
+    changed = reward_digest(run)
+    assert changed != before
+    (tmp_path / "terms.txt").write_text("b")
+    assert reward_digest(run) != changed, "a file that a parameter names, at any depth"
 
 
 def test_a_mended_training_label_is_another_key_and_a_test_label_is_not(case, tmp_path):

@@ -94,6 +94,8 @@ def make_stages(cases, tmp_path):
             grpo=config,
             allocator=checked(AllocatorOptions, {"form": "text", "text": options}, "allocator"),
             evaluation=SimpleNamespace(batch_size=8),
+            rewards=["tests.rl.test_text_allocator:sees_enough"],
+            base=tmp_path,
         )
         split = {"train": shown, "val": shown[:4], "test": shown[4:]}
         scorer = Scorer(get_rewards(["tests.rl.test_text_allocator:sees_enough"]), LADDER[-1])
@@ -226,6 +228,17 @@ def test_it_decides_once_whatever_the_price(make_taught, make_stages, cases, mon
     monkeypatch.setattr(BudgetWriter, "ask", lambda *rest: pytest.fail("what was decided is kept"))
     later = fit_text(trained(make_stages(text=quick), make_taught())).decide("test", 0.3)
     assert np.array_equal(later.score, decisions.score) and later.details == decisions.details
+    # Of other rewards, and of an earlier version, which kept no key, the answers are scored again and none is written.
+    path = stages.run.folder / "text" / "test.jsonl"
+    head, *rows = path.read_text().splitlines()
+    path.write_text("".join(f"{json.dumps({**json.loads(row), 'score': 0.5})}\n" for row in rows))
+    later = fit_text(trained(make_stages(text=quick), make_taught())).decide("test", 0.3)
+    assert np.array_equal(later.score, decisions.score) and path.read_text().splitlines()[0] == head
+    other = make_stages(text=quick)
+    other.run.rewards, other.scorer = ["choice"], Scorer(get_rewards(["choice"]), LADDER[-1])
+    scored = fit_text(trained(other, make_taught())).decide("test", 0.3)
+    texts = [row["completion"] for row in decisions.details]
+    assert scored.score.tolist() == other.scorer(texts, cases[4:], budgets, [1] * len(texts)).tolist()
 
 
 def test_it_learns_over_qwen_too(make_qwen, make_stages, image_cases):
